@@ -1,0 +1,1 @@
+"""Prune vision transformers to a latency you choose (NViT, arXiv:2110.04869)."""

@@ -1,0 +1,338 @@
+"""timm's VisionTransformer and VisionTransformerDistilled: plain, DeiT, LayerScale, registers, any pooling but 'map'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from timm.data import resolve_data_config
+from timm.layers import LayerNorm as TimmLayerNorm
+from timm.layers import LayerScale as TimmLayerScale
+from timm.layers import Mlp as TimmMlp
+from timm.layers import PatchEmbed, QuickGELU
+from timm.layers.activations import GELUTanh
+from timm.layers.attention import Attention as TimmAttention
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from ..modules import Attention, Classifier, LayerNorm, LayerScale, Mlp, Prunable, StreamEntry, prunable_layers
+from ..spec import BUNDLE_SIZES, BlockWidths, Group, Slice, ViTSpec
+
+ARCHITECTURES = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled)}
+ACTIVATIONS = {"gelu": nn.GELU, "gelu_tanh": GELUTanh, "quick_gelu": QuickGELU, "relu": nn.ReLU, "silu": nn.SiLU}
+PUBLISHED_HEAD_DIVISOR, PUBLISHED_DIM_DIVISOR = 12.0, 2.0
+
+
+def _is_norm(m: nn.Module) -> bool:
+    return type(m) in (nn.LayerNorm, TimmLayerNorm, LayerNorm) and m.weight is not None
+
+
+def _block_refusal(block: nn.Module) -> str | None:
+    if type(block) is not Block:
+        return f"block type {type(block).__name__}; only the pre-norm Block is known"
+    attn, mlp = block.attn, block.mlp
+    if not isinstance(attn, Attention):
+        if type(attn) is not TimmAttention:
+            return f"attention type {type(attn).__name__}"
+        if not isinstance(attn.q_norm, nn.Identity) or not isinstance(attn.k_norm, nn.Identity):
+            return "q/k norm in attention"
+        if not isinstance(attn.norm, nn.Identity):
+            return "a norm on the attention output"
+        if attn.gate is not None:
+            return "gated attention output"
+    if not isinstance(mlp, Mlp):
+        if type(mlp) is not TimmMlp or not isinstance(mlp.fc1, nn.Linear):
+            return f"MLP type {type(mlp).__name__}"
+        if not isinstance(mlp.norm, nn.Identity):
+            return "a norm inside the MLP"
+        if type(mlp.act) not in ACTIVATIONS.values():
+            return f"activation {type(mlp.act).__name__}"
+    if not (_is_norm(block.norm1) and _is_norm(block.norm2)):
+        return f"norm type {type(block.norm1).__name__}"
+    return None
+
+
+def refusal(model: nn.Module) -> str | None:
+    """Why `model` is not one that this adapter knows, or None."""
+    if type(model) not in ARCHITECTURES.values():
+        return f"model class {type(model).__name__}"
+    if model.attn_pool is not None:
+        return "attention pooling"
+    if type(model.patch_embed) is not PatchEmbed:
+        return f"patch embedding type {type(model.patch_embed).__name__}"
+    if not isinstance(model.patch_embed.norm, nn.Identity):
+        return "a norm in the patch embedding"
+    if not (isinstance(model.norm_pre, (nn.Identity, StreamEntry)) or _is_norm(model.norm_pre)):
+        return f"norm type {type(model.norm_pre).__name__} before the blocks"
+    last = model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
+    if not _is_norm(last):
+        return "no LayerNorm after the blocks"
+    if len(model.blocks) == 0:
+        return "no blocks"
+    return next((r for r in map(_block_refusal, model.blocks) if r), None)
+
+
+def _layer(axes: Mapping[str, str], layer: Prunable, host: nn.Module) -> Prunable:
+    layer.axes = dict(axes)
+    return layer.train(host.training)
+
+
+def _norm(host: nn.Module, entry: bool = False) -> nn.Module:
+    if isinstance(host, nn.Identity):
+        return host
+    return _layer({"emb": "emb"}, LayerNorm(host.weight, host.bias, host.eps, entry=entry), host)
+
+
+def _head(host: nn.Module) -> nn.Module:
+    if not isinstance(host, nn.Linear):
+        return host
+    return _layer({"emb": "emb"}, Classifier(host.weight, host.bias), host)
+
+
+def _attention(host: TimmAttention, axes: Mapping[str, str]) -> Prunable:
+    layer = Attention(
+        host.qkv,
+        host.proj,
+        heads=host.num_heads,
+        qk_dim=host.head_dim,
+        v_dim=host.head_dim,
+        scale=host.scale,
+        attn_drop=host.attn_drop.p,
+        proj_drop=host.proj_drop.p,
+    )
+    return _layer(axes, layer, host)
+
+
+def prepare(model: nn.Module) -> nn.Module:
+    """Swap timm's layers for prunable ones, in place. Outputs, parameters and their names stay as they are.
+
+    Raises:
+        ValueError: a model this adapter does not know, with the reason.
+    """
+    if reason := refusal(model):
+        raise ValueError(f"{type(model).__name__} is not supported: {reason}")
+    if hasattr(model, "dense_config"):
+        return model
+    model.dense_config = _config(model)
+    emb = {"emb": "emb"}
+    entry = model.norm_pre
+    model.norm_pre = _norm(entry, entry=True) if _is_norm(entry) else _layer(emb, StreamEntry(), entry)
+    for i, block in enumerate(model.blocks):
+        block.norm1, block.norm2 = _norm(block.norm1), _norm(block.norm2)
+        attn_axes = emb | {kind: f"blocks.{i}.{kind}" for kind in ("heads", "qk_dim", "v_dim")}
+        block.attn = _attention(block.attn, attn_axes)
+        mlp = Mlp(block.mlp.fc1, block.mlp.fc2, block.mlp.act, block.mlp.drop2.p)
+        block.mlp = _layer(emb | {"mlp": f"blocks.{i}.mlp"}, mlp, block.mlp)
+        for name in ("ls1", "ls2"):
+            if isinstance(getattr(block, name), TimmLayerScale):
+                scale = getattr(block, name)
+                setattr(block, name, _layer(emb, LayerScale(scale.gamma), scale))
+    model.norm, model.fc_norm = _norm(model.norm), _norm(model.fc_norm)
+    model.head = _head(model.head)
+    if isinstance(model, VisionTransformerDistilled):
+        model.head_dist = _head(model.head_dist)
+    return model
+
+
+def _emb_group(model: nn.Module, multiple: int) -> Group:
+    """The residual stream: its writers (embeddings, proj, fc2) and its readers (qkv, fc1, classifiers).
+
+    The gate sits on what every reader sees. A LayerNorm feeds exactly one reader (or the classifiers together), so
+    the gate gradients of its weight and bias add up to the readers' columns at a fraction of the cost.
+    """
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    emb, slices = model.blocks[0].norm1.weight.shape[0], []
+
+    def add(name: str, axis: int, **marks: bool) -> None:
+        if name in shapes:
+            slices.append(Slice(name, view=shapes[name], axis=axis, **marks))
+
+    for name in ("cls_token", "dist_token", "reg_token", "pos_embed"):
+        add(name, 2)
+    add("patch_embed.proj.weight", 0, published=True)
+    add("patch_embed.proj.bias", 0, published=True)
+    for name in ("norm_pre.weight", "norm_pre.bias"):
+        add(name, 0)
+    for i in range(len(model.blocks)):
+        b = f"blocks.{i}."
+        for norm in ("norm1", "norm2"):
+            add(f"{b}{norm}.weight", 0, scored=True)
+            add(f"{b}{norm}.bias", 0, scored=True)
+        add(f"{b}attn.qkv.weight", 1, published=True)
+        add(f"{b}attn.proj.weight", 0, published=True)
+        add(f"{b}attn.proj.bias", 0, published=True)
+        add(f"{b}mlp.fc1.weight", 1, published=True)
+        add(f"{b}mlp.fc2.weight", 0, published=True)
+        add(f"{b}mlp.fc2.bias", 0, published=True)
+        add(f"{b}ls1.gamma", 0)
+        add(f"{b}ls2.gamma", 0)
+    for norm in ("norm", "fc_norm"):
+        add(f"{norm}.weight", 0, scored=True)
+        add(f"{norm}.bias", 0, scored=True)
+    add("head.weight", 1)
+    add("head_dist.weight", 1)
+    depth = len(model.blocks)
+    return Group("emb", "emb", emb, multiple, tuple(slices), tuple(range(depth)), divisor=float(depth))
+
+
+def _attention_groups(i: int, attn: Attention, sizes: Mapping[str, int]) -> list[Group]:
+    heads, qk, v, emb = attn.heads, attn.qk_dim, attn.v_dim, attn.qkv.in_features
+    qkv, proj = f"blocks.{i}.attn.qkv", f"blocks.{i}.attn.proj"
+    spans = {"q": (0, heads * qk), "k": (heads * qk, 2 * heads * qk), "v": (2 * heads * qk, heads * (2 * qk + v))}
+    units = {"q": qk, "k": qk, "v": v}
+    bias = attn.qkv.bias is not None
+
+    def rows(part: str, axis: int, **marks: bool) -> list[Slice]:
+        """The weight and bias rows of queries, keys or values as (head, dim)."""
+        weight = Slice(f"{qkv}.weight", (heads, units[part], emb), axis, spans[part], **marks)
+        return [weight] + ([Slice(f"{qkv}.bias", (heads, units[part]), axis, spans[part], **marks)] if bias else [])
+
+    def out(axis: int) -> Slice:
+        return Slice(f"{proj}.weight", (attn.proj.out_features, heads, v), axis, scored=True)
+
+    def group(kind: str, size: int, slices: Sequence[Slice], divisor: float) -> Group:
+        return Group(f"blocks.{i}.{kind}", kind, size, sizes[kind], tuple(slices), (i,), divisor)
+
+    qkv_heads = [s for part in "qkv" for s in rows(part, 0, published=True)]
+    return [
+        group("heads", heads, [*qkv_heads, out(1)], PUBLISHED_HEAD_DIVISOR),
+        group("qk_dim", qk, rows("q", 1, scored=True, published=True) + rows("k", 1), PUBLISHED_DIM_DIVISOR),
+        group("v_dim", v, [*rows("v", 1, published=True), out(2)], PUBLISHED_DIM_DIVISOR),
+    ]
+
+
+def _mlp_group(i: int, mlp: Mlp, multiple: int) -> Group:
+    name, hidden = f"blocks.{i}.mlp", mlp.fc1.out_features
+    slices = [Slice(f"{name}.fc1.weight", (hidden, mlp.fc1.in_features), 0, published=True)]
+    if mlp.fc1.bias is not None:
+        slices.append(Slice(f"{name}.fc1.bias", (hidden,), 0, published=True))
+    slices.append(Slice(f"{name}.fc2.weight", (mlp.fc2.out_features, hidden), 1, scored=True))
+    return Group(name, "mlp", hidden, multiple, tuple(slices), (i,))
+
+
+def groups(model: nn.Module, bundle_sizes: Mapping[str, int] = BUNDLE_SIZES) -> list[Group]:
+    """Every prunable width of a prepared model: `emb`, then `heads`, `qk_dim`, `v_dim` and `mlp` block by block."""
+    found = [_emb_group(model, bundle_sizes["emb"])]
+    for i, block in enumerate(model.blocks):
+        found += _attention_groups(i, block.attn, bundle_sizes)
+        found.append(_mlp_group(i, block.mlp, bundle_sizes["mlp"]))
+    return found
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    """Constructor arguments that rebuild a timm model, read off the model, so that ones built by hand work as well."""
+    block, embed = model.blocks[0], model.patch_embed
+    norm_like = next(m for m in (model.norm, model.fc_norm) if _is_norm(m))
+    config = {
+        "img_size": list(embed.img_size) if embed.img_size else None,
+        "patch_size": list(embed.patch_size),
+        "in_chans": embed.proj.in_channels,
+        "num_classes": model.num_classes,
+        "global_pool": model.global_pool,
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": block.attn.num_heads,
+        "mlp_ratio": block.mlp.fc1.out_features / model.embed_dim,
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "proj_bias": block.attn.proj.bias is not None,
+        "init_values": None if isinstance(block.ls1, nn.Identity) else 1.0,
+        "class_token": model.has_class_token,
+        "pos_embed": "none" if model.pos_embed is None else "learn",
+        "no_embed_class": model.no_embed_class,
+        "reg_tokens": model.num_reg_tokens,
+        "pre_norm": _is_norm(model.norm_pre),
+        "fc_norm": _is_norm(model.fc_norm),
+        "pool_include_prefix": model.pool_include_prefix,
+        "dynamic_img_size": model.dynamic_img_size,
+        "dynamic_img_pad": embed.dynamic_img_pad,
+        "act_layer": next(name for name, cls in ACTIVATIONS.items() if type(block.mlp.act) is cls),
+        "norm_eps": norm_like.eps,
+    }
+    return config
+
+
+def spec(model: nn.Module, blocks: Sequence[BlockWidths]) -> ViTSpec:
+    """The spec of a prepared model at these widths."""
+    data = resolve_data_config(model=model)
+    preprocess = {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__
+    return ViTSpec("timm_vit", type(model).__name__, model.dense_config, tuple(blocks), preprocess, name)
+
+
+def build(spec: ViTSpec) -> nn.Module:
+    """The prepared dense skeleton of `spec` on the meta device: structure without weights.
+
+    Raises:
+        ValueError: an architecture or constructor argument this version does not know.
+    """
+    if spec.architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture {spec.architecture!r} is unknown; expected one of {', '.join(ARCHITECTURES)}")
+    config = dict(spec.config)
+    eps = config.pop("norm_eps", 1e-6)
+    config["act_layer"] = ACTIVATIONS.get(config.get("act_layer"))
+    norm = partial(TimmLayerNorm, eps=eps)
+    try:
+        with torch.device("meta"):
+            model = ARCHITECTURES[spec.architecture](**config, norm_layer=norm)
+    except (TypeError, AssertionError) as e:
+        raise ValueError(f"its config does not build a {spec.architecture}: {e}") from None
+    preprocess = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.preprocess.items()}
+    model.pretrained_cfg = preprocess | {"architecture": spec.name, "num_classes": model.num_classes}
+    model.default_cfg = model.pretrained_cfg
+    return prepare(model)
+
+
+def resize(model: nn.Module, params: Mapping[str, Tensor], blocks: Sequence[BlockWidths]) -> nn.Module:
+    """Give a prepared model these parameters and widths, in place; what was masked away is gone afterwards."""
+    modules = dict(model.named_modules())
+    for name, tensor in params.items():
+        owner, _, leaf = name.rpartition(".")
+        trainable = getattr(modules[owner], leaf).requires_grad
+        setattr(modules[owner], leaf, nn.Parameter(tensor.detach(), requires_grad=trainable))
+        if isinstance(modules[owner], nn.Linear) and leaf == "weight":
+            modules[owner].out_features, modules[owner].in_features = tensor.shape
+    for block, widths in zip(model.blocks, blocks, strict=True):
+        block.attn.resize_(widths.heads, widths.qk_dim, widths.v_dim)
+    for layer in prunable_layers(model).values():
+        layer.keep_all_()
+    emb = blocks[0].emb
+    model.embed_dim = model.num_features = model.head_hidden_size = emb
+    model.patch_embed.proj.out_channels = emb
+    for info in model.feature_info:
+        info["num_chs"] = emb
+    return model
+
+
+def logits(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`(batch, classes)` from the class token and, of a distilled model, from the distillation token."""
+    if not isinstance(model, VisionTransformerDistilled):
+        return model(images), None
+    x = model.forward_features(images)
+    return model.head(model.head_drop(x[:, 0])), model.head_dist(model.head_drop(x[:, 1]))
+
+
+def tokens(model: nn.Module) -> int:
+    """Tokens in the residual stream at the model's own input size."""
+    return model.patch_embed.num_patches + model.num_prefix_tokens
+
+
+def part(model: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
+    """`attention` or `mlp` of the first block with its norm and residual, stream to stream; or the `rest`, images to
+    logits with no block in between."""
+    block = model.blocks[0]
+    if name == "attention":
+        return lambda x: x + block.ls1(block.attn(block.norm1(x)))
+    if name == "mlp":
+        return lambda x: x + block.ls2(block.mlp(block.norm2(x)))
+    model.blocks = nn.Sequential()
+    return model
+
+
+def rest_macs_per_channel(model: nn.Module) -> float:
+    """Multiply-accumulates an image outside the blocks, per channel of the stream: patch embedding and classifiers."""
+    conv = model.patch_embed.proj.weight[0].numel() * model.patch_embed.num_patches
+    heads = 2 if isinstance(model, VisionTransformerDistilled) else 1
+    return conv + heads * model.num_classes

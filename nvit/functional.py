@@ -1,0 +1,145 @@
+"""The mathematics of a pruned block on plain tensors; the only door through which fused kernels enter.
+
+Conventions. `x` is the residual stream `(batch, tokens, emb)`. An index (int64, ascending) names what is kept along
+one dimension of a weight; `None` means all of it. Masked weights keep their dense shape: each operation gathers the
+kept part and multiplies densely, so that its cost follows what is kept and its gradients are exactly zero elsewhere.
+The stream itself carries kept channels only, from `enter_stream` to the classifier.
+
+A tap, where one is given, is called as `tap(kind, activation)` on the activation where units of that kind leave the
+network and returns it unchanged; `nvit.saliency` uses it to read gate gradients in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Tap = Callable[[str, Tensor], Tensor]
+
+
+class _Take(torch.autograd.Function):
+    """`weight[rows][:, cols]`. Its backward fills one zeroed dense gradient, where two index_select would fill two."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
+        ctx.save_for_backward(rows, cols)
+        ctx.shape = weight.shape
+        part = weight if rows is None else weight.index_select(0, rows)
+        return part if cols is None else part.index_select(1, cols)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        rows, cols = ctx.saved_tensors
+        if cols is not None:
+            wide = grad.new_zeros(grad.shape[0], ctx.shape[1])
+            grad = wide.index_copy_(1, cols, grad)
+        if rows is not None:
+            grad = grad.new_zeros(ctx.shape).index_copy_(0, rows, grad)
+        return grad, None, None
+
+
+def take(weight: Tensor, rows: Tensor | None = None, cols: Tensor | None = None) -> Tensor:
+    """The kept part of a matrix `(out, in)` or, without `cols`, of a vector `(out,)`."""
+    if rows is None and cols is None:
+        return weight
+    if weight.dim() == 1:
+        return weight.index_select(0, rows)
+    return _Take.apply(weight, rows, cols)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None = None, cols: Tensor | None = None
+) -> Tensor:
+    """`F.linear` over kept outputs (`rows`) and kept inputs (`cols`): `(..., kept in) -> (..., kept out)`."""
+    return F.linear(x, take(weight, rows, cols), None if bias is None else take(bias, rows))
+
+
+def enter_stream(x: Tensor, emb: Tensor | None) -> Tensor:
+    """Tokens `(batch, tokens, dense emb)` from the host's embedding to the stream of kept channels."""
+    return x if emb is None else x.index_select(-1, emb)
+
+
+def kept_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, emb: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm whose statistics count kept channels only; `x` `(..., kept emb)`, `weight`, `bias` `(dense emb,)`."""
+    weight, bias = take(weight, emb), None if bias is None else take(bias, emb)
+    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+def layer_scale(x: Tensor, gamma: Tensor, emb: Tensor | None) -> Tensor:
+    """LayerScale: `x` `(..., kept emb)` times the kept part of `gamma` `(dense emb,)`."""
+    return x * take(gamma, emb)
+
+
+def attention(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    *,
+    heads: int,
+    qk_dim: int,
+    v_dim: int,
+    scale: float,
+    emb: Tensor | None = None,
+    qkv_rows: Tensor | None = None,
+    proj_cols: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    tap: Tap | None = None,
+) -> Tensor:
+    """Multi-head self-attention with separate query/key and value widths, over kept heads and dims.
+
+    Args:
+        x: `(batch, tokens, kept emb)`.
+        qkv_weight: `(heads·(2·qk + v), emb)` dense; rows are all queries, then keys, then values, head by head.
+        proj_weight: `(emb, heads·v)` dense.
+        heads, qk_dim, v_dim: how many are kept.
+        scale: of the logits; the dense model's, whatever is kept.
+        emb, qkv_rows, proj_cols: kept channels, kept rows of qkv, kept columns of proj.
+        attn_mask: additive or boolean, broadcastable to `(batch, heads, tokens, tokens)`.
+
+    Returns:
+        `(batch, tokens, kept emb)`.
+    """
+    batch, tokens, _ = x.shape
+    qkv = linear(x, qkv_weight, qkv_bias, qkv_rows, emb)
+    parts = qkv.split((heads * qk_dim, heads * qk_dim, heads * v_dim), dim=-1)
+    q, k, v = (p.view(batch, tokens, heads, -1).transpose(1, 2) for p in parts)
+    if tap is not None:
+        q = tap("qk_dim", q)
+    # The fused CPU kernel wants q, k and v of one width: zero columns add nothing to the logits or are cut off again.
+    wide = max(qk_dim, v_dim)
+    if qk_dim != v_dim and x.device.type == "cpu":
+        q, k, v = (F.pad(t, (0, wide - t.shape[-1])) if t.shape[-1] < wide else t for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, scale=scale)
+    out = out[..., :v_dim]
+    if tap is not None:
+        out = tap("v_dim", tap("heads", out))
+    out = out.transpose(1, 2).reshape(batch, tokens, heads * v_dim)
+    return linear(out, proj_weight, proj_bias, emb, proj_cols)
+
+
+def mlp(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    act: Callable[[Tensor], Tensor],
+    *,
+    emb: Tensor | None = None,
+    hidden: Tensor | None = None,
+    dropout: float = 0.0,
+    tap: Tap | None = None,
+) -> Tensor:
+    """fc1, activation, fc2 over kept hidden units: `(batch, tokens, kept emb)` to the same shape."""
+    h = act(linear(x, fc1_weight, fc1_bias, hidden, emb))
+    if dropout:
+        h = F.dropout(h, dropout)
+    if tap is not None:
+        h = tap("mlp", h)
+    return linear(h, fc2_weight, fc2_bias, emb, hidden)

@@ -1,0 +1,338 @@
+"""Latency as a table of widths, measured on the user's device; the only stopwatch in nvit.
+
+A model is the sum of its blocks' attention parts (emb, heads, qk_dim, v_dim), their MLP parts (emb, mlp) and the rest
+(embedding, final norm, classifier: emb). Each is measured on a grid and interpolated multilinearly, as the work itself
+is multilinear in the widths.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import scipy
+import torch
+from scipy.interpolate import RegularGridInterpolator
+from torch import Tensor, nn
+
+from . import adapters
+from .files import write_atomically
+from .masks import compact, full_masks, meta_copy, widths
+from .spec import BUNDLE_SIZES, KINDS, BlockWidths, ViTSpec
+
+PARTS = {"attention": ("emb", "heads", "qk_dim", "v_dim"), "mlp": ("emb", "mlp"), "rest": ("emb",)}
+"""The widths that the latency of each part depends on."""
+
+LEVELS = {"emb": 4, "heads": 3, "qk_dim": 3, "v_dim": 3, "mlp": 5}
+"""Grid points per width, dense and smallest included."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a latency was measured on; a table speaks for no other setting."""
+
+    device: str
+    dtype: str
+    batch_size: int
+    tokens: int
+    threads: int
+    versions: str
+
+
+def device_name(device: torch.device | str) -> str:
+    """The processor's or GPU's own name."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    models = [s for s in cpuinfo.read_text().splitlines() if s.startswith("model name")] if cpuinfo.exists() else []
+    return models[0].partition(":")[2].strip() if models else platform.processor() or platform.machine()
+
+
+def current_setting(device: torch.device | str, dtype: torch.dtype, batch_size: int, tokens: int) -> Setting:
+    threads = torch.get_num_threads() if torch.device(device).type == "cpu" else 0
+    return Setting(
+        device_name(device), str(dtype).removeprefix("torch."), batch_size, tokens, threads, f"torch {torch.__version__}"
+    )
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def time_each(calls: Sequence[Callable[[], object]], device: torch.device | str, seconds: float) -> list[float]:
+    """Median milliseconds of each call, all of them in turn, round after round, so that drift meets all alike.
+
+    The first round is a warm-up. At least one more follows, then as many as fit in `seconds`.
+    """
+    device = torch.device(device)
+    rounds: list[list[float]] = []
+    end = time.perf_counter() + seconds
+    while len(rounds) < 2 or time.perf_counter() < end:
+        row = []
+        for call in calls:
+            start = _now(device)
+            call()
+            row.append((_now(device) - start) * 1e3)
+        rounds.append(row)
+    return [statistics.median(column) for column in zip(*rounds[1:], strict=True)]
+
+
+@torch.inference_mode()
+def time_models(
+    models: Sequence[nn.Module], images: Tensor, seconds: float = 10.0
+) -> list[float]:
+    """Median milliseconds of a forward pass of each model on `images`, measured in turn."""
+    was = [m.training for m in models]
+    times = time_each([lambda m=m.eval(): m(images) for m in models], images.device, seconds)
+    for m, training in zip(models, was, strict=True):
+        m.train(training)
+    return times
+
+
+class _Grid:
+    """Values on a grid of widths, monotone along every axis, interpolated linearly between points."""
+
+    def __init__(self, axes: Mapping[str, Sequence[int]], values: np.ndarray) -> None:
+        self.axes, self.values = {k: [int(v) for v in a] for k, a in axes.items()}, np.asarray(values, dtype=float)
+        self.columns = [KINDS.index(kind) for kind in axes]
+        monotone = self.values
+        for d in range(monotone.ndim):
+            monotone = np.maximum.accumulate(monotone, axis=d)
+        # An axis with one point is constant there; the interpolator wants two.
+        points = [a if len(a) > 1 else [a[0], a[0] + 1] for a in self.axes.values()]
+        for d, a in enumerate(self.axes.values()):
+            monotone = monotone if len(a) > 1 else np.repeat(monotone, 2, axis=d)
+        self._at = RegularGridInterpolator(points, monotone, method="linear", bounds_error=True)
+
+    def __call__(self, widths: np.ndarray) -> np.ndarray:
+        try:
+            return self._at(widths[..., self.columns])
+        except ValueError:
+            for kind, column in zip(self.axes, self.columns, strict=True):
+                low, high = self.axes[kind][0], self.axes[kind][-1]
+                found = widths[..., column]
+                if found.min() < low or found.max() > high:
+                    raise ValueError(
+                        f"{kind} width {found.min()}..{found.max()} lies outside the latency table's {low}..{high}. "
+                        "Measure a table for this model and these bundle sizes."
+                    ) from None
+            raise
+
+
+class LatencyTable:
+    """Milliseconds by widths, for one setting.
+
+    Attributes:
+        setting: device, dtype, batch, tokens, threads and versions it was measured with; None for an analytic table.
+        dense: the blocks of the model it was made for.
+        dense_ms: their latency by this table.
+    """
+
+    def __init__(
+        self,
+        grids: Mapping[str, tuple[Mapping[str, Sequence[int]], np.ndarray]],
+        dense: Sequence[BlockWidths],
+        setting: Setting | None,
+    ) -> None:
+        self.setting, self.dense = setting, tuple(dense)
+        self._grids = {part: _Grid(*grids[part]) for part in PARTS}
+        self.dense_ms = self.model_ms(self.dense)
+
+    def block_ms(self, widths: np.ndarray) -> np.ndarray:
+        """Milliseconds of blocks with `widths` `(..., 5)` in the order of `KINDS`; returns `(...)`."""
+        return self._grids["attention"](widths) + self._grids["mlp"](widths)
+
+    def rest_ms(self, emb: np.ndarray) -> np.ndarray:
+        """Milliseconds of everything but the blocks, by stream width `(...)`."""
+        widths = np.zeros((*np.shape(emb), len(KINDS)), dtype=int)
+        widths[..., KINDS.index("emb")] = emb
+        return self._grids["rest"](widths)
+
+    def model_ms(self, blocks: Sequence[BlockWidths]) -> float:
+        """Milliseconds of a model with these blocks."""
+        widths = np.array([[getattr(b, kind) for kind in KINDS] for b in blocks])
+        return float(self.block_ms(widths).sum() + self.rest_ms(widths[:1, 0])[0])
+
+    def ratio(self, blocks: Sequence[BlockWidths]) -> float:
+        """Predicted latency of `blocks` as a fraction of the dense model's."""
+        return self.model_ms(blocks) / self.dense_ms
+
+    def check(self, setting: Setting, dense: Sequence[BlockWidths]) -> None:
+        """Raise ValueError where this table was measured for something else than `setting` and `dense`.
+
+        A different library version is let pass: it is named in the report.
+        """
+        if self.setting is not None:
+            for field in ("device", "dtype", "batch_size", "tokens", "threads"):
+                mine, theirs = getattr(self.setting, field), getattr(setting, field)
+                if mine != theirs:
+                    raise ValueError(
+                        f"latency table was measured with {field.replace('_', ' ')} {mine}, this run has {theirs}. "
+                        "Measure one here with `nvit latency`, or leave out the table to have it measured."
+                    )
+        if self.dense != tuple(dense):
+            raise ValueError(
+                f"latency table is for a model of {len(self.dense)} blocks, the first {self.dense[0]}; "
+                f"this model has {len(dense)}, the first {dense[0]}. Measure a table for this model."
+            )
+
+    def to_json(self) -> str:
+        grids = {p: {"axes": g.axes, "values": g.values.round(6).tolist()} for p, g in self._grids.items()}
+        setting = None if self.setting is None else asdict(self.setting)
+        dense = [asdict(b) for b in self.dense]
+        return json.dumps({"unit": "ms", "setting": setting, "dense": dense, "grids": grids}) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        write_atomically(Path(path), self.to_json().encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> LatencyTable:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: not a latency table.
+        """
+        try:
+            raw = json.loads(Path(path).read_text())
+            grids = {p: (g["axes"], np.array(g["values"])) for p, g in raw["grids"].items()}
+            setting = None if raw["setting"] is None else Setting(**raw["setting"])
+            return cls(grids, [BlockWidths(**b) for b in raw["dense"]], setting)
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"{path} is not a latency table ({type(e).__name__}: {e}); make one with `nvit latency`")
+
+    @classmethod
+    def analytic(cls, model: nn.Module, bundle_sizes: Mapping[str, int] = BUNDLE_SIZES) -> LatencyTable:
+        """A table of multiply-accumulates, 1 GMAC an image counted as 1 ms: for tests, and machines that are not here.
+
+        MACs are multilinear in the widths, so two points an axis make it exact.
+        """
+        adapter, skeleton, blocks = _skeleton(model)
+        tokens, fixed = adapter.tokens(skeleton), adapter.rest_macs_per_channel(skeleton)
+        axes = {kind: sorted({points[0], points[-1]}) for kind, points in _levels(blocks, bundle_sizes).items()}
+
+        def macs(part: str, emb: int, *w: int) -> float:
+            if part == "attention":
+                heads, qk, v = w
+                return tokens * heads * (emb * (2 * qk + v) + v * emb + tokens * (qk + v))
+            return tokens * 2 * emb * w[0] if part == "mlp" else fixed * emb
+
+        return cls(_tabulate(axes, lambda part, w: macs(part, *w) / 1e9), blocks, None)
+
+    @classmethod
+    def measure(
+        cls,
+        model: nn.Module,
+        batch_size: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | str = torch.float32,
+        *,
+        bundle_sizes: Mapping[str, int] = BUNDLE_SIZES,
+        seconds: float = 40.0,
+        cache: Path | None = None,
+    ) -> LatencyTable:
+        """Measure a table for `model` (dense or compact; unchanged) on this device, in about `seconds`.
+
+        Args:
+            dtype: parameters' and inputs', as `torch.bfloat16` or `"bfloat16"`.
+            cache: a folder; a table measured there for the same model shape and setting is used again.
+        """
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        device = torch.device(device)
+        adapter, skeleton, blocks = _skeleton(model)
+        setting = current_setting(device, dtype, batch_size, adapter.tokens(skeleton))
+        spec = adapter.spec(skeleton, blocks)
+        axes = _levels(blocks, bundle_sizes)
+        path = None if cache is None else cache / f"{_fingerprint(spec, setting, axes)}.json"
+        if path is not None and path.exists():
+            return cls.load(path)
+        table = cls(_measure_grids(adapter, spec, axes, setting, device, dtype, seconds), blocks, setting)
+        if path is not None:
+            table.save(path)
+        return table
+
+
+def default_cache() -> Path:
+    """Where measured tables are kept: `$NVIT_CACHE`, or `nvit` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("NVIT_CACHE") or Path(base) / "nvit") / "latency"
+
+
+def _skeleton(model: nn.Module):
+    """Adapter, weightless prepared copy and widths of a model that is left as it is."""
+    adapter = adapters.find(model)
+    skeleton = adapter.prepare(meta_copy(model))
+    groups = adapter.groups(skeleton)
+    return adapter, skeleton, widths(groups, full_masks(groups))
+
+
+def _levels(blocks: Sequence[BlockWidths], bundle_sizes: Mapping[str, int]) -> dict[str, list[int]]:
+    """Grid points per width: evenly from the smallest that pruning can leave to the largest block's, on bundles."""
+    axes = {}
+    for kind in KINDS:
+        most, g = max(getattr(b, kind) for b in blocks), bundle_sizes[kind]
+        least = min(g, *(getattr(b, kind) for b in blocks))
+        inner = [round(p / g) * g for p in np.linspace(least, most, LEVELS[kind])[1:-1]]
+        axes[kind] = sorted({least, most, *(p for p in inner if least < p < most)})
+    return axes
+
+
+def _tabulate(axes: Mapping[str, Sequence[int]], value: Callable[[str, tuple[int, ...]], float]):
+    grids = {}
+    for part, kinds in PARTS.items():
+        mine = {kind: axes[kind] for kind in kinds}
+        shape = tuple(len(a) for a in mine.values())
+        points = np.stack(np.meshgrid(*mine.values(), indexing="ij"), -1).reshape(-1, len(kinds))
+        grids[part] = (mine, np.array([value(part, tuple(int(v) for v in p)) for p in points]).reshape(shape))
+    return grids
+
+
+def _fingerprint(spec: ViTSpec, setting: Setting, axes: Mapping) -> str:
+    config = {k: v for k, v in spec.config.items() if k not in ("num_classes", "drop_rate")}
+    key = json.dumps([spec.family, spec.architecture, config, [asdict(b) for b in spec.blocks], asdict(setting), axes])
+    return hashlib.sha256(f"{key}{scipy.__version__}".encode()).hexdigest()[:16]
+
+
+def _narrow(adapter, spec: ViTSpec, widths: BlockWidths) -> nn.Module:
+    """A weightless model of one block with these widths."""
+    one = replace(spec, config={**spec.config, "depth": 1}, blocks=(widths,))
+    dense = adapter.build(one)
+    groups = adapter.groups(dense)
+    keep = {g.name: torch.arange(g.size) < getattr(widths, g.kind) for g in groups}
+    return compact(dense, groups, keep)
+
+
+@torch.inference_mode()
+def _measure_grids(adapter, spec, axes, setting, device, dtype, seconds):
+    """Time every grid point in turn. All of them share one buffer of weights, so that large models fit."""
+    dense = {kind: points[-1] for kind, points in axes.items()}
+    largest = max(p.numel() for p in _narrow(adapter, spec, BlockWidths(**dense)).parameters())
+    weights = torch.randn(largest, device=device, dtype=dtype).mul_(0.02)
+    stream = torch.randn(setting.batch_size * setting.tokens * dense["emb"], device=device, dtype=dtype)
+    size = spec.preprocess["input_size"]
+    images = torch.randn(setting.batch_size, *size, device=device, dtype=dtype)
+    calls, index = [], {}
+    for part, kinds in PARTS.items():
+        for point in np.stack(np.meshgrid(*(axes[k] for k in kinds), indexing="ij"), -1).reshape(-1, len(kinds)):
+            point = tuple(int(v) for v in point)
+            model = _narrow(adapter, spec, BlockWidths(**(dense | dict(zip(kinds, point, strict=True))))).eval()
+            adapter.resize(
+                model,
+                {n: weights[: p.numel()].view(p.shape) for n, p in model.named_parameters()},
+                [BlockWidths(**(dense | dict(zip(kinds, point, strict=True))))],
+            )
+            x = stream[: setting.batch_size * setting.tokens * point[0]].view(setting.batch_size, -1, point[0])
+            run = adapter.part(model, part)
+            index[part, point] = len(calls)
+            calls.append(lambda run=run, x=images if part == "rest" else x: run(x))
+    times = time_each(calls, device, seconds)
+    return _tabulate(axes, lambda part, point: times[index[part, point]])

@@ -1,0 +1,137 @@
+"""Masks (a keep per group), the same choice weight by weight, and what follows from it: zeros or cut tensors."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import adapters
+from .modules import keep_
+from .spec import BlockWidths, Group, Slice, block_widths
+
+Masks = dict[str, Tensor]
+"""Group name -> bool `(group.size,)`, True stays."""
+
+WeightMasks = dict[str, tuple[Tensor | None, ...]]
+"""Parameter name -> for each dimension a bool vector of what stays, None where all of it does."""
+
+
+def full_masks(groups: Sequence[Group]) -> Masks:
+    """Masks that keep everything."""
+    return {g.name: torch.ones(g.size, dtype=torch.bool) for g in groups}
+
+
+def check_masks(groups: Sequence[Group], masks: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless `masks` fits this model and leaves something of every group."""
+    for g in groups:
+        keep = masks.get(g.name)
+        if keep is None:
+            raise ValueError(f"{g.name}: no mask for this group; found masks for {len(masks)} groups of {len(groups)}")
+        if keep.numel() != g.size:
+            raise ValueError(
+                f"{g.name}: mask has {keep.numel()} entries but this model has {g.size} units there. "
+                "A mask fits only the model it was made for; compare the two runs' spec.json."
+            )
+        if not bool(keep.any()):
+            raise ValueError(f"{g.name}: mask keeps nothing; at least one unit of every group must stay")
+
+
+def kept_counts(masks: Mapping[str, Tensor]) -> dict[str, int]:
+    return {name: int(keep.sum()) for name, keep in masks.items()}
+
+
+def widths(groups: Sequence[Group], masks: Mapping[str, Tensor]) -> tuple[BlockWidths, ...]:
+    """Widths of every block under these masks."""
+    return block_widths(groups, kept_counts(masks))
+
+
+def _spread(s: Slice, shape: Sequence[int], keep: Tensor) -> tuple[int, Tensor]:
+    """The parameter dimension a slice's axis lies in, and `keep` repeated over that dimension."""
+    sizes = list(shape)
+    if s.rows is not None:
+        sizes[0] = s.rows[1] - s.rows[0]
+    stop = 0
+    for dim, size in enumerate(sizes):
+        start, stop = stop, stop + 1
+        while math.prod(s.view[start:stop]) < size:
+            stop += 1
+        assert math.prod(s.view[start:stop]) == size, f"{s.name}: view {s.view} does not split {tuple(sizes)}"
+        if s.axis < stop:
+            break
+    factors = s.view[start:stop]
+    ones = [1] * len(factors)
+    ones[s.axis - start] = -1
+    return dim, keep.view(ones).expand(factors).flatten()
+
+
+def weight_masks(
+    params: Mapping[str, Tensor], groups: Sequence[Group], masks: Mapping[str, Tensor]
+) -> WeightMasks:
+    """The choice of `masks`, weight by weight. Groups that share a parameter intersect: each keeps a part of it.
+
+    Parameters that nothing was pruned from are absent.
+    """
+    found: dict[str, list[Tensor | None]] = {}
+    for g in groups:
+        keep = masks[g.name]
+        if bool(keep.all()):
+            continue
+        for s in g.slices:
+            shape = params[s.name].shape
+            dims = found.setdefault(s.name, [None] * len(shape))
+            dim, part = _spread(s, shape, keep)
+            if s.rows is not None and s.rows != (0, shape[0]) and dim == 0:
+                part, whole = torch.ones(shape[0], dtype=torch.bool), part
+                part[s.rows[0] : s.rows[1]] = whole
+            dims[dim] = part if dims[dim] is None else dims[dim] & part
+    return {name: tuple(dims) for name, dims in found.items()}
+
+
+@torch.no_grad()
+def project_(params: Mapping[str, Tensor], weights: WeightMasks) -> None:
+    """Zero what was pruned, in place."""
+    for name, dims in weights.items():
+        for dim, keep in enumerate(dims):
+            if keep is not None:
+                params[name].index_fill_(dim, (~keep).nonzero().squeeze(1).to(params[name].device), 0)
+
+
+def cut(params: Mapping[str, Tensor], weights: WeightMasks) -> dict[str, Tensor]:
+    """Copies of the parameters without what was pruned: shapes shrink."""
+    out = {}
+    for name, p in params.items():
+        t = p.detach()
+        for dim, keep in enumerate(weights.get(name, ())):
+            if keep is not None:
+                t = t.index_select(dim, keep.nonzero().squeeze(1).to(t.device))
+        out[name] = t.clone() if t.data_ptr() == p.data_ptr() else t.contiguous()
+    return out
+
+
+def apply_(model: nn.Module, groups: Sequence[Group], masks: Mapping[str, Tensor]) -> WeightMasks:
+    """Mask a prepared model in place: layers compute over kept units, pruned weights become zero."""
+    check_masks(groups, masks)
+    params = dict(model.named_parameters())
+    weights = weight_masks(params, groups, masks)
+    project_(params, weights)
+    keep_(model, masks)
+    return weights
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model whose parameters are on the meta device: its structure, no memory."""
+    memo = {id(p): nn.Parameter(p.to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, memo=memo)
+
+
+def compact(model: nn.Module, groups: Sequence[Group], masks: Mapping[str, Tensor]) -> nn.Module:
+    """A narrower copy of a prepared model that computes what the masked one does."""
+    check_masks(groups, masks)
+    params = dict(model.named_parameters())
+    weights = cut(params, weight_masks(params, groups, masks))
+    twin = meta_copy(model)
+    return adapters.find(twin).resize(twin, weights, widths(groups, masks))

@@ -1,0 +1,147 @@
+"""A compact model on disk (`spec.json`, `weights.safetensors`, `metrics.json`) and the state of a run. No pickle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from . import adapters
+from .files import write_atomically
+from .masks import cut, full_masks, weight_masks, widths
+from .spec import ViTSpec
+
+SPEC, WEIGHTS, METRICS = "spec.json", "weights.safetensors", "metrics.json"
+
+
+def spec_of(model: nn.Module) -> ViTSpec:
+    """The spec of a prepared model as it stands: dense or compact, not masked."""
+    adapter = adapters.find(model)
+    groups = adapter.groups(model)
+    return adapter.spec(model, widths(groups, full_masks(groups)))
+
+
+def save(path: str | Path, model: nn.Module, metrics: Mapping[str, Any] | None = None) -> Path:
+    """Write a compact model as a snapshot folder. The folder appears whole or not at all.
+
+    Args:
+        path: the folder; an older snapshot there is replaced.
+        model: a prepared model (see `nvit.prune`), dense or compact.
+        metrics: plain values for `metrics.json`.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+        ValueError: `path` exists and is no snapshot.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and ((path / SPEC).exists() or not any(path.iterdir()))):
+        raise ValueError(f"{path} exists and is not a snapshot; choose another folder")
+    part = path.with_name(f".{path.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+        write_atomically(part / WEIGHTS, lambda file: save_file(state, file))
+        write_atomically(part / METRICS, (json.dumps(dict(metrics or {}), indent=2) + "\n").encode())
+        write_atomically(part / SPEC, spec_of(model).to_json().encode())
+        shutil.rmtree(path, ignore_errors=True)
+        part.replace(path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return path
+
+
+def is_snapshot(path: str | Path) -> bool:
+    return (Path(path) / SPEC).exists()
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
+    """The compact model of a snapshot folder, in eval mode, ready for inference.
+
+    Raises:
+        ValueError: a file is missing, damaged, or does not fit the others; one line that names it.
+    """
+    path = Path(path)
+    for name in (SPEC, WEIGHTS):
+        if not (path / name).is_file():
+            found = sorted(p.name for p in path.iterdir()) if path.is_dir() else "no such folder"
+            raise ValueError(f"{path} is not a snapshot: {name} is missing (found {found})")
+    try:
+        spec = ViTSpec.from_json((path / SPEC).read_text())
+        model, shapes = _skeleton(spec)
+    except (ValueError, UnicodeDecodeError, TypeError, KeyError) as e:
+        raise ValueError(f"{path / SPEC} is damaged or from another version: {e}") from None
+    try:
+        weights = load_file(path / WEIGHTS, device=str(device))
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path / WEIGHTS} is damaged: {e}") from None
+    _check(path, shapes, weights)
+    adapter = adapters.FAMILIES[spec.family]
+    adapter.resize(model, weights, spec.blocks)
+    return model.eval()
+
+
+def _skeleton(spec: ViTSpec) -> tuple[nn.Module, dict[str, torch.Size]]:
+    """The dense meta model of a spec, and the shapes its parameters have after the cut."""
+    if spec.family not in adapters.FAMILIES:
+        raise ValueError(f"family {spec.family!r} is unknown; this version knows {', '.join(adapters.FAMILIES)}")
+    adapter = adapters.FAMILIES[spec.family]
+    model = adapter.build(spec)
+    groups = adapter.groups(model)
+    if len(spec.blocks) != len(model.blocks):
+        raise ValueError(f"it lists {len(spec.blocks)} blocks for a model of {len(model.blocks)}")
+    masks = {}
+    for g in groups:
+        found = {getattr(spec.blocks[b], g.kind) for b in g.blocks}
+        if len(found) > 1 or max(found) > g.size:
+            raise ValueError(f"{g.name} has widths {sorted(found)}; one width of at most {g.size} was expected")
+        masks[g.name] = torch.arange(g.size) < found.pop()
+    params = dict(model.named_parameters())
+    return model, {n: t.shape for n, t in cut(params, weight_masks(params, groups, masks)).items()}
+
+
+def _check(path: Path, shapes: Mapping[str, torch.Size], weights: Mapping[str, Tensor]) -> None:
+    missing, unknown = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"{path / WEIGHTS} does not fit {SPEC}: "
+            + "; ".join(f"{what} {names[:3]}" for what, names in (("missing", missing), ("unknown", unknown)) if names)
+        )
+    for name, shape in shapes.items():
+        if weights[name].shape != shape:
+            raise ValueError(
+                f"{path / WEIGHTS} does not fit {SPEC}: {name} is {tuple(weights[name].shape)}, expected {tuple(shape)}"
+            )
+
+
+def save_run_state(path: str | Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    """Write all that a run needs to go on, as one file that is either the old state or the new one.
+
+    Args:
+        tensors: by name.
+        values: plain JSON values.
+    """
+    flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    header = {"values": json.dumps(values)}
+    write_atomically(Path(path), lambda file: save_file(flat, file, metadata=header))
+
+
+def load_run_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_run_state` wrote.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as f:
+            values = json.loads((f.metadata() or {})["values"])
+            return {name: f.get_tensor(name) for name in f.keys()}, values
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as e:
+        raise ValueError(f"{path} is not a run state ({e}); start the run without --resume") from None

@@ -1,0 +1,136 @@
+"""What can be pruned and what was kept, as frozen data: slices, groups, block widths, the spec of a compact model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+KINDS = ("emb", "heads", "qk_dim", "v_dim", "mlp")
+"""The five prunable widths, in the order in which tables and width arrays hold them."""
+
+BUNDLE_SIZES: Mapping[str, int] = {"emb": 16, "heads": 2, "qk_dim": 8, "v_dim": 8, "mlp": 16}
+"""Units that leave in one move, so that every remaining projection has sides divisible by 16."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The part of one parameter in which a group's units live.
+
+    `rows` picks a span of dimension 0 (the query third of a fused qkv weight, say); what it picks is then seen as
+    `view`, whose dimension `axis` counts the group's units. `view` splits dimensions and never joins them, so that a
+    unit is always a set of whole indices of one dimension of the parameter.
+
+    Attributes:
+        scored: the saliency `hessian` sums over this slice: the gate sits where the unit leaves the network.
+        published: the saliency of the published runs sums over this slice (criterion `nvit`).
+    """
+
+    name: str
+    view: tuple[int, ...]
+    axis: int
+    rows: tuple[int, int] | None = None
+    scored: bool = False
+    published: bool = False
+
+    def of(self, tensor):
+        """`tensor` (the parameter or its gradient) cut to `rows` and seen as `view`; a view where strides allow."""
+        part = tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
+        return part.reshape(self.view)
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prunable width at one place, as `blocks.0.mlp`, with every slice that shrinks when one of its units leaves.
+
+    Attributes:
+        kind: one of `KINDS`.
+        size: number of units.
+        multiple: units that leave in one move (a bundle).
+        blocks: the blocks whose width this is: all of a residual stream for `emb`, one otherwise.
+        divisor: what the published runs divide the gate gradient by before squaring, to make kinds comparable.
+    """
+
+    name: str
+    kind: str
+    size: int
+    multiple: int
+    slices: tuple[Slice, ...]
+    blocks: tuple[int, ...]
+    divisor: float = 1.0
+
+    @property
+    def scored_slices(self) -> tuple[Slice, ...]:
+        return tuple(s for s in self.slices if s.scored)
+
+    @property
+    def published_slices(self) -> tuple[Slice, ...]:
+        return tuple(s for s in self.slices if s.published)
+
+
+@dataclass(frozen=True)
+class BlockWidths:
+    """The five widths of one block; `qk_dim` and `v_dim` are per head."""
+
+    emb: int
+    heads: int
+    qk_dim: int
+    v_dim: int
+    mlp: int
+
+
+def block_widths(groups: Sequence[Group], counts: Mapping[str, int]) -> tuple[BlockWidths, ...]:
+    """Widths of every block when `counts[group.name]` units of each group are kept."""
+    blocks: dict[int, dict[str, int]] = {}
+    for g in groups:
+        for b in g.blocks:
+            blocks.setdefault(b, {})[g.kind] = counts[g.name]
+    return tuple(BlockWidths(**blocks[b]) for b in sorted(blocks))
+
+
+@dataclass(frozen=True)
+class ViTSpec:
+    """Everything needed to rebuild a compact model without its training code, except the weights.
+
+    Attributes:
+        family: the adapter that built it, as `timm_vit`.
+        architecture: the host's class, as `VisionTransformer`.
+        config: constructor arguments of the *dense* host; attention keeps the dense model's logit scale.
+        blocks: widths of each block, which replace the dense ones.
+        preprocess: input size, mean, std, crop and interpolation, as timm's data config names them.
+        name: the model's name in its library, for people.
+    """
+
+    family: str
+    architecture: str
+    config: Mapping[str, Any]
+    blocks: tuple[BlockWidths, ...]
+    preprocess: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> ViTSpec:
+        """Parse what `to_json` wrote.
+
+        Raises:
+            ValueError: not JSON, a field missing or unknown, or a width that is no positive integer.
+        """
+        try:
+            raw = json.loads(text)
+        except json.JSONDecodeError as e:
+            raise ValueError(f"not valid JSON ({e.msg} at line {e.lineno})") from None
+        names = {f.name for f in dataclasses.fields(cls)}
+        if not isinstance(raw, dict) or set(raw) != names:
+            found = ", ".join(sorted(raw)) if isinstance(raw, dict) else type(raw).__name__
+            raise ValueError(f"has the fields {found}; expected {', '.join(sorted(names))}")
+        widths = {f.name for f in dataclasses.fields(BlockWidths)}
+        for i, b in enumerate(raw["blocks"]):
+            if set(b) != widths or not all(isinstance(v, int) and v > 0 for v in b.values()):
+                raise ValueError(f"block {i} has widths {b}; expected positive integers for {', '.join(KINDS)}")
+        blocks = tuple(BlockWidths(**b) for b in raw.pop("blocks"))
+        return cls(blocks=blocks, **raw)
