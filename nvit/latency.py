@@ -59,7 +59,12 @@ def device_name(device: torch.device | str) -> str:
 def current_setting(device: torch.device | str, dtype: torch.dtype, batch_size: int, tokens: int) -> Setting:
     threads = torch.get_num_threads() if torch.device(device).type == "cpu" else 0
     return Setting(
-        device_name(device), str(dtype).removeprefix("torch."), batch_size, tokens, threads, f"torch {torch.__version__}"
+        device_name(device),
+        str(dtype).removeprefix("torch."),
+        batch_size,
+        tokens,
+        threads,
+        f"torch {torch.__version__}",
     )
 
 
@@ -88,9 +93,7 @@ def time_each(calls: Sequence[Callable[[], object]], device: torch.device | str,
 
 
 @torch.inference_mode()
-def time_models(
-    models: Sequence[nn.Module], images: Tensor, seconds: float = 10.0
-) -> list[float]:
+def time_models(models: Sequence[nn.Module], images: Tensor, seconds: float = 10.0) -> list[float]:
     """Median milliseconds of a forward pass of each model on `images`, measured in turn."""
     was = [m.training for m in models]
     times = time_each([lambda m=m.eval(): m(images) for m in models], images.device, seconds)

@@ -68,9 +68,7 @@ def _spread(s: Slice, shape: Sequence[int], keep: Tensor) -> tuple[int, Tensor]:
     return dim, keep.view(ones).expand(factors).flatten()
 
 
-def weight_masks(
-    params: Mapping[str, Tensor], groups: Sequence[Group], masks: Mapping[str, Tensor]
-) -> WeightMasks:
+def weight_masks(params: Mapping[str, Tensor], groups: Sequence[Group], masks: Mapping[str, Tensor]) -> WeightMasks:
     """The choice of `masks`, weight by weight. Groups that share a parameter intersect: each keeps a part of it.
 
     Parameters that nothing was pruned from are absent.

@@ -88,6 +88,15 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
     return model.eval()
 
 
+def load_metrics(path: str | Path) -> dict[str, Any]:
+    """The plain values a snapshot was saved with; empty where there are none."""
+    file = Path(path) / METRICS
+    try:
+        return json.loads(file.read_text()) if file.exists() else {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{file} is damaged: {e}") from None
+
+
 def _skeleton(spec: ViTSpec) -> tuple[nn.Module, dict[str, torch.Size]]:
     """The dense meta model of a spec, and the shapes its parameters have after the cut."""
     if spec.family not in adapters.FAMILIES:

@@ -1,0 +1,264 @@
+"""One frozen dataclass per command: name = TOML key = flag, annotation = help text."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
+
+from .spec import BUNDLE_SIZES, KINDS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DIGITS = "digits"
+"""Names the bundled model and the bundled data."""
+
+CriterionName = Literal["hessian", "nvit", "abs", "taylor", "magnitude", "random"]
+
+
+def _help(text: str, **kwargs):
+    return arg(help=text, **kwargs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How weights are trained, in pruning as in finetuning: the published recipe unless said otherwise."""
+
+    batch_size: Annotated[int, _help("images a step")] = 64
+    optimizer: Annotated[str, _help("as timm's create_optimizer_v2 names it")] = "adamw"
+    weight_decay: Annotated[float, _help("not applied to biases and norms")] = 0.05
+    grad_clip: Annotated[float, _help("largest gradient norm; 0 for none")] = 0.0
+    amp: Annotated[Literal["no", "bf16", "fp16"], _help("mixed precision")] = "no"
+    train_mode: Annotated[bool, _help("dropout and drop path while training (the published runs have neither)")] = False
+    distill_weight: Annotated[float, _help("alpha of L = alpha L_full + L_CNN; 0 needs no unpruned teacher")] = 100.0
+    distill_tau: Annotated[float, _help("temperature of L_full")] = 3.0
+    cnn_teacher: Annotated[str, _help("a timm model for hard labels, as regnety_160.deit_in1k; none if empty")] = ""
+    cnn_weight: Annotated[float, _help("share of the CNN teacher's labels in L_CNN, the rest is the true label's")] = (
+        0.5
+    )
+    label_smoothing: Annotated[float, _help("of the true labels")] = 0.0
+    auto_augment: Annotated[str, _help("timm policy, as rand-m9-mstd0.5-inc1; none if empty")] = ""
+    color_jitter: Annotated[float, _help("strength")] = 0.0
+    erasing: Annotated[float, _help("probability of random erasing")] = 0.0
+    mixup: Annotated[float, _help("mixup alpha")] = 0.0
+    cutmix: Annotated[float, _help("cutmix alpha")] = 0.0
+    repeats: Annotated[int, _help("times an image comes in an epoch, each augmented anew")] = 1
+    ema: Annotated[float, _help("decay of the weights' moving average; 0 for none")] = 0.0
+    seed: Annotated[int, _help("of data order, augmentation and drawn labels")] = 0
+    save_every: Annotated[float, _help("seconds between run states on disk")] = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig(TrainingConfig):
+    """Prune a vision transformer to one or several latency targets."""
+
+    latency_target: Annotated[
+        tuple[float, ...], _help("fractions of the dense latency, in (0, 1); a snapshot at each")
+    ] = (0.5,)
+    criterion: Annotated[CriterionName, _help("what saliency is")] = "hessian"
+    train: Annotated[bool, _help("train between decisions; --no-train scores frozen weights and decides once")] = True
+    lr: Annotated[float, _help("while pruning, at batch 512, scaled linearly")] = 1e-4
+    interval: Annotated[int, _help("steps between two decisions")] = 100
+    bundles_per_step: Annotated[int, _help("bundles removed at a decision")] = 2
+    latency_weight: Annotated[
+        float, _help("eta in `score = saliency - eta * latency saved`, loss² per dense latency (training only)")
+    ] = 4.85e-4
+    momentum: Annotated[float, _help("of the saliency's running mean, while training")] = 0.9
+    score_batches: Annotated[int, _help("batches scored with --no-train; 0 for one pass over the data")] = 0
+    rounds: Annotated[int, _help("with --no-train: score and prune in so many equal steps of latency")] = 1
+    labels: Annotated[
+        Literal["true", "sampled"], _help("one-shot scores use the data's labels or ones drawn from the model")
+    ] = "true"
+    only: Annotated[tuple[str, ...], _help(f"kinds to prune, of {', '.join(KINDS)}; all if empty")] = ()
+    freeze: Annotated[tuple[str, ...], _help("groups to leave alone, as 'blocks.0.*'")] = ()
+    bundle_emb: Annotated[int, _help("channels of the stream that leave together")] = BUNDLE_SIZES["emb"]
+    bundle_heads: Annotated[int, _help("heads that leave together")] = BUNDLE_SIZES["heads"]
+    bundle_qk: Annotated[int, _help("query/key dims that leave together")] = BUNDLE_SIZES["qk_dim"]
+    bundle_v: Annotated[int, _help("value dims that leave together")] = BUNDLE_SIZES["v_dim"]
+    bundle_mlp: Annotated[int, _help("hidden units that leave together")] = BUNDLE_SIZES["mlp"]
+    finetune_epochs: Annotated[float, _help("epochs of finetuning of each snapshot; 0 for none")] = 0.0
+    finetune_lr: Annotated[float, _help("at batch 512, scaled linearly, cosine to min_lr")] = 2e-4
+    min_lr: Annotated[float, _help("where the finetuning schedule ends, at batch 512")] = 1e-5
+    finetune_tau: Annotated[float, _help("temperature of L_full while finetuning")] = 20.0
+
+    def __post_init__(self) -> None:
+        if not self.latency_target:
+            raise ValueError("latency_target is empty; give at least one fraction, as 0.5")
+        for t in self.latency_target:
+            if not 0 < t < 1:
+                raise ValueError(f"latency_target {t:g} is not in (0, 1); it is a fraction of the dense latency")
+        unknown = [k for k in self.only if k not in KINDS]
+        if unknown:
+            raise ValueError(
+                f"only: unknown kind {unknown[0]!r}{_nearest(unknown[0], KINDS)}; kinds: {', '.join(KINDS)}"
+            )
+        positive = ("batch_size", "interval", "bundles_per_step", "rounds", "repeats")
+        for name in (*positive, "bundle_emb", "bundle_heads", "bundle_qk", "bundle_v", "bundle_mlp"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def bundle_sizes(self) -> dict[str, int]:
+        sizes = (self.bundle_emb, self.bundle_heads, self.bundle_qk, self.bundle_v, self.bundle_mlp)
+        return dict(zip(KINDS, sizes, strict=True))
+
+    def finetuning(self) -> FinetuneConfig:
+        """The finetuning part of this recipe."""
+        shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainingConfig)}
+        shared |= {"epochs": self.finetune_epochs, "lr": self.finetune_lr, "min_lr": self.min_lr}
+        return FinetuneConfig(**(shared | {"distill_tau": self.finetune_tau}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainingConfig):
+    """Train a compact model with the same objective."""
+
+    epochs: Annotated[float, _help("passes over the data")] = 300.0
+    lr: Annotated[float, _help("at batch 512, scaled linearly")] = 2e-4
+    min_lr: Annotated[float, _help("where the cosine ends, at batch 512")] = 1e-5
+    warmup_epochs: Annotated[float, _help("of linear warm-up")] = 0.0
+    distill_tau: Annotated[float, _help("temperature of L_full")] = 20.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """Which model, on which device."""
+
+    checkpoint: Annotated[str, _help("weights for a timm model: a .safetensors or .pth file")] = ""
+    pretrained: Annotated[bool, _help("load timm's pretrained weights when there is no checkpoint")] = True
+    num_classes: Annotated[int, _help("of a timm model without weights; 0 keeps the model's own")] = 0
+    device: Annotated[str, _help("cpu, cuda, cuda:1; the GPU if there is one when empty")] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFlags:
+    """Which images."""
+
+    data: Annotated[
+        str, _help("training images: a folder of class folders, with or without train/, or torch/cifar10[:FOLDER]")
+    ] = ""
+    eval_data: Annotated[str, _help("evaluation images; val/ of --data when empty")] = ""
+    class_map: Annotated[str, _help("file with a class folder's name a line, in index order")] = ""
+    resize: Annotated[bool, _help("resize before the centre crop; --no-resize for images that are small already")] = (
+        True
+    )
+    eval_images: Annotated[int, _help("evaluate on the first so many; 0 for all")] = 0
+    workers: Annotated[int, _help("data loading processes")] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyFlags:
+    """How latency is predicted and measured."""
+
+    table: Annotated[str, _help("a latency table file, or `analytic`; measured on this device when empty")] = ""
+    latency_batch: Annotated[int, _help("images a batch while latency is measured")] = 64
+    latency_seconds: Annotated[float, _help("time for measuring a table")] = 40.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneCommand(LatencyFlags, DataFlags, ModelFlags, PruneConfig):
+    """Prune a vision transformer to a latency target. Without arguments: the bundled ViT on the bundled digits."""
+
+    model: Annotated[str, _help("a timm name or a snapshot folder")] = DIGITS
+    out: Annotated[str, _help("folder for snapshots, table, history and result.json")] = "nvit-run"
+    resume: Annotated[bool, _help("go on where an interrupted run in --out stopped")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneCommand(DataFlags, ModelFlags, FinetuneConfig):
+    """Finetune a compact model; with --scratch, train a new one."""
+
+    out: Annotated[str, _help("folder for the snapshot and result.json")] = "nvit-finetuned"
+    teacher: Annotated[str, _help("the unpruned model for L_full: a timm name or a snapshot folder; none if empty")] = (
+        ""
+    )
+    teacher_checkpoint: Annotated[str, _help("its weights")] = ""
+    scratch: Annotated[bool, _help("start from random weights")] = False
+    resume: Annotated[bool, _help("go on where an interrupted run in --out stopped")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateCommand(DataFlags, ModelFlags):
+    """Top-1 and top-5 accuracy, and images per second."""
+
+    batch_size: Annotated[int, _help("images a batch")] = 64
+    amp: Annotated[Literal["no", "bf16", "fp16"], _help("mixed precision")] = "no"
+    out: Annotated[str, _help("folder for result.json; none if empty")] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareCommand(LatencyFlags, DataFlags, ModelFlags):
+    """Parameters, MACs, latency, memory and accuracy of several models, side by side; the first is the reference."""
+
+    batch_size: Annotated[int, _help("images a batch while evaluating")] = 64
+    seconds: Annotated[float, _help("time for measuring latency, all models in turn")] = 20.0
+    out: Annotated[str, _help("folder for result.json and compare.csv; none if empty")] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyCommand(ModelFlags):
+    """Measure a latency table, or show one."""
+
+    model: Annotated[str, _help("a timm name or a snapshot folder")] = DIGITS
+    table: Annotated[str, _help("show this table instead of measuring; or `analytic`")] = ""
+    latency_batch: Annotated[int, _help("images a batch")] = 64
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], _help("of weights and images")] = "float32"
+    latency_seconds: Annotated[float, _help("time for measuring")] = 40.0
+    out: Annotated[str, _help("folder for latency_table.json and result.json; none if empty")] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WidthsCommand:
+    """Widths of every block of one or several snapshots, as a CSV and a figure (the paper's Fig. 4)."""
+
+    out: Annotated[str, _help("folder for widths.csv, widths.png and result.json")] = "nvit-widths"
+
+
+def _nearest(name: str, known) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def from_toml(cls: type, path: str | Path) -> Any:
+    """A command's dataclass from a recipe.
+
+    Raises:
+        ValueError: no such file, not TOML, an unknown key (names the nearest known one), or a value of a wrong type.
+    """
+    try:
+        raw = tomllib.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"recipe {path} does not exist") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as e:
+        raise ValueError(f"recipe {path} is not valid TOML: {e}") from None
+    return from_dict(cls, {key.replace("-", "_"): value for key, value in raw.items()}, str(path))
+
+
+def from_dict(cls: type, raw: Mapping[str, Any], source: str) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    values = {}
+    for key, value in raw.items():
+        if key not in fields:
+            raise ValueError(f"{source}: unknown key {key!r}{_nearest(key, fields)}")
+        values[key] = _typed(source, key, value, fields[key].default)
+    return cls(**values)
+
+
+def _typed(source: str, key: str, value: Any, default: Any) -> Any:
+    """`value` as the type of the field's default; TOML knows no tuples, and writes whole floats as integers."""
+    if isinstance(default, tuple):
+        value = tuple(value) if isinstance(value, list) else (value,)
+    elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not type(default):
+        raise ValueError(f"{source}: {key} is {value!r}, expected {type(default).__name__} as {default!r}")
+    return value
