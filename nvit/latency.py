@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,7 @@ def time_each(calls: Sequence[Callable[[], object]], device: torch.device | str,
 def time_models(models: Sequence[nn.Module], images: Tensor, seconds: float = 10.0) -> list[float]:
     """Median milliseconds of a forward pass of each model on `images`, measured in turn."""
     was = [m.training for m in models]
-    times = time_each([lambda m=m.eval(): m(images) for m in models], images.device, seconds)
+    times = time_each([partial(m.eval(), images) for m in models], images.device, seconds)
     for m, training in zip(models, was, strict=True):
         m.train(training)
     return times
@@ -211,7 +212,8 @@ class LatencyTable:
             setting = None if raw["setting"] is None else Setting(**raw["setting"])
             return cls(grids, [BlockWidths(**b) for b in raw["dense"]], setting)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as e:
-            raise ValueError(f"{path} is not a latency table ({type(e).__name__}: {e}); make one with `nvit latency`")
+            reason = f"{type(e).__name__}: {e}"
+            raise ValueError(f"{path} is not a latency table ({reason}); make one with `nvit latency`") from None
 
     @classmethod
     def analytic(cls, model: nn.Module, bundle_sizes: Mapping[str, int] = BUNDLE_SIZES) -> LatencyTable:
@@ -336,6 +338,6 @@ def _measure_grids(adapter, spec, axes, setting, device, dtype, seconds):
             x = stream[: setting.batch_size * setting.tokens * point[0]].view(setting.batch_size, -1, point[0])
             run = adapter.part(model, part)
             index[part, point] = len(calls)
-            calls.append(lambda run=run, x=images if part == "rest" else x: run(x))
+            calls.append(partial(run, images if part == "rest" else x))
     times = time_each(calls, device, seconds)
     return _tabulate(axes, lambda part, point: times[index[part, point]])

@@ -54,14 +54,12 @@ def _spread(s: Slice, shape: Sequence[int], keep: Tensor) -> tuple[int, Tensor]:
     sizes = list(shape)
     if s.rows is not None:
         sizes[0] = s.rows[1] - s.rows[0]
-    stop = 0
-    for dim, size in enumerate(sizes):
-        start, stop = stop, stop + 1
-        while math.prod(s.view[start:stop]) < size:
+    dim = stop = -1
+    while s.axis >= stop:
+        dim, start, stop = dim + 1, max(stop, 0), max(stop, 0) + 1
+        while math.prod(s.view[start:stop]) < sizes[dim]:
             stop += 1
-        assert math.prod(s.view[start:stop]) == size, f"{s.name}: view {s.view} does not split {tuple(sizes)}"
-        if s.axis < stop:
-            break
+        assert math.prod(s.view[start:stop]) == sizes[dim], f"{s.name}: view {s.view} does not split {tuple(sizes)}"
     factors = s.view[start:stop]
     ones = [1] * len(factors)
     ones[s.axis - start] = -1

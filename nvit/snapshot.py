@@ -151,6 +151,6 @@ def load_run_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     try:
         with safe_open(path, framework="pt") as f:
             values = json.loads((f.metadata() or {})["values"])
-            return {name: f.get_tensor(name) for name in f.keys()}, values
+            return {name: f.get_tensor(name) for name in f.keys()}, values  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as e:
         raise ValueError(f"{path} is not a run state ({e}); start the run without --resume") from None

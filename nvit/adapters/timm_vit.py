@@ -1,4 +1,5 @@
-"""timm's VisionTransformer and VisionTransformerDistilled: plain, DeiT, LayerScale, registers, any pooling but 'map'."""
+"""timm's VisionTransformer and VisionTransformerDistilled: plain, DeiT, LayerScale, registers, pre-norm, any
+pooling but attention."""
 
 from __future__ import annotations
 
