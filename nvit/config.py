@@ -165,8 +165,8 @@ class LatencyFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneCommand(LatencyFlags, DataFlags, ModelFlags, PruneConfig):
-    """Prune a vision transformer to a latency target. Without arguments: the bundled ViT on the bundled digits."""
+class RunFlags:
+    """What a run starts from and where it goes."""
 
     model: Annotated[str, _help("a timm name or a snapshot folder")] = DIGITS
     out: Annotated[str, _help("folder for snapshots, table, history and result.json")] = "nvit-run"
@@ -174,7 +174,12 @@ class PruneCommand(LatencyFlags, DataFlags, ModelFlags, PruneConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneCommand(DataFlags, ModelFlags, FinetuneConfig):
+class PruneCommand(PruneConfig, LatencyFlags, DataFlags, ModelFlags, RunFlags):
+    """Prune a vision transformer to a latency target. Without --model: the bundled ViT on the bundled digits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneCommand(FinetuneConfig, DataFlags, ModelFlags):
     """Finetune a compact model; with --scratch, train a new one."""
 
     out: Annotated[str, _help("folder for the snapshot and result.json")] = "nvit-finetuned"

@@ -114,7 +114,10 @@ def seed_draws(*key: int) -> None:
     mixed = int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0])
     random.seed(mixed)
     np.random.seed(mixed % 2**32)
-    torch.manual_seed(mixed)
+    # torch.manual_seed would also queue a seed for a CUDA that may never start, at half a millisecond a call.
+    torch.default_generator.manual_seed(mixed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(mixed)
 
 
 @contextmanager

@@ -32,6 +32,8 @@ from .spec import BUNDLE_SIZES, KINDS, BlockWidths, ViTSpec
 PARTS = {"attention": ("emb", "heads", "qk_dim", "v_dim"), "mlp": ("emb", "mlp"), "rest": ("emb",)}
 """The widths that the latency of each part depends on."""
 
+_PART_OF = {"emb": "rest", "heads": "attention", "qk_dim": "attention", "v_dim": "attention", "mlp": "mlp"}
+
 LEVELS = {"emb": 4, "heads": 3, "qk_dim": 3, "v_dim": 3, "mlp": 5}
 """Grid points per width, dense and smallest included."""
 
@@ -170,6 +172,16 @@ class LatencyTable:
     def ratio(self, blocks: Sequence[BlockWidths]) -> float:
         """Predicted latency of `blocks` as a fraction of the dense model's."""
         return self.model_ms(blocks) / self.dense_ms
+
+    def slopes(self) -> dict[str, float]:
+        """Milliseconds saved per unit of each kind, mean over the range, all blocks for `emb` (paper's Table 5)."""
+        found = {}
+        for kind in KINDS:
+            low = [replace(b, **{kind: self._grids[_PART_OF[kind]].axes[kind][0]}) for b in self.dense]
+            units = sum(getattr(b, kind) - getattr(s, kind) for b, s in zip(self.dense, low, strict=True))
+            per_unit = (self.dense_ms - self.model_ms(low)) / units if units else 0.0
+            found[f"ms_per_{kind}"] = per_unit * len(self.dense) if kind == "emb" else per_unit
+        return found
 
     def check(self, setting: Setting, dense: Sequence[BlockWidths]) -> None:
         """Raise ValueError where this table was measured for something else than `setting` and `dense`.

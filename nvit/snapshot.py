@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from . import adapters
 from .files import write_atomically
-from .masks import cut, full_masks, weight_masks, widths
-from .spec import ViTSpec
+from .masks import Masks, compact, cut, full_masks, weight_masks, widths
+from .spec import Group, ViTSpec
 
 SPEC, WEIGHTS, METRICS = "spec.json", "weights.safetensors", "metrics.json"
 
@@ -73,10 +73,10 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
         if not (path / name).is_file():
             found = sorted(p.name for p in path.iterdir()) if path.is_dir() else "no such folder"
             raise ValueError(f"{path} is not a snapshot: {name} is missing (found {found})")
+    spec = load_spec(path)
     try:
-        spec = ViTSpec.from_json((path / SPEC).read_text())
         model, shapes = _skeleton(spec)
-    except (ValueError, UnicodeDecodeError, TypeError, KeyError) as e:
+    except (ValueError, TypeError, KeyError) as e:
         raise ValueError(f"{path / SPEC} is damaged or from another version: {e}") from None
     try:
         weights = load_file(path / WEIGHTS, device=str(device))
@@ -88,6 +88,21 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
     return model.eval()
 
 
+def load_spec(path: str | Path) -> ViTSpec:
+    """The spec of a snapshot folder.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    file = Path(path) / SPEC
+    if not file.is_file():
+        raise ValueError(f"{path} is not a snapshot: {SPEC} is missing")
+    try:
+        return ViTSpec.from_json(file.read_text())
+    except (ValueError, UnicodeDecodeError, TypeError, KeyError) as e:
+        raise ValueError(f"{file} is damaged or from another version: {e}") from None
+
+
 def load_metrics(path: str | Path) -> dict[str, Any]:
     """The plain values a snapshot was saved with; empty where there are none."""
     file = Path(path) / METRICS
@@ -97,21 +112,34 @@ def load_metrics(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{file} is damaged: {e}") from None
 
 
-def _skeleton(spec: ViTSpec) -> tuple[nn.Module, dict[str, torch.Size]]:
-    """The dense meta model of a spec, and the shapes its parameters have after the cut."""
-    if spec.family not in adapters.FAMILIES:
-        raise ValueError(f"family {spec.family!r} is unknown; this version knows {', '.join(adapters.FAMILIES)}")
-    adapter = adapters.FAMILIES[spec.family]
-    model = adapter.build(spec)
-    groups = adapter.groups(model)
-    if len(spec.blocks) != len(model.blocks):
-        raise ValueError(f"it lists {len(spec.blocks)} blocks for a model of {len(model.blocks)}")
+def fresh(spec: ViTSpec) -> nn.Module:
+    """A newly initialised model of these widths, to train from scratch."""
+    model = adapters.FAMILIES[spec.family].build(spec, "cpu")
+    groups, masks = _kept(spec, model)
+    return compact(model, groups, masks)
+
+
+def _kept(spec: ViTSpec, model: nn.Module) -> tuple[list[Group], Masks]:
+    """Masks on a spec's dense model that leave the first units of every group, as many as the spec says."""
+    groups = adapters.FAMILIES[spec.family].groups(model)
+    depth = 1 + max(b for g in groups for b in g.blocks)
+    if len(spec.blocks) != depth:
+        raise ValueError(f"it lists {len(spec.blocks)} blocks for a model of {depth}")
     masks = {}
     for g in groups:
         found = {getattr(spec.blocks[b], g.kind) for b in g.blocks}
         if len(found) > 1 or max(found) > g.size:
             raise ValueError(f"{g.name} has widths {sorted(found)}; one width of at most {g.size} was expected")
         masks[g.name] = torch.arange(g.size) < found.pop()
+    return groups, masks
+
+
+def _skeleton(spec: ViTSpec) -> tuple[nn.Module, dict[str, torch.Size]]:
+    """The dense meta model of a spec, and the shapes its parameters have after the cut."""
+    if spec.family not in adapters.FAMILIES:
+        raise ValueError(f"family {spec.family!r} is unknown; this version knows {', '.join(adapters.FAMILIES)}")
+    model = adapters.FAMILIES[spec.family].build(spec)
+    groups, masks = _kept(spec, model)
     params = dict(model.named_parameters())
     return model, {n: t.shape for n, t in cut(params, weight_masks(params, groups, masks)).items()}
 

@@ -8,7 +8,7 @@ An adapter is a module with these functions; nothing outside `adapters/` knows a
 | `prepare(model)` | swaps in prunable layers, in place; same outputs, same parameter names |
 | `groups(model, bundle_sizes)` | the prunable widths and their slices |
 | `spec(model, blocks)` | the `ViTSpec` of the model with these block widths |
-| `build(spec)` | a prepared dense skeleton on the meta device |
+| `build(spec, device)` | the prepared dense model, a skeleton on the meta device unless told otherwise |
 | `resize(model, params, blocks)` | gives a prepared model cut parameters and narrower widths, in place |
 | `logits(model, images)` | `(class token's, distillation token's or None)` in any mode |
 | `tokens(model)` | tokens in the residual stream |

@@ -263,8 +263,8 @@ def spec(model: nn.Module, blocks: Sequence[BlockWidths]) -> ViTSpec:
     return ViTSpec("timm_vit", type(model).__name__, model.dense_config, tuple(blocks), preprocess, name)
 
 
-def build(spec: ViTSpec) -> nn.Module:
-    """The prepared dense skeleton of `spec` on the meta device: structure without weights.
+def build(spec: ViTSpec, device: str = "meta") -> nn.Module:
+    """The prepared dense model of `spec`: on the meta device its structure alone, elsewhere freshly initialised.
 
     Raises:
         ValueError: an architecture or constructor argument this version does not know.
@@ -276,7 +276,7 @@ def build(spec: ViTSpec) -> nn.Module:
     config["act_layer"] = ACTIVATIONS.get(config.get("act_layer"))
     norm = partial(TimmLayerNorm, eps=eps)
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             model = ARCHITECTURES[spec.architecture](**config, norm_layer=norm)
     except (TypeError, AssertionError) as e:
         raise ValueError(f"its config does not build a {spec.architecture}: {e}") from None
