@@ -203,7 +203,8 @@ def magnitude(groups: Sequence[Group], seen: Evidence) -> Scores:
 
 def random(groups: Sequence[Group], seen: Evidence) -> Scores:
     """Uniform in [0, 1), the same for every batch of a run: a floor for comparisons."""
-    draws = {g.name: torch.Generator().manual_seed(seen.seed * 2**32 + zlib.crc32(g.name.encode())) for g in groups}
+    # torch's CPU generator takes 32 bits of a seed, so that both parts have to be in them.
+    draws = {g.name: torch.Generator().manual_seed(zlib.crc32(f"{seen.seed} {g.name}".encode())) for g in groups}
     return {g.name: torch.rand(g.size, generator=draws[g.name]) for g in groups}
 
 
