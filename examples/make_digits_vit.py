@@ -15,8 +15,6 @@ import nvit
 from nvit import snapshot
 from nvit.data import Digits, TrainingData, evaluation_loader
 
-BUNDLED = Path(nvit.__file__).parent / "bundled" / "digits_vit"
-
 
 def main(out: Path, epochs: float = 120) -> None:
     torch.manual_seed(0)
@@ -35,4 +33,4 @@ def main(out: Path, epochs: float = 120) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else BUNDLED)
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else nvit.BUNDLED)

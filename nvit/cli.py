@@ -26,6 +26,7 @@ from .config import (
     from_toml,
 )
 from .report import show
+from .snapshot import BUNDLED
 
 BAD_USAGE, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -166,7 +167,7 @@ def _configure(name: str, command: Command, words: list[str], flags: list[str]) 
         raise UsageError(f"usage: nvit {name} {command.words} [--flags]; found {' '.join(words) or 'no'} model")
     try:
         if not recipes and command.config is PruneCommand and "--model" not in flags:
-            recipes = [str(jobs.BUNDLED.with_name("digits.toml"))]
+            recipes = [str(BUNDLED.with_name("digits.toml"))]
         defaults = from_toml(command.config, recipes[0]) if recipes else command.config()
         config = tyro.cli(command.config, prog=f"nvit {name} {command.words}", default=defaults, args=flags)
     except ValueError as e:

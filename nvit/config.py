@@ -62,7 +62,8 @@ class PruneConfig(TrainingConfig):
     """Prune a vision transformer to one or several latency targets."""
 
     latency_target: Annotated[
-        tuple[float, ...], _help("fractions of the dense latency, in (0, 1); a snapshot at each")
+        tuple[float, ...],
+        _help("fractions of the dense latency, in (0, 1); a snapshot at each; in Python also a float"),
     ] = (0.5,)
     criterion: Annotated[CriterionName, _help("what saliency is")] = "hessian"
     train: Annotated[bool, _help("train between decisions; --no-train scores frozen weights and decides once")] = True
@@ -91,6 +92,8 @@ class PruneConfig(TrainingConfig):
     finetune_tau: Annotated[float, _help("temperature of L_full while finetuning")] = 20.0
 
     def __post_init__(self) -> None:
+        if isinstance(self.latency_target, (int, float)):
+            object.__setattr__(self, "latency_target", (float(self.latency_target),))
         if not self.latency_target:
             raise ValueError("latency_target is empty; give at least one fraction, as 0.5")
         for t in self.latency_target:

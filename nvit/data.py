@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data import create_dataset, create_transform
+from timm.data import create_dataset, create_transform, resolve_data_config
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 
-from .config import DIGITS, TrainingConfig
+from .config import TrainingConfig
 
 DIGITS_EVAL = 360
 """The last so many of the bundled digits are for evaluation."""
@@ -178,6 +178,28 @@ class TrainingData:
         return iter(DataLoader(self.dataset, batch_sampler=batches, num_workers=self.workers))
 
 
+def image_folder(
+    folder: str,
+    model: torch.nn.Module,
+    batch_size: int,
+    *,
+    split: str = "train",
+    class_map: str = "",
+    resize: bool = True,
+    seed: int = 0,
+    workers: int = 0,
+) -> TrainingData:
+    """Shuffled batches from a folder of class folders, preprocessed as `model` wants, without augmentation.
+
+    Raises:
+        ValueError: no such folder, no images, or classes that do not fit the model.
+    """
+    pipeline = transform(resolve_data_config(model=model), resize=resize)
+    classes = model.num_classes
+    dataset = open_images(folder, split, class_map=class_map, classes=classes, transform=pipeline)
+    return TrainingData(dataset, batch_size, seed, workers)
+
+
 def endless(loader, seed: int, start: int = 0) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
     """`(step, batch)` from step `start` on, epoch after epoch.
 
@@ -208,7 +230,3 @@ def endless(loader, seed: int, start: int = 0) -> Iterator[tuple[int, tuple[Tens
 
 def evaluation_loader(dataset: Dataset, batch_size: int, workers: int = 0) -> DataLoader:
     return DataLoader(dataset, batch_size=batch_size, num_workers=workers)
-
-
-def is_digits(data: str) -> bool:
-    return data == DIGITS

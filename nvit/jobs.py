@@ -39,8 +39,6 @@ from .pruner import Pruned, prune
 from .report import write_csv, write_result
 from .spec import BUNDLE_SIZES, KINDS
 
-BUNDLED = Path(__file__).parent / "bundled" / "digits_vit"
-
 
 def pick_device(name: str) -> torch.device:
     """The device of a flag; the GPU if there is one when empty."""
@@ -61,7 +59,7 @@ def open_model(name: str, flags: ModelFlags, *, scratch: bool = False) -> nn.Mod
     """
     device = pick_device(flags.device)
     if name == DIGITS:
-        name = str(BUNDLED)
+        name = str(snapshot.BUNDLED)
     if snapshot.is_snapshot(name):
         model = snapshot.fresh(snapshot.load_spec(name)) if scratch else snapshot.load(name)
     elif Path(name).is_dir():
@@ -392,7 +390,7 @@ def run_latency(command: LatencyCommand, progress: Progress = silent) -> tuple[L
 
 def run_widths(names: Sequence[str], command: WidthsCommand) -> dict[str, Any]:
     """`nvit analyze widths`: the paper's Fig. 4 for any snapshots."""
-    models = {name: snapshot.load_spec(BUNDLED if name == DIGITS else name).blocks for name in names}
+    models = {name: snapshot.load_spec(snapshot.BUNDLED if name == DIGITS else name).blocks for name in names}
     rows = analysis.width_rows(models)
     out = Path(command.out)
     out.mkdir(parents=True, exist_ok=True)

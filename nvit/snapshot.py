@@ -18,6 +18,9 @@ from .files import write_atomically
 from .masks import Masks, compact, cut, full_masks, weight_masks, widths
 from .spec import Group, ViTSpec
 
+BUNDLED = Path(__file__).parent / "bundled" / "digits_vit"
+"""The snapshot of the small ViT that comes with the package."""
+
 SPEC, WEIGHTS, METRICS = "spec.json", "weights.safetensors", "metrics.json"
 
 

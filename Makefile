@@ -1,0 +1,30 @@
+# Two commands on a bare machine: `make demo` and `make test`. Both set up .venv first.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	rm -rf nvit-demo
+	$(RUN) -m nvit prune
+
+test: $(READY)
+	$(RUN) -m pytest --durations=15
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+# torch first, so that the native parts are built against the torch that will run them.
+$(READY): pyproject.toml setup.py
+	$(PYTHON) -c 'import sys; sys.exit("nvit needs Python 3.10 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip 'setuptools>=77' wheel
+	$(RUN) -m pip install --quiet 'torch>=2.11'
+	$(RUN) -m pip install --quiet --no-build-isolation -e '.[test]'
+	touch $(READY)
+
+clean:
+	rm -rf build dist *.egg-info nvit-demo nvit-run
