@@ -170,6 +170,8 @@ def _configure(name: str, command: Command, words: list[str], flags: list[str]) 
             recipes = [str(BUNDLED.with_name("digits.toml"))]
         defaults = from_toml(command.config, recipes[0]) if recipes else command.config()
         config = tyro.cli(command.config, prog=f"nvit {name} {command.words}", default=defaults, args=flags)
+        if isinstance(config, PruneCommand):
+            config.check()
     except ValueError as e:
         raise UsageError(str(e)) from None
     return config, words

@@ -94,6 +94,9 @@ class PruneConfig(TrainingConfig):
     def __post_init__(self) -> None:
         if isinstance(self.latency_target, (int, float)):
             object.__setattr__(self, "latency_target", (float(self.latency_target),))
+
+    def check(self) -> None:
+        """Raise ValueError where a value makes no sense; `prune` and `Pruner` do so before anything else."""
         if not self.latency_target:
             raise ValueError("latency_target is empty; give at least one fraction, as 0.5")
         for t in self.latency_target:

@@ -20,7 +20,7 @@ from torchvision import transforms
 from .config import TrainingConfig
 
 DIGITS_EVAL = 360
-"""The last so many of the bundled digits are for evaluation."""
+"""So many of the bundled digits, drawn once and for all, are for evaluation."""
 
 
 class Digits(Dataset):
@@ -30,7 +30,9 @@ class Digits(Dataset):
         with resources.files("nvit").joinpath("bundled/digits.npz").open("rb") as f:
             pack = np.load(f)
             images, labels = pack["images"], pack["labels"]
-        part = slice(None, -DIGITS_EVAL) if training else slice(-DIGITS_EVAL, None)
+        # The file is in the order of its writers; both parts should hold all of them.
+        order = np.random.default_rng(0).permutation(len(labels))
+        part = order[DIGITS_EVAL:] if training else order[:DIGITS_EVAL]
         self.images = torch.from_numpy(images[part]).float().div(8).sub(1)[:, None]
         self.labels = torch.from_numpy(labels[part]).long()
         self.classes = 10

@@ -2,7 +2,8 @@
 
 A model is the sum of its blocks' attention parts (emb, heads, qk_dim, v_dim), their MLP parts (emb, mlp) and the rest
 (embedding, final norm, classifier: emb). Each is measured on a grid and interpolated multilinearly, as the work itself
-is multilinear in the widths.
+is multilinear in the widths. The whole dense model is timed in the same rounds, and all parts are scaled alike so that
+they add up to it: timed alone, a part pays for a launch that a model hides.
 """
 
 from __future__ import annotations
@@ -74,6 +75,9 @@ def current_setting(device: torch.device | str, dtype: torch.dtype, batch_size: 
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "cpu" and torch.get_num_threads() == 1:
+        # A lone thread's own time is its latency on an idle core, whatever else the machine does meanwhile.
+        return time.thread_time()
     return time.perf_counter()
 
 
@@ -272,7 +276,9 @@ class LatencyTable:
         path = None if cache is None else cache / f"{_fingerprint(spec, setting, axes)}.json"
         if path is not None and path.exists():
             return cls.load(path)
-        table = cls(_measure_grids(adapter, spec, axes, setting, device, dtype, seconds), blocks, setting)
+        grids, dense_ms = _measure_grids(adapter, spec, axes, setting, device, dtype, seconds)
+        scale = dense_ms / cls(grids, blocks, setting).dense_ms
+        table = cls({part: (mine, values * scale) for part, (mine, values) in grids.items()}, blocks, setting)
         if path is not None:
             table.save(path)
         return table
@@ -319,37 +325,44 @@ def _fingerprint(spec: ViTSpec, setting: Setting, axes: Mapping) -> str:
     return hashlib.sha256(f"{key}{scipy.__version__}".encode()).hexdigest()[:16]
 
 
-def _narrow(adapter, spec: ViTSpec, widths: BlockWidths) -> nn.Module:
-    """A weightless model of one block with these widths."""
-    one = replace(spec, config={**spec.config, "depth": 1}, blocks=(widths,))
-    dense = adapter.build(one)
+def _narrow(adapter, spec: ViTSpec) -> nn.Module:
+    """The weightless model of `spec`."""
+    dense = adapter.build(spec)
     groups = adapter.groups(dense)
-    keep = {g.name: torch.arange(g.size) < getattr(widths, g.kind) for g in groups}
-    return compact(dense, groups, keep)
+    keep = {g.name: torch.arange(g.size) < getattr(spec.blocks[g.blocks[0]], g.kind) for g in groups}
+    return compact(dense, groups, keep).eval()
 
 
 @torch.inference_mode()
 def _measure_grids(adapter, spec, axes, setting, device, dtype, seconds):
-    """Time every grid point in turn. All of them share one buffer of weights, so that large models fit."""
+    """Grids, and milliseconds of the whole dense model, everything timed in turn.
+
+    All weights are views of one buffer, so that large models fit.
+    """
     dense = {kind: points[-1] for kind, points in axes.items()}
-    largest = max(p.numel() for p in _narrow(adapter, spec, BlockWidths(**dense)).parameters())
+
+    def one_block(widths: BlockWidths) -> ViTSpec:
+        return replace(spec, config={**spec.config, "depth": 1}, blocks=(widths,))
+
+    whole = _narrow(adapter, spec)
+    largest = max(p.numel() for m in (whole, _narrow(adapter, one_block(BlockWidths(**dense)))) for p in m.parameters())
     weights = torch.randn(largest, device=device, dtype=dtype).mul_(0.02)
     stream = torch.randn(setting.batch_size * setting.tokens * dense["emb"], device=device, dtype=dtype)
-    size = spec.preprocess["input_size"]
-    images = torch.randn(setting.batch_size, *size, device=device, dtype=dtype)
-    calls, index = [], {}
+    images = torch.randn(setting.batch_size, *spec.preprocess["input_size"], device=device, dtype=dtype)
+
+    def fill(model: nn.Module, blocks: Sequence[BlockWidths]) -> nn.Module:
+        params = {n: weights[: p.numel()].view(p.shape) for n, p in model.named_parameters()}
+        return adapter.resize(model, params, blocks)
+
+    fill(whole, spec.blocks)
+    calls, index = [lambda: whole(images)], {}
     for part, kinds in PARTS.items():
         for point in np.stack(np.meshgrid(*(axes[k] for k in kinds), indexing="ij"), -1).reshape(-1, len(kinds)):
             point = tuple(int(v) for v in point)
-            model = _narrow(adapter, spec, BlockWidths(**(dense | dict(zip(kinds, point, strict=True))))).eval()
-            adapter.resize(
-                model,
-                {n: weights[: p.numel()].view(p.shape) for n, p in model.named_parameters()},
-                [BlockWidths(**(dense | dict(zip(kinds, point, strict=True))))],
-            )
+            block = BlockWidths(**(dense | dict(zip(kinds, point, strict=True))))
+            run = adapter.part(fill(_narrow(adapter, one_block(block)), (block,)), part)
             x = stream[: setting.batch_size * setting.tokens * point[0]].view(setting.batch_size, -1, point[0])
-            run = adapter.part(model, part)
             index[part, point] = len(calls)
-            calls.append(partial(run, images if part == "rest" else x))
+            calls.append(lambda run=run, x=images if part == "rest" else x: run(x))
     times = time_each(calls, device, seconds)
-    return _tabulate(axes, lambda part, point: times[index[part, point]])
+    return _tabulate(axes, lambda part, point: times[index[part, point]]), times[0]

@@ -63,6 +63,7 @@ class Pruner:
 
     def __init__(self, model: nn.Module, table: LatencyTable, config: PruneConfig | None = None) -> None:
         self.config = config or PruneConfig()
+        self.config.check()
         adapter = adapters.find(model)
         self.model, self.table = adapter.prepare(model), table
         self.groups = adapter.groups(model, self.config.bundle_sizes)
@@ -296,6 +297,7 @@ def prune(
         FloatingPointError: the loss or a gradient is not finite; the last run state stays on disk.
     """
     config = config or PruneConfig()
+    config.check()
     device = next(model.parameters()).device
     adapters.find(model).prepare(model)
     dense = frozen(copy.deepcopy(model))

@@ -1,0 +1,59 @@
+"""The README's code is run, not believed."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+def run(code, cwd, **env):
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_first_snippet_is_the_example():
+    assert SNIPPETS[0] == (ROOT / "examples" / "prune_deit.py").read_text()
+
+
+def test_first_snippet_runs_on_real_deit(tmp_path):
+    data = os.environ.get("NVIT_DATA")
+    if not data:
+        pytest.skip("NVIT_DATA is not set: no real weights and images here")
+    # The hub's cache as if the weights had been downloaded before.
+    repo = tmp_path / "hub" / "models--timm--deit_tiny_patch16_224.fb_in1k"
+    (repo / "snapshots" / "rev").mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("rev")
+    (repo / "snapshots" / "rev" / "model.safetensors").symlink_to(f"{data}/deit_tiny_patch16_224.safetensors")
+    (tmp_path / "imagenet").mkdir()
+    (tmp_path / "imagenet" / "train").symlink_to(f"{data}/imagenet_sample1000/val")
+    shown = run(SNIPPETS[0], tmp_path, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
+    assert float(shown.split()[0]) <= 0.8 and (tmp_path / "deit_tiny_0.8" / "spec.json").exists()
+
+
+def test_hand_written_loop_runs(tmp_path):
+    run(SNIPPETS[1] + "\nassert pruner.done and sum(p.numel() for p in small.parameters()) < 2e5\n", tmp_path)
+
+
+def test_no_other_python_snippet():
+    assert len(SNIPPETS) == 2, "test the new one as well"
+
+
+def test_shell_snippets_parse(monkeypatch):
+    from nvit import cli
+
+    monkeypatch.chdir(ROOT)
+    lines = re.findall(r"^nvit (.*?)(?:\s+#.*)?$", (ROOT / "README.md").read_text(), re.M)
+    assert len(lines) == 3
+    for line in lines:
+        name, words, flags = cli._split(line.split())
+        cli._configure(name, cli.COMMANDS[name], words, flags)
