@@ -22,6 +22,10 @@ def write_atomically(path: Path, content: bytes | Callable[[Path], None]) -> Non
             part.write_bytes(content)
         with open(part, "rb") as f:
             os.fsync(f.fileno())
+        # Some writers make files for their owner alone; take what an ordinary new file would get.
+        umask = os.umask(0)
+        os.umask(umask)
+        part.chmod(0o666 & ~umask)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

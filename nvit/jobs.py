@@ -8,168 +8,39 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from safetensors import SafetensorError
 from timm.data import resolve_data_config
-from timm.models import load_checkpoint
-from torch import Tensor, nn
+from torch import nn
 
-from . import adapters, analysis, snapshot
+from . import analysis, snapshot
 from .config import (
     DIGITS,
     CompareCommand,
-    DataFlags,
     EvaluateCommand,
     FinetuneCommand,
     LatencyCommand,
     LatencyFlags,
     ModelFlags,
     PruneCommand,
-    TrainingConfig,
     WidthsCommand,
 )
-from .data import Digits, TrainingData, evaluation_loader, open_images, subset, transform
-from .distill import frozen, renormalisation
+from .distill import frozen
 from .evaluate import accuracy, macs, parameters, peak_memory
 from .finetune import finetune
-from .latency import LatencyTable, current_setting, default_cache, time_models
+from .inputs import (
+    model_widths,
+    open_cnn_teacher,
+    open_evaluation_data,
+    open_model,
+    open_table,
+    open_training_data,
+    sample_images,
+)
+from .latency import LatencyTable, time_models
 from .progress import Progress, silent
 from .pruner import Pruned, prune
 from .report import write_csv, write_result
 from .spec import BUNDLE_SIZES, KINDS
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of a flag; the GPU if there is one when empty."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise ValueError(f"device {name!r} is unknown; use cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r}: this machine has no usable CUDA GPU; use --device cpu")
-    return device
-
-
-def open_model(name: str, flags: ModelFlags, *, scratch: bool = False) -> nn.Module:
-    """A prepared model on its device: a snapshot folder, a timm name, or the bundled digits model.
-
-    Raises:
-        ValueError: unknown name, damaged snapshot or checkpoint, unsupported family.
-    """
-    device = pick_device(flags.device)
-    if name == DIGITS:
-        name = str(snapshot.BUNDLED)
-    if snapshot.is_snapshot(name):
-        model = snapshot.fresh(snapshot.load_spec(name)) if scratch else snapshot.load(name)
-    elif Path(name).is_dir():
-        raise ValueError(f"{name} is a folder but not a snapshot: spec.json is missing")
-    elif not timm.is_model(name):
-        near = timm.list_models(f"*{name}*")[:3]
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise ValueError(f"model {name!r} is neither a snapshot folder nor a timm model{hint}")
-    else:
-        model = _timm_model(name, flags, scratch)
-    adapters.find(model).prepare(model)
-    return model.to(device)
-
-
-def _timm_model(name: str, flags: ModelFlags, scratch: bool) -> nn.Module:
-    classes = {"num_classes": flags.num_classes} if flags.num_classes else {}
-    pretrained = flags.pretrained and not flags.checkpoint and not scratch
-    try:
-        model = timm.create_model(name, pretrained=pretrained, **classes)
-    except Exception as e:
-        if not pretrained:
-            raise
-        raise ValueError(f"{name}: pretrained weights cannot be had ({e}); give --checkpoint or --no-pretrained") from e
-    if flags.checkpoint and not scratch:
-        if not Path(flags.checkpoint).is_file():
-            raise ValueError(f"checkpoint {flags.checkpoint} does not exist")
-        try:
-            load_checkpoint(model, flags.checkpoint, use_ema=False, weights_only=True)
-        except (RuntimeError, KeyError, OSError, SafetensorError, EOFError, ValueError) as e:
-            first = str(e).strip().splitlines()[0]
-            raise ValueError(f"checkpoint {flags.checkpoint} does not fit {name}: {first}") from None
-    return model
-
-
-def open_training_data(
-    model: nn.Module, flags: DataFlags, config: TrainingConfig, augment: bool = True
-) -> TrainingData:
-    """The shuffled training batches of a command."""
-    if _uses_digits(model, flags.data):
-        dataset = Digits(training=True, augment=augment)
-    else:
-        if not flags.data:
-            raise ValueError("--data is missing: a folder of class folders, or a timm data set as torch/cifar10:FOLDER")
-        recipe = config if augment else None
-        pipeline = transform(resolve_data_config(model=model), resize=flags.resize, training=recipe)
-        classes = model.num_classes
-        dataset = open_images(flags.data, "train", class_map=flags.class_map, classes=classes, transform=pipeline)
-    return TrainingData(dataset, config.batch_size, config.seed, flags.workers, config.repeats if augment else 1)
-
-
-def open_evaluation_data(model: nn.Module, flags: DataFlags, batch_size: int):
-    """The evaluation batches of a command; None where no data is named."""
-    where = flags.eval_data or flags.data
-    if _uses_digits(model, where):
-        dataset = Digits(training=False)
-    elif not where:
-        return None
-    else:
-        pipeline = transform(resolve_data_config(model=model), resize=flags.resize)
-        classes = model.num_classes
-        dataset = open_images(where, "validation", class_map=flags.class_map, classes=classes, transform=pipeline)
-    return evaluation_loader(subset(dataset, flags.eval_images), batch_size, flags.workers)
-
-
-def _uses_digits(model: nn.Module, data: str) -> bool:
-    bundled = resolve_data_config(model=model)["input_size"] == (1, 8, 8)
-    if data == DIGITS and not bundled:
-        raise ValueError("the bundled digits are 1 × 8 × 8 and fit the bundled model alone; give --data for this one")
-    return data == DIGITS or (bundled and not data)
-
-
-def sample_images(model: nn.Module, batch_size: int) -> Tensor:
-    """Random images of the model's input size, on its device and in its dtype."""
-    p = next(model.parameters())
-    size = resolve_data_config(model=model)["input_size"]
-    return torch.randn(batch_size, *size, generator=torch.Generator().manual_seed(0)).to(p.device, p.dtype)
-
-
-def open_table(model: nn.Module, flags: LatencyFlags, bundle_sizes, progress: Progress = silent) -> LatencyTable:
-    """The latency table of a command: from a file, analytic, or measured here and cached.
-
-    Raises:
-        ValueError: a table of another model or setting.
-    """
-    if flags.table == "analytic":
-        return LatencyTable.analytic(model, bundle_sizes)
-    if flags.table:
-        table = LatencyTable.load(flags.table)
-        if table.setting is not None:
-            p = next(model.parameters())
-            tokens = adapters.find(model).tokens(model)
-            table.check(current_setting(p.device, p.dtype, flags.latency_batch, tokens), _widths(model))
-        return table
-    p = next(model.parameters())
-    progress(0, 1, f"measuring latency, about {flags.latency_seconds:.0f} s")
-    table = LatencyTable.measure(
-        model,
-        flags.latency_batch,
-        p.device,
-        p.dtype,
-        bundle_sizes=bundle_sizes,
-        seconds=flags.latency_seconds,
-        cache=default_cache(),
-    )
-    progress(1, 1, "measuring latency")
-    return table
-
-
-def _widths(model: nn.Module):
-    return snapshot.spec_of(model).blocks
 
 
 def _size(model: nn.Module) -> dict[str, Any]:
@@ -192,7 +63,7 @@ def run_prune(command: PruneCommand, progress: Progress = silent) -> dict[str, A
     else:
         table = open_table(model, command, command.bundle_sizes, progress)
     table.save(table_file)
-    cnn, renormalise = _cnn_teacher(command, model)
+    cnn, renormalise = open_cnn_teacher(command, model)
     result = prune(
         model,
         loader,
@@ -240,23 +111,6 @@ def run_prune(command: PruneCommand, progress: Progress = silent) -> dict[str, A
     return found
 
 
-def _cnn_teacher(config: TrainingConfig, model: nn.Module):
-    """The CNN teacher of a recipe, and the change of image normalisation towards it."""
-    if not config.cnn_teacher:
-        return None, None
-    device = next(model.parameters()).device
-    try:
-        teacher = timm.create_model(config.cnn_teacher, pretrained=True).to(device)
-    except Exception as e:
-        raise ValueError(f"CNN teacher {config.cnn_teacher!r} cannot be had: {e}") from None
-    if teacher.num_classes != model.num_classes:
-        raise ValueError(
-            f"CNN teacher {config.cnn_teacher!r} has {teacher.num_classes} classes, the model {model.num_classes}"
-        )
-    mine, theirs = (resolve_data_config(model=m) for m in (model, teacher))
-    return frozen(teacher), renormalisation(mine, theirs, device)
-
-
 def _finetune_snapshot(
     pruned: Pruned, loader, command: PruneCommand, dense, cnn, renormalise, out: Path, progress: Progress
 ) -> None:
@@ -292,7 +146,7 @@ def run_finetune(name: str, command: FinetuneCommand, progress: Progress = silen
     if command.teacher:
         flags = ModelFlags(checkpoint=command.teacher_checkpoint, device=command.device)
         teacher = frozen(open_model(command.teacher, flags))
-    cnn, renormalise = _cnn_teacher(command, model)
+    cnn, renormalise = open_cnn_teacher(command, model)
     before = None if evaluation is None else accuracy(model, evaluation, progress=progress)["top1"]
     state_file = out.with_name(f"{out.name}_state.safetensors")
     model = finetune(
@@ -356,14 +210,14 @@ def run_compare(names: Sequence[str], command: CompareCommand, progress: Progres
 
 def _smallest(models: Sequence[nn.Module]) -> dict[str, int]:
     """Bundle sizes whose grid begins at or below the narrowest width of any model."""
-    blocks = [b for m in models for b in _widths(m)]
+    blocks = [b for m in models for b in model_widths(m)]
     return {kind: min(BUNDLE_SIZES[kind], *(getattr(b, kind) for b in blocks)) for kind in KINDS}
 
 
 def _predicted(table: LatencyTable, model: nn.Module) -> float | None:
     """The table's word on a model, where it reaches that far."""
     try:
-        return table.ratio(_widths(model))
+        return table.ratio(model_widths(model))
     except ValueError:
         return None
 

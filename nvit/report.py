@@ -9,23 +9,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from .files import write_atomically
 
 FORMATS = {
-    "params": ("parameters", lambda v: f"{v / 1e6:.2f} M"),
-    "macs": ("MACs", lambda v: f"{v / 1e9:.3f} G"),
-    "predicted_ratio": ("predicted", lambda v: f"{v:.3f} ×"),
-    "measured_ratio": ("measured", lambda v: f"{v:.3f} ×"),
-    "latency_ms": ("latency", lambda v: f"{v:.2f} ms"),
-    "speedup": ("speed-up", lambda v: f"{v:.2f} ×"),
-    "peak_memory": ("peak memory", lambda v: f"{v / 1e6:.1f} MB"),
-    "top1": ("top-1", lambda v: f"{v:.2f} %"),
-    "top5": ("top-5", lambda v: f"{v:.2f} %"),
+    "params": ("params M", lambda v: f"{v / 1e6:.2f}"),
+    "macs": ("GMACs", lambda v: f"{v / 1e9:.3f}"),
+    "predicted_ratio": ("predicted ×", lambda v: f"{v:.3f}"),
+    "measured_ratio": ("measured ×", lambda v: f"{v:.3f}"),
+    "latency_ms": ("ms", lambda v: f"{v:.2f}"),
+    "speedup": ("speed-up ×", lambda v: f"{v:.2f}"),
+    "peak_memory": ("peak MB", lambda v: f"{v / 1e6:.1f}"),
+    "top1": ("top-1 %", lambda v: f"{v:.2f}"),
+    "top5": ("top-5 %", lambda v: f"{v:.2f}"),
 }
-"""Column heads and number formats of tables, by key of result.json."""
+"""Column heads with units and number formats of tables, by key of result.json."""
 
 
 def write_result(folder: Path | str, result: Mapping[str, Any]) -> None:
@@ -45,11 +46,15 @@ def write_csv(path: Path | str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def show(title: str, rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
     """A table of rows, each with a `name` and any keys of `FORMATS`."""
+    console = console or Console()
+    if not console.is_terminal:
+        console = Console(width=140)
     keys = [k for k in FORMATS if any(row.get(k) is not None for row in rows)]
-    table = Table(title=title, title_justify="left")
-    table.add_column("model")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("model", overflow="fold")
     for key in keys:
         table.add_column(FORMATS[key][0], justify="right")
     for row in rows:
-        table.add_row(row["name"], *(FORMATS[k][1](row[k]) if row.get(k) is not None else "–" for k in keys))
-    (console or Console()).print(table)
+        short = "/".join(Path(row["name"]).parts[-2:])
+        table.add_row(short, *(FORMATS[k][1](row[k]) if row.get(k) is not None else "–" for k in keys))
+    console.print(table)
