@@ -258,6 +258,9 @@ def _config(model: nn.Module) -> dict[str, Any]:
 def spec(model: nn.Module, blocks: Sequence[BlockWidths]) -> ViTSpec:
     """The spec of a prepared model at these widths."""
     data = resolve_data_config(model=model)
+    if model.patch_embed.img_size:
+        # A model built by hand or with img_size= has another size than its pretrained config says.
+        data["input_size"] = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
     preprocess = {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__
     return ViTSpec("timm_vit", type(model).__name__, model.dense_config, tuple(blocks), preprocess, name)
