@@ -81,7 +81,8 @@ class LayerNorm(Prunable):
         if self.entry:
             x = functional.enter_stream(x, self.emb)
         y = functional.kept_layer_norm(x, self.weight, self.bias, self.emb, self.eps)
-        return y if self.tap is None else self.tap("emb", y)
+        # A norm at the entry writes the stream and reads none of it, so that no gate sits behind it.
+        return y if self.tap is None or self.entry else self.tap("emb", y)
 
 
 class LayerScale(Prunable):
