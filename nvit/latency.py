@@ -225,6 +225,9 @@ class LatencyTable:
         try:
             raw = json.loads(Path(path).read_text())
             grids = {p: (g["axes"], np.array(g["values"])) for p, g in raw["grids"].items()}
+            for axes, values in grids.values():
+                if not np.isfinite(values).all() or any(list(a) != sorted(set(a)) for a in axes.values()):
+                    raise ValueError("widths have to ascend and milliseconds to be finite")
             setting = None if raw["setting"] is None else Setting(**raw["setting"])
             return cls(grids, [BlockWidths(**b) for b in raw["dense"]], setting)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as e:
