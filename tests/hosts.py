@@ -96,12 +96,15 @@ def prepared(host: str, dtype: torch.dtype = torch.float32, **more):
 
 
 @st.composite
-def masks_for(draw, groups):
-    """Masks that keep any non-empty subset of every group: a bit for each unit."""
+def masks_for(draw, groups, least_channels: int = 1):
+    """Masks that keep any non-empty subset of every group (a bit for each unit), `least_channels` of the stream."""
     found = {}
     for g in groups:
-        bits = draw(st.integers(1, 2**g.size - 1), label=g.name)
-        found[g.name] = torch.tensor([bool(bits >> i & 1) for i in range(g.size)])
+        bits = st.integers(1, 2**g.size - 1)
+        if g.kind == "emb" and least_channels > 1:
+            bits = bits.filter(lambda n: n.bit_count() >= least_channels)
+        keep = draw(bits, label=g.name)
+        found[g.name] = torch.tensor([bool(keep >> i & 1) for i in range(g.size)])
     return found
 
 

@@ -43,9 +43,8 @@ def shape(model) -> tuple[int, int, int]:
 def assert_close(got, expected):
     assert got.keys() == expected.keys()
     for name, value in expected.items():
-        # Relative to the group's largest: a unit whose terms cancel is as exact as the terms, not as their sum. Where
-        # all of them cancel (a stream of one channel is constant after its norm), rounding of the loss is left: 1e-14².
-        atol = max(1e-10 * float(value.abs().max()), 1e-28)
+        # Relative to the group's largest: a unit whose terms cancel is as exact as the terms, not as their sum.
+        atol = 1e-10 * float(value.abs().max())
         torch.testing.assert_close(got[name], value, rtol=1e-10, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -77,13 +76,16 @@ def test_criterion_equals_its_formula_on_a_pruned_model(criterion):
 @pytest.mark.parametrize("host", WITH_CLASSES)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_activations_route_equals_weights_route(host, batch):
-    """With masks and without, odd batches included; the recorded route sees frozen weights."""
+    """With masks and without, odd batches included; the recorded route sees frozen weights.
+
+    LayerNorm makes one channel a constant and two of them ±1: their gradients are rounding, so four are kept at least.
+    """
 
     @settings(max_examples=3)
     @given(st.data())
     def check(data):
         model, groups = prepared(host, torch.float64)
-        masks = data.draw(masks_for(groups))
+        masks = data.draw(masks_for(groups, least_channels=4))
         apply_(model, groups, masks)
         x, y = images(model, batch), labels(model, batch)
         params, grads = backward(model, x, y)
