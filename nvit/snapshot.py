@@ -46,19 +46,35 @@ def save(path: str | Path, model: nn.Module, metrics: Mapping[str, Any] | None =
     path = Path(path)
     if path.exists() and not (path.is_dir() and ((path / SPEC).exists() or not any(path.iterdir()))):
         raise ValueError(f"{path} exists and is not a snapshot; choose another folder")
-    part = path.with_name(f".{path.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    part, old = (path.with_name(f".{path.name}.{end}") for end in ("part", "old"))
+    for folder in (part, old):
+        shutil.rmtree(folder, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-        write_atomically(part / WEIGHTS, lambda file: save_file(state, file))
+        _write_tensors(part / WEIGHTS, state)
         write_atomically(part / METRICS, (json.dumps(dict(metrics or {}), indent=2) + "\n").encode())
         write_atomically(part / SPEC, spec_of(model).to_json().encode())
-        shutil.rmtree(path, ignore_errors=True)
+        # Two renames, so that a kill in between leaves no folder rather than half of one.
+        if path.exists():
+            path.replace(old)
         part.replace(path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     return path
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file, atomically; a full disk is an OSError, as with any other file."""
+
+    def write(file: Path) -> None:
+        try:
+            save_file(dict(tensors), file, metadata=metadata)
+        except SafetensorError as e:
+            raise OSError(f"{path} cannot be written: {e}") from None
+
+    write_atomically(path, write)
 
 
 def is_snapshot(path: str | Path) -> bool:
@@ -169,8 +185,7 @@ def save_run_state(path: str | Path, tensors: Mapping[str, Tensor], values: Mapp
         values: plain JSON values.
     """
     flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    header = {"values": json.dumps(values)}
-    write_atomically(Path(path), lambda file: save_file(flat, file, metadata=header))
+    _write_tensors(Path(path), flat, {"values": json.dumps(values)})
 
 
 def load_run_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
