@@ -276,7 +276,9 @@ def build(spec: ViTSpec, device: str = "meta") -> nn.Module:
         raise ValueError(f"architecture {spec.architecture!r} is unknown; expected one of {', '.join(ARCHITECTURES)}")
     config = dict(spec.config)
     eps = config.pop("norm_eps", 1e-6)
-    config["act_layer"] = ACTIVATIONS.get(config.get("act_layer"))
+    if config.get("act_layer") not in ACTIVATIONS:
+        raise ValueError(f"act_layer {config.get('act_layer')!r} is unknown; expected one of {', '.join(ACTIVATIONS)}")
+    config["act_layer"] = ACTIVATIONS[config["act_layer"]]
     norm = partial(TimmLayerNorm, eps=eps)
     try:
         with torch.device(device):
