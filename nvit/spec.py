@@ -130,7 +130,7 @@ class ViTSpec:
             raise ValueError(f"has the fields {found}; expected {', '.join(sorted(names))}")
         widths = {f.name for f in dataclasses.fields(BlockWidths)}
         for i, b in enumerate(raw["blocks"]):
-            if set(b) != widths or not all(isinstance(v, int) and v > 0 for v in b.values()):
+            if set(b) != widths or not all(type(v) is int and v > 0 for v in b.values()):
                 raise ValueError(f"block {i} has widths {b}; expected positive integers for {', '.join(KINDS)}")
         blocks = tuple(BlockWidths(**b) for b in raw.pop("blocks"))
         return cls(blocks=blocks, **raw)
