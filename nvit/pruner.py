@@ -129,7 +129,6 @@ class Pruner:
         self.observe(grads)
         if self.steps % self.config.interval:
             return []
-        before = self.ratio
         masks = drop_cheapest(
             self.mean.value(),
             self.masks,
@@ -138,9 +137,11 @@ class Pruner:
             self.config.bundles_per_step,
             self.config.latency_weight,
         )
+        if all(bool((masks[name] == keep).all()) for name, keep in self.masks.items()):
+            raise ValueError(
+                f"only last bundles are left at {self.ratio:.3f} of dense latency; raise the latency target"
+            )
         self._set_masks(masks)
-        if self.ratio >= before:
-            raise ValueError(f"only last bundles are left at {before:.3f} of dense latency; raise the latency target")
         return self._note()
 
     def decide_at(self, target: float) -> None:
