@@ -1,0 +1,3 @@
+// The instruction set the compiler targets by itself.
+#define NVIT_ISA baseline
+#include "band.h"
