@@ -70,7 +70,8 @@ def cuda_obstacle(torch, home: Path | None) -> str | None:
     if release is None:
         return f"{home}/bin/nvcc does not run; mend the toolkit or set CUDA_HOME to another, {AGAIN}"
     if release[0] != int(torch.version.cuda.split(".")[0]):
-        return f"{home} is CUDA {release[0]}.{release[1]}, torch has {torch.version.cuda}; set CUDA_HOME to one of its major version, {AGAIN}"
+        found = f"{home} is CUDA {release[0]}.{release[1]}, torch {torch.__version__} has {torch.version.cuda}"
+        return f"{found}; set CUDA_HOME to a toolkit of torch's major version, {AGAIN}"
     return None
 
 
@@ -83,7 +84,10 @@ def extensions(cpp, with_cuda: bool) -> list:
     built = [cpp.CppExtension("nvit_kernels._C", sources, extra_compile_args=cxx, depends=headers, **common)]
     if with_cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
-        flags = {"cxx": [*cxx, "-DUSE_CUDA"], "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden"]}
+        flags = {
+            "cxx": [*cxx, "-DUSE_CUDA"],
+            "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden"],
+        }
         headers = [*headers, "csrc/cuda/kernels.cuh"]
         built.append(
             cpp.CUDAExtension(
