@@ -15,6 +15,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from nvit_kernels import _native
 from nvit_kernels.sparse24 import mask_2to4
 
 # The 35 ways to cut eight channels into two groups of four: those with channel 0, and what they leave.
@@ -88,19 +89,21 @@ def search_channel_order(
     order = _best_start(magnitudes, span)
     given = _kept(magnitudes, torch.arange(channels)) / total
 
+    kept = _kept(magnitudes, order)
     groups = span // 4
     unchanged, done, settled = 0, 0, groups < 2
     for done in range(1, 1 + (0 if settled else rounds or 10**9)):
-        changed = _meet(magnitudes, order, _meetings(groups, done, channels // span))
-        unchanged = 0 if changed else unchanged + 1
+        gain = _meet(magnitudes, order, _meetings(groups, done, channels // span))
+        kept += gain
+        unchanged = 0 if gain else unchanged + 1
         elapsed = time.monotonic() - begin
         if progress is not None:
-            used = done / rounds if rounds is not None else elapsed / seconds
-            progress(min(used, 1.0), _kept(magnitudes, order) / total)
+            progress(min(done / rounds if rounds is not None else elapsed / seconds, 1.0), kept / total)
         settled = unchanged >= groups + groups % 2 - 1  # all pairs met and none exchanged
         if settled or (rounds is None and elapsed >= seconds):
             break
-    return ChannelOrder(order, given, _kept(magnitudes, order) / total, done, settled, time.monotonic() - begin)
+    after = _kept(magnitudes, order) / total  # once more from the start: sums of gains round
+    return ChannelOrder(order, given, after, done, settled, time.monotonic() - begin)
 
 
 def _rows(weights: Tensor | Sequence[Tensor]) -> Tensor:
@@ -139,7 +142,7 @@ def _best_start(magnitudes: Tensor, span: int) -> Tensor:
 
 
 def _meetings(groups: int, turn: int, spans: int) -> Tensor:
-    """Pairs of groups that meet in a turn: one stays, the others move round, so all pairs meet in `groups - 1` turns."""
+    """Pairs of groups that meet in a turn: one stays and the others move round until all have met."""
     even = groups + groups % 2
     seats = [0, *((i + turn) % (even - 1) + 1 for i in range(even - 1))]
     pairs = [(seats[i], seats[-1 - i]) for i in range(even // 2)]
@@ -147,19 +150,25 @@ def _meetings(groups: int, turn: int, spans: int) -> Tensor:
     return (pairs + torch.arange(spans)[:, None, None] * groups).flatten(0, 1)
 
 
-def _meet(magnitudes: Tensor, order: Tensor, pairs: Tensor) -> bool:
-    """Let each pair of groups share out its channels anew; changes `order`. True if any pair did."""
+def _meet(magnitudes: Tensor, order: Tensor, pairs: Tensor) -> float:
+    """Let each pair of groups share out its channels anew, changing `order`; what that gains."""
     places = (pairs[:, :, None] * 4 + torch.arange(4)).flatten(1)  # the eight places of each pair
     scores = _split_scores(magnitudes, order[places])
     best = scores.max(dim=1)
     better = best.values > scores[:, 0] * (1 + 1e-6)  # split 0 leaves things as they are; do not chase rounding
     splits = torch.tensor([a + b for a, b in _SPLITS])[best.indices[better]]
     order[places[better]] = order[places[better]].gather(1, splits)
-    return bool(better.any())
+    return float((best.values - scores[:, 0])[better].sum(dtype=torch.float64))
 
 
 def _split_scores(magnitudes: Tensor, octets: Tensor) -> Tensor:
     """What each of the 35 splits of each octet of channels keeps: `(P, 8)` -> float32 `(P, 35)`."""
+    if _native.load().cpu:
+        return torch.ops.nvit._split_scores(magnitudes, octets)
+    return _split_scores_in_torch(magnitudes, octets)
+
+
+def _split_scores_in_torch(magnitudes: Tensor, octets: Tensor) -> Tensor:
     scores = torch.empty(len(octets), len(_SPLITS))
     step = max(1, 2**16 // magnitudes.shape[1])  # small enough that the intermediate results stay in the cache
     for at in range(0, len(octets), step):

@@ -1,8 +1,8 @@
 """2:4 sparsity: at most two nonzeros of each four neighbours, in the form sparse tensor cores read.
 
 `compress_2to4` chooses the two largest of four and writes values, metadata and bitmask in one pass; the `_many` forms
-do a whole model in one call. The compiled operators are used where they were built (CPU, CUDA), plain torch with the same
-bytes elsewhere. Formats and rules: docs/sparse24.md.
+do a whole model in one call. The compiled operators are used where they were built (CPU, CUDA), plain torch with the
+same bytes elsewhere. Formats and rules: docs/sparse24.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// Which copies of the band code exist, and which one this machine runs.
+// Which copies of the CPU's kernels exist, and which one this machine runs.
 #pragma once
 
 #include <cstdint>
@@ -14,31 +14,34 @@
 
 namespace nvit {
 
-using RunBand = uint32_t (*)(Work, Format, Mask, const Job&, int);
+struct Kernels {
+  uint32_t (*run_band)(Work, Format, Mask, const Job&, int unit);
+  void (*split_scores)(const float* magnitudes, int64_t rows, const int64_t* octet, float* scores);
+};
 
 namespace baseline {
-uint32_t run_band(Work, Format, Mask, const Job&, int);
+Kernels kernels();
 }
 #if NVIT_HAS_ISA_COPIES
 namespace avx2 {
-uint32_t run_band(Work, Format, Mask, const Job&, int);
+Kernels kernels();
 }
 namespace avx512 {
-uint32_t run_band(Work, Format, Mask, const Job&, int);
+Kernels kernels();
 }
 #endif
 
-inline RunBand fastest_band() {
+inline Kernels fastest_kernels() {
 #if NVIT_HAS_ISA_COPIES
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2")) {
-    return avx512::run_band;
+    return avx512::kernels();
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma")) {
-    return avx2::run_band;
+    return avx2::kernels();
   }
 #endif
-  return baseline::run_band;
+  return baseline::kernels();
 }
 
 inline int band_units(const Job& job) {

@@ -3,4 +3,5 @@
 #pragma GCC target("avx2,bmi,bmi2,fma,f16c")
 #define NVIT_ISA avx2
 #include "band.h"
+#include "splits.h"
 #endif
