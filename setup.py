@@ -97,48 +97,65 @@ def extensions(cpp, with_cuda: bool) -> list:
     return built
 
 
+def build_command(cpp, cuda_demanded: bool) -> type:
+    """torch's build_ext, but a library that fails to compile is left out, unless it was asked for by name."""
+
+    class Build(cpp.BuildExtension):
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except Exception as error:
+                if cuda_demanded:
+                    raise
+                say(f"no native code, the compiler does not work: {str(error).splitlines()[0]}")
+
+        def build_extension(self, ext) -> None:
+            try:
+                super().build_extension(ext)
+            except Exception as error:
+                if cuda_demanded and ext.name.endswith("_cuda"):
+                    raise
+                say(f"{ext.name} did not compile and is left out: {str(error).splitlines()[0]}")
+
+    return Build
+
+
+def native_obstacle() -> str | None:
+    """Why no native code can be built at all, or None."""
+    if importlib.util.find_spec("torch") is None:
+        return f"no torch at build time, so no native code; install torch, {AGAIN}"
+    if compiler() is None:
+        return f"no C++ compiler found, so no native code; install g++ 10 or newer, {AGAIN}"
+    return None
+
+
 def native_build() -> dict:
     """setup()'s arguments for the native code; empty where it cannot be built."""
     wanted = os.environ.get("NVIT_BUILD_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
-        raise SystemExit(f"NVIT_BUILD_CUDA is {wanted!r}, expected auto, 0 or 1.")
-    obstacle = home = None
-    if importlib.util.find_spec("torch") is None:
-        obstacle = f"no torch at build time, so no native code; install torch, {AGAIN}"
-    elif compiler() is None:
-        obstacle = f"no C++ compiler found, so no native code; install g++ 10 or newer, {AGAIN}"
-    else:
+        raise SystemExit(f"nvit: NVIT_BUILD_CUDA is {wanted!r}, expected auto, 0 or 1.")
+    obstacle = native_obstacle()
+    without_native = obstacle is not None
+    if not without_native:
         home = cuda_home()
         if home is not None:
             os.environ["CUDA_HOME"] = str(home)  # before cpp_extension looks for itself
         import torch
         from torch.utils import cpp_extension as cpp
 
-        if wanted != "0":
-            obstacle = cuda_obstacle(torch, home)
+        obstacle = cuda_obstacle(torch, home) if wanted != "0" else None
     if obstacle is not None:
         if wanted == "1":
-            raise SystemExit(f"NVIT_BUILD_CUDA=1, but {obstacle}.")
+            raise SystemExit(f"nvit: NVIT_BUILD_CUDA=1, but {obstacle}.")
         say(f"{obstacle}.")
-    if "cpp" not in locals():
+    if without_native:
         return {}
-
-    class Build(cpp.BuildExtension):
-        """A library that fails to compile is left out, unless it was asked for by name."""
-
-        def build_extension(self, ext) -> None:
-            try:
-                super().build_extension(ext)
-            except Exception as error:
-                if wanted == "1" and ext.name.endswith("_cuda"):
-                    raise
-                say(f"{ext.name} did not compile and is left out: {str(error).splitlines()[0]}")
-
     return {
         "ext_modules": extensions(cpp, with_cuda=wanted != "0" and obstacle is None),
-        "cmdclass": {"build_ext": Build},
+        "cmdclass": {"build_ext": build_command(cpp, cuda_demanded=wanted == "1")},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
 
-setup(**native_build())
+if __name__ == "__main__":
+    setup(**native_build())
