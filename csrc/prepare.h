@@ -71,11 +71,11 @@ inline void require_like(const char* op, size_t i, const Tensor& t, ScalarType d
           op, i, "and what belongs to it differ in shape, dtype or device.");
 }
 
-// Rows back to back in memory, or a fixed distance apart that keeps `align` bytes of alignment.
+// Rows of neighbouring elements that start at a multiple of `align` bytes; a copy where they do not.
 inline Tensor row_major(const Tensor& t, int64_t itemsize, int64_t align) {
-  const bool rows = t.stride(1) == 1 && t.stride(0) >= t.size(1) && t.stride(0) * itemsize % align == 0 &&
-                    reinterpret_cast<uintptr_t>(t.const_data_ptr()) % align == 0;
-  return rows ? t : torch::stable::contiguous(t);
+  const bool starts = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % align == 0;
+  if (t.stride(1) == 1 && t.stride(0) >= t.size(1) && t.stride(0) * itemsize % align == 0 && starts) return t;
+  return t.is_contiguous() ? torch::stable::clone(t) : torch::stable::contiguous(t);
 }
 
 inline int64_t bytes(ScalarType t) {
@@ -124,8 +124,7 @@ inline std::tuple<Plan, Tensors, Tensors, Tensors> plan_compress(const Tensors& 
     if (!mask.empty()) {
       const bool packed = mask[i].scalar_type() == ScalarType::Byte;
       require_like(kOp, i, mask[i], packed ? ScalarType::Byte : ScalarType::Bool, rows, packed ? cols / 8 : cols, in);
-      const Tensor m = row_major(mask[i], 1, align > 1 ? 8 : 1);
-      // A packed mask's rows may be 4 bytes long only; it is read byte by byte.
+      const Tensor m = row_major(mask[i], 1, align == 1 || packed ? 1 : 8);  // a packed one is read byte by byte
       job.mask = static_cast<const uint8_t*>(m.const_data_ptr());
       job.mask_stride = m.stride(0);
       kind = packed ? Mask::kBits : Mask::kBytes;
@@ -173,7 +172,7 @@ inline std::tuple<Plan, Tensors> plan_decompress(const Tensors& values, const Te
     const Shape s = shape_of(format);
     require(values[i].dim() == 2, kOp, i, "is not a matrix.");
     const int64_t rows = values[i].size(0), cols = values[i].size(1) / s.stored * s.group;
-    const Tensor in = row_major(torch::stable::contiguous(values[i]), 1, align);
+    const Tensor in = row_major(torch::stable::contiguous(values[i]), bytes(s.values), align);
     require_like(kOp, i, meta[i], s.meta, rows, cols / s.group / s.groups_per_meta, in);
     const Tensor m = torch::stable::contiguous(meta[i]);
     dense.push_back(empty_like_device(in, {rows, cols}, s.values));

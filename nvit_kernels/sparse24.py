@@ -192,7 +192,7 @@ def _say_if_slow(device: str) -> None:
     native = _native.load()
     why = {"cpu": native.why_not_cpu, "cuda": native.why_not_cuda}.get(device, "")
     if why:
-        warnings.warn(f"2:4 compression runs in plain torch, slower with the same result: {why}.", stacklevel=4)
+        warnings.warn(f"2:4 compression runs in plain torch, slower with the same result: {why}.", stacklevel=5)
 
 
 def _names() -> str:

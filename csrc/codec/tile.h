@@ -69,29 +69,45 @@ NVIT_INLINE uint32_t chunk_mask(Mask kind, const Job& job, int row, int col) {
   return uint32_t((m | m >> 7 | m >> 14 | m >> 21 | m >> 28 | m >> 35 | m >> 42 | m >> 49) & 255);
 }
 
+// What a thread does to each of its chunks: `body(row in tile, chunk in row, row, column)`, skipping those off the edge.
+template <class Body>
+NVIT_INLINE void each_chunk(const Tile& tile, int thread, const Body& body) {
+  NVIT_UNROLL for (int i = 0; i < kChunksPerThread; ++i) {
+    const int id = i * kThreads + thread, r = id / kChunksPerRow, c = id % kChunksPerRow;
+    if (r < tile.rows && c * kChunk < tile.cols) body(i, r, c, tile.row + r, tile.col + c * kChunk);
+  }
+}
+
+// All of a thread's loads before any of its stores, so that they are under way together.
+template <class F>
+struct Loaded {
+  Chunk<typename F::In> chunk[kChunksPerThread];
+  NVIT_INLINE Loaded(const Job& job, const Tile& tile, int thread) {
+    each_chunk(tile, thread, [&](int i, int, int, int row, int col) {
+      chunk[i] = read<Chunk<typename F::In>>(static_cast<const typename F::In*>(job.dense) + row * job.stride + col);
+    });
+  }
+};
+
 // Phase 1: choose, store the values, leave metadata and bitmask in the buffer.
 template <class F, Mask kind>
 NVIT_INLINE uint32_t compress_thread(const Job& job, const Tile& tile, int thread, TileBuffer& buffer) {
   using C = ChunkShape<F>;
   uint32_t fault = 0;
-  NVIT_UNROLL for (int i = 0; i < kChunksPerThread; ++i) {
-    const int id = i * kThreads + thread, r = id / kChunksPerRow, c = id % kChunksPerRow;
-    if (r >= tile.rows || c * kChunk >= tile.cols) continue;
-    const int64_t row = tile.row + r, col = tile.col + c * kChunk;
-    const Chunk<typename F::In> in =
-        read<Chunk<typename F::In>>(static_cast<const typename F::In*>(job.dense) + row * job.stride + col);
-    const uint32_t bits = chunk_mask<F>(kind, job, int(row), int(col));
+  const Loaded<F> in(job, tile, thread);
+  each_chunk(tile, thread, [&](int i, int r, int c, int row, int col) {
+    const uint32_t bits = chunk_mask<F>(kind, job, row, col);
     Few<typename F::Stored, C::kGroups> values;
     uint32_t nibbles = 0, stored = 0;
-  NVIT_UNROLL for (int g = 0; g < C::kGroups; ++g) {
+    NVIT_UNROLL for (int g = 0; g < C::kGroups; ++g) {
       const uint32_t part = bits >> g * F::kGroup & ((1u << F::kGroup) - 1);
-      const Packed p = Pack<F, kind != Mask::kNone>::group(in.element + g * F::kGroup, part);
+      const Packed p = Pack<F, kind != Mask::kNone>::group(in.chunk[i].element + g * F::kGroup, part);
       values.element[g] = static_cast<typename F::Stored>(p.values);
       nibbles |= (p.code & 15) << g * 4;
       stored |= p.code >> 4 << g * F::kGroup;
       fault |= p.fault;
     }
-    write(static_cast<typename F::Stored*>(job.values) + (row * job.cols + col) / F::kGroup, values);
+    write(static_cast<typename F::Stored*>(job.values) + (int64_t{row} * job.cols + col) / F::kGroup, values);
     buffer.bitmask[r * kChunksPerRow + c] = static_cast<uint8_t>(stored);
     if constexpr (F::kGroup == 2) {
       buffer.meta[word_in_tile<typename F::Layout>(r, c)] = static_cast<uint16_t>(nibbles);
@@ -99,7 +115,7 @@ NVIT_INLINE uint32_t compress_thread(const Job& job, const Tile& tile, int threa
       reinterpret_cast<uint8_t*>(buffer.meta + word_in_tile<typename F::Layout>(r, c / 2))[c % 2] =
           static_cast<uint8_t>(nibbles);
     }
-  }
+  });
   return fault;
 }
 
@@ -111,19 +127,19 @@ NVIT_INLINE void store_thread(const Job& job, const Tile& tile, int thread, cons
   constexpr int kRun = kBandRows * Layout::kBlockGroups / 8;
   const int run = tile.rows * Layout::kBlockGroups / 8, runs = tile.cols / F::kGroup / Layout::kBlockGroups;
   const int first = tile.col / F::kGroup / Layout::kBlockGroups;
-  constexpr int kWords = kBandRows * kTileCols / F::kGroup / 8;
-  NVIT_UNROLL for (int i = thread; i < kWords; i += kThreads) {
-    const int across = i / kRun, at = i % kRun;
-    if (across >= runs || at >= run) continue;
-    const int64_t to = (int64_t{first + across} * job.rows + tile.row) * Layout::kBlockGroups / 8 + at;
-    write(static_cast<uint32_t*>(job.meta) + to, read<uint32_t>(buffer.meta + i * 2));
+  constexpr int kWords = kBandRows * kTileCols / F::kGroup / 8, kBitWords = kBandRows * kChunksPerRow / 4;
+  static_assert(kWords % kThreads == 0 && kBitWords == kThreads, "every thread writes as often");
+  NVIT_UNROLL for (int n = 0; n < kWords / kThreads; ++n) {
+    const int i = n * kThreads + thread, across = i / kRun, at = i % kRun;
+    if (across < runs && at < run) {
+      const int64_t to = (int64_t{first + across} * job.rows + tile.row) * Layout::kBlockGroups / 8 + at;
+      write(static_cast<uint32_t*>(job.meta) + to, read<uint32_t>(buffer.meta + i * 2));
+    }
   }
-  constexpr int kBitWords = kBandRows * kChunksPerRow / 4;
-  NVIT_UNROLL for (int i = thread; i < kBitWords; i += kThreads) {
-    const int r = i / (kChunksPerRow / 4), c = i % (kChunksPerRow / 4);
-    if (r >= tile.rows || c * 32 >= tile.cols) continue;
+  const int r = thread / (kChunksPerRow / 4), c = thread % (kChunksPerRow / 4);
+  if (r < tile.rows && c * 32 < tile.cols) {
     write(job.bitmask + (int64_t{tile.row + r} * job.cols + tile.col) / 8 + c * 4,
-          read<uint32_t>(buffer.bitmask + i * 4));
+          read<uint32_t>(buffer.bitmask + thread * 4));
   }
 }
 
@@ -140,21 +156,17 @@ template <class F>
 NVIT_INLINE uint32_t repack_thread(const Job& job, const Tile& tile, int thread) {
   using C = ChunkShape<F>;
   uint32_t fault = 0;
-  NVIT_UNROLL for (int i = 0; i < kChunksPerThread; ++i) {
-    const int id = i * kThreads + thread, r = id / kChunksPerRow, c = id % kChunksPerRow;
-    if (r >= tile.rows || c * kChunk >= tile.cols) continue;
-    const int64_t row = tile.row + r, col = tile.col + c * kChunk;
-    const Chunk<typename F::In> in =
-        read<Chunk<typename F::In>>(static_cast<const typename F::In*>(job.dense) + row * job.stride + col);
-    const uint32_t nibbles = chunk_nibbles<F>(job, int(row), int(col));
+  const Loaded<F> in(job, tile, thread);
+  each_chunk(tile, thread, [&](int i, int, int, int row, int col) {
+    const uint32_t nibbles = chunk_nibbles<F>(job, row, col);
     Few<typename F::Stored, C::kGroups> values;
-  NVIT_UNROLL for (int g = 0; g < C::kGroups; ++g) {
-      const Packed p = repack_group<F>(in.element + g * F::kGroup, nibbles >> g * 4 & 15);
+    NVIT_UNROLL for (int g = 0; g < C::kGroups; ++g) {
+      const Packed p = repack_group<F>(in.chunk[i].element + g * F::kGroup, nibbles >> g * 4 & 15);
       values.element[g] = static_cast<typename F::Stored>(p.values);
       fault |= p.fault;
     }
-    write(static_cast<typename F::Stored*>(job.values) + (row * job.cols + col) / F::kGroup, values);
-  }
+    write(static_cast<typename F::Stored*>(job.values) + (int64_t{row} * job.cols + col) / F::kGroup, values);
+  });
   return fault;
 }
 
@@ -162,23 +174,20 @@ template <class F>
 NVIT_INLINE uint32_t decompress_thread(const Job& job, const Tile& tile, int thread) {
   using C = ChunkShape<F>;
   uint32_t fault = 0;
-  NVIT_UNROLL for (int i = 0; i < kChunksPerThread; ++i) {
-    const int id = i * kThreads + thread, r = id / kChunksPerRow, c = id % kChunksPerRow;
-    if (r >= tile.rows || c * kChunk >= tile.cols) continue;
-    const int64_t row = tile.row + r, col = tile.col + c * kChunk;
+  each_chunk(tile, thread, [&](int, int, int, int row, int col) {
     const auto values = read<Few<typename F::Stored, C::kGroups>>(static_cast<const typename F::Stored*>(job.values) +
-                                                                  (row * job.cols + col) / F::kGroup);
-    const uint32_t nibbles = chunk_nibbles<F>(job, int(row), int(col));
+                                                                  (int64_t{row} * job.cols + col) / F::kGroup);
+    const uint32_t nibbles = chunk_nibbles<F>(job, row, col);
     Chunk<typename F::Out> out;
-  NVIT_UNROLL for (int g = 0; g < C::kGroups; ++g) {
+    NVIT_UNROLL for (int g = 0; g < C::kGroups; ++g) {
       const uint64_t dense = unpack_group<F>(values.element[g], nibbles >> g * 4 & 15);
-  NVIT_UNROLL for (int e = 0; e < F::kGroup; ++e) {
+      NVIT_UNROLL for (int e = 0; e < F::kGroup; ++e) {
         out.element[g * F::kGroup + e] = static_cast<typename F::Out>(dense >> e * F::kOutBits);
       }
       fault |= nibble_fault<F>(nibbles >> g * 4 & 15);
     }
     write(static_cast<typename F::Out*>(job.dense) + row * job.stride + col, out);
-  }
+  });
   return fault;
 }
 

@@ -1,17 +1,18 @@
-// One launch for up to 60 matrices of one format: each block finds its matrix, then runs the tile code of codec/tile.h.
+// One launch for up to 56 matrices of one format: each block finds its matrix, then runs the tile code of codec/tile.h.
 #pragma once
 
 #include "../codec/tile.h"
 
 namespace nvit {
 
-constexpr int kJobsPerLaunch = 60;  // kernel arguments may take 4 KB
+constexpr int kJobsPerLaunch = 56;
 
 struct JobTable {
   Job job[kJobsPerLaunch];
   int count;
   uint32_t* faults;  // one word a job
 };
+static_assert(sizeof(JobTable) <= 4096, "what kernel arguments may take on every driver");
 
 // The job whose units hold this block: the last with first_unit <= block.
 __device__ __forceinline__ int find_job(const JobTable& table, int block) {

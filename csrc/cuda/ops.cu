@@ -3,6 +3,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include "../prepare.h"
 #include "kernels.cuh"
@@ -17,7 +18,7 @@ void run_all(const char* op, Plan& plan, Work work, bool check, const Tensor& wh
   const int32_t device = where.get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);
   void* stream_handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_handle));
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
 
   const int64_t total = static_cast<int64_t>(plan.jobs.size());
