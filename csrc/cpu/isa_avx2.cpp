@@ -1,0 +1,7 @@
+#include "isa.h"
+#if NVIT_HAS_ISA_COPIES
+#pragma GCC target("avx2,bmi,bmi2,fma,f16c")
+#define NVIT_ISA avx2
+#include "band.h"
+#include "splits.h"
+#endif

@@ -1,0 +1,7 @@
+#include "isa.h"
+#if NVIT_HAS_ISA_COPIES
+#pragma GCC target("avx2,bmi,bmi2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512cd,prefer-vector-width=512")
+#define NVIT_ISA avx512
+#include "band.h"
+#include "splits.h"
+#endif
