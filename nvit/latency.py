@@ -8,11 +8,13 @@ they add up to it: timed alone, a part pays for a launch that a model hides.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -34,6 +36,8 @@ PARTS = {"attention": ("emb", "heads", "qk_dim", "v_dim"), "mlp": ("emb", "mlp")
 """The widths that the latency of each part depends on."""
 
 _PART_OF = {"emb": "rest", "heads": "attention", "qk_dim": "attention", "v_dim": "attention", "mlp": "mlp"}
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 LEVELS = {"emb": 4, "heads": 3, "qk_dim": 3, "v_dim": 3, "mlp": 5}
 """Grid points per width, dense and smallest included."""
@@ -81,12 +85,25 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed, from here on.
+
+    By default it gives large blocks back to the system and faults them in again: a tenth of a whole model's time, but
+    nothing for one of its parts, so that parts would not add up.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**25)
+
+
 def time_each(calls: Sequence[Callable[[], object]], device: torch.device | str, seconds: float) -> list[float]:
     """Median milliseconds of each call, all of them in turn, round after round, so that drift meets all alike.
 
     The first round is a warm-up. At least one more follows, then as many as fit in `seconds`.
     """
     device = torch.device(device)
+    if device.type == "cpu":
+        _keep_freed_memory()
     rounds: list[list[float]] = []
     end = time.perf_counter() + seconds
     while len(rounds) < 2 or time.perf_counter() < end:
@@ -118,6 +135,7 @@ class _Grid:
         monotone = self.values
         for d in range(monotone.ndim):
             monotone = np.maximum.accumulate(monotone, axis=d)
+        self.monotone = monotone
         # An axis with one point is constant there; the interpolator wants two.
         points = [a if len(a) > 1 else [a[0], a[0] + 1] for a in self.axes.values()]
         for d, a in enumerate(self.axes.values()):
@@ -138,6 +156,14 @@ class _Grid:
                     ) from None
             raise
 
+    def shares(self, kind: str, widths: np.ndarray) -> np.ndarray:
+        """How much each point of one axis counts at `widths` `(...)`: `(..., points)`, adding up to 1.
+
+        Multilinear interpolation is the contraction of `monotone` with one such row per axis.
+        """
+        points = self.axes[kind]
+        return np.stack([np.interp(widths, points, unit) for unit in np.eye(len(points))], -1)
+
 
 class LatencyTable:
     """Milliseconds by widths, for one setting.
@@ -146,6 +172,7 @@ class LatencyTable:
         setting: device, dtype, batch, tokens, threads and versions it was measured with; None for an analytic table.
         dense: the blocks of the model it was made for.
         dense_ms: their latency by this table.
+        grids: a grid per part of `PARTS`.
     """
 
     def __init__(
@@ -155,18 +182,18 @@ class LatencyTable:
         setting: Setting | None,
     ) -> None:
         self.setting, self.dense = setting, tuple(dense)
-        self._grids = {part: _Grid(*grids[part]) for part in PARTS}
+        self.grids = {part: _Grid(*grids[part]) for part in PARTS}
         self.dense_ms = self.model_ms(self.dense)
 
     def block_ms(self, widths: np.ndarray) -> np.ndarray:
         """Milliseconds of blocks with `widths` `(..., 5)` in the order of `KINDS`; returns `(...)`."""
-        return self._grids["attention"](widths) + self._grids["mlp"](widths)
+        return self.grids["attention"](widths) + self.grids["mlp"](widths)
 
     def rest_ms(self, emb: np.ndarray) -> np.ndarray:
         """Milliseconds of everything but the blocks, by stream width `(...)`."""
         widths = np.zeros((*np.shape(emb), len(KINDS)), dtype=int)
         widths[..., KINDS.index("emb")] = emb
-        return self._grids["rest"](widths)
+        return self.grids["rest"](widths)
 
     def model_ms(self, blocks: Sequence[BlockWidths]) -> float:
         """Milliseconds of a model with these blocks."""
@@ -181,7 +208,7 @@ class LatencyTable:
         """Milliseconds saved per unit of each kind, mean over the range, all blocks for `emb` (paper's Table 5)."""
         found = {}
         for kind in KINDS:
-            low = [replace(b, **{kind: self._grids[_PART_OF[kind]].axes[kind][0]}) for b in self.dense]
+            low = [replace(b, **{kind: self.grids[_PART_OF[kind]].axes[kind][0]}) for b in self.dense]
             units = sum(getattr(b, kind) - getattr(s, kind) for b, s in zip(self.dense, low, strict=True))
             per_unit = (self.dense_ms - self.model_ms(low)) / units if units else 0.0
             found[f"ms_per_{kind}"] = per_unit * len(self.dense) if kind == "emb" else per_unit
@@ -207,7 +234,7 @@ class LatencyTable:
             )
 
     def to_json(self) -> str:
-        grids = {p: {"axes": g.axes, "values": g.values.round(6).tolist()} for p, g in self._grids.items()}
+        grids = {p: {"axes": g.axes, "values": g.values.round(6).tolist()} for p, g in self.grids.items()}
         setting = None if self.setting is None else asdict(self.setting)
         dense = [asdict(b) for b in self.dense]
         return json.dumps({"unit": "ms", "setting": setting, "dense": dense, "grids": grids}) + "\n"

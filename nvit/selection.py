@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, from_numpy
 
-from .latency import LatencyTable
+from .latency import PARTS, LatencyTable
 from .masks import Masks, kept_counts
 from .spec import KINDS, Group, block_widths
 
 _BISECTIONS = 40
+_SWEEPS = 20
 
 
 @dataclass
@@ -48,14 +49,6 @@ class _State:
         self.widths = np.array([[getattr(b, kind) for kind in KINDS] for b in every])
         self.queues = [_queue(g, scores[g.name], masks[g.name]) for g in groups if g.name in scores]
         self.gone = np.zeros(len(self.queues), dtype=int)
-
-    def choices_ms(self, i: int) -> np.ndarray:
-        """Latency of the blocks group `i` touches for every number of its bundles gone, everything else as it is."""
-        q = self.queues[i]
-        trial = np.repeat(self.widths[None, list(q.group.blocks)], len(q.left), 0)
-        trial[:, :, KINDS.index(q.group.kind)] = q.left[:, None]
-        ms = self.table.block_ms(trial).sum(1)
-        return ms + self.table.rest_ms(trial[:, 0, 0]) if q.group.kind == "emb" else ms
 
     def next_saved(self) -> np.ndarray:
         """Latency saved by each group's next bundle, as a fraction of dense; 0 where only the last one is left."""
@@ -95,6 +88,86 @@ class _State:
         for q, k in zip(self.queues, self.gone, strict=True):
             masks[q.group.name][from_numpy(q.order[: q.left[0] - q.left[k]])] = False
         return masks
+
+
+class _Side:
+    """One kind of width in `_Descent`: the groups that prune it and the widths each may choose.
+
+    Attributes:
+        queues: indices into the state's queues, `(groups,)`.
+        owner, block: which of these groups is the width of which block, one pair each, ordered by group.
+        lost: saliency lost by every choice, `(groups, choices)`; infinite where a group has fewer.
+        shares: by part, grid shares of every choice, `(groups, choices, points)`.
+    """
+
+    def __init__(self, state: _State, kind: str) -> None:
+        mine = [(i, q) for i, q in enumerate(state.queues) if q.group.kind == kind]
+        self.kind, self.queues = kind, np.array([i for i, _ in mine], dtype=int)
+        self.owner = np.array([g for g, (_, q) in enumerate(mine) for _ in q.group.blocks], dtype=int)
+        self.block = np.array([b for _, q in mine for b in q.group.blocks], dtype=int)
+        most = max(len(q.left) for _, q in mine)
+        left = np.array([np.pad(q.left, (0, most - len(q.left)), mode="edge") for _, q in mine])
+        self.lost = np.array([np.pad(q.lost, (0, most - len(q.lost)), constant_values=np.inf) for _, q in mine])
+        grids = state.table.grids
+        self.shares = {part: grids[part].shares(kind, left) for part, kinds in PARTS.items() if kind in kinds}
+
+
+class _Descent:
+    """For a price of latency, the bundles to drop: coordinate descent, all groups of a kind at once.
+
+    The table is multilinear, so a block's latency is a contraction of grid values with the shares of its widths, and
+    the latency of every choice of one width costs one contraction over the others. `shares[part, kind]` holds the
+    current ones, `(blocks, points)`.
+    """
+
+    def __init__(self, state: _State) -> None:
+        self.table, self.widths, self.queues = state.table, state.widths, len(state.queues)
+        self.sides = [_Side(state, kind) for kind in KINDS if any(q.group.kind == kind for q in state.queues)]
+
+    def at(self, eta: float) -> tuple[np.ndarray, float]:
+        """Bundles gone from every queue, and milliseconds, where no group alone gains by another choice."""
+        grids = self.table.grids
+        self.shares = {
+            (part, kind): grids[part].shares(kind, self.widths[:, KINDS.index(kind)])
+            for part, kinds in PARTS.items()
+            for kind in kinds
+        }
+        gone = np.zeros(self.queues, dtype=int)
+        for _ in range(_SWEEPS):
+            before = gone.copy()
+            for side in self.sides:
+                best = (side.lost + eta / self.table.dense_ms * self._choices_ms(side)).argmin(1)
+                gone[side.queues] = best
+                for part, shares in side.shares.items():
+                    self.shares[part, side.kind][side.block] = shares[side.owner, best[side.owner]]
+            if (gone == before).all():
+                break
+        ms = self._contract("attention").sum() + self._contract("mlp").sum() + self._contract("rest")[0]
+        return gone, float(ms)
+
+    def _contract(self, part: str, keep: str | None = None) -> np.ndarray:
+        """Grid values by block at its current widths, `(blocks,)`; an axis `(blocks, points)` for the kind kept."""
+        letters = dict(zip(PARTS[part], "ijkl", strict=False))
+        others = [kind for kind in PARTS[part] if kind != keep]
+        terms = ",".join(["".join(letters.values()), *("b" + letters[kind] for kind in others)])
+        values = np.einsum(
+            f"{terms}->b{letters.get(keep, '')}",
+            self.table.grids[part].monotone,
+            *(self.shares[part, k] for k in others),
+        )
+        return values
+
+    def _choices_ms(self, side: _Side) -> np.ndarray:
+        """Milliseconds, up to a constant, of every choice of every group of one kind: `(groups, choices)`."""
+        total = np.zeros_like(side.lost)
+        for part, shares in side.shares.items():
+            if part == "rest":
+                total += shares @ self.table.grids[part].monotone
+                continue
+            by_group = np.zeros((len(side.queues), shares.shape[-1]))
+            np.add.at(by_group, side.owner, self._contract(part, side.kind)[side.block])
+            total += (shares @ by_group[:, :, None])[:, :, 0]
+        return total
 
 
 def drop_cheapest(
@@ -145,34 +218,30 @@ def drop_to_target(
     if state.model_ms() <= target_ms:
         return state.new_masks(), 0.0
 
-    def at(eta: float) -> float:
-        for i in range(len(state.queues)):
-            state.set_gone(i, 0)
-        for _ in range(20):
-            before = state.gone.copy()
-            for i, q in enumerate(state.queues):
-                cost = q.lost + eta * state.choices_ms(i) / table.dense_ms
-                state.set_gone(i, int(cost.argmin()))
-            if (state.gone == before).all():
-                break
-        return state.model_ms()
-
-    low, high = 0.0, 1e-12
-    while at(high) > target_ms:
+    descent, enough = _Descent(state), target_ms * (1 + 1e-12)  # it adds up in another order than the table does
+    # Prices above what is at stake are needed only where latency hardly changes.
+    low, high = 0.0, max(float(sum(q.lost[-1] for q in state.queues)), 1e-30)
+    while (found := descent.at(high))[1] > enough:
         low, high = high, high * 16
         if high > 1e24:
-            least = at(high)
             raise ValueError(
                 f"latency target {target_ms / table.dense_ms:.3f} of dense cannot be met: the smallest allowed widths "
-                f"reach {least / table.dense_ms:.3f}. Raise the target, or allow more groups to be pruned."
+                f"reach {found[1] / table.dense_ms:.3f}. Raise the target, or allow more groups to be pruned."
             )
+    dear, cheap = found[0], descent.at(low)[0]
     for _ in range(_BISECTIONS):
+        if np.abs(dear - cheap).sum() <= 1:
+            break
         middle = (low * high) ** 0.5 if low else high / 16
-        low, high = (low, middle) if at(middle) <= target_ms else (middle, high)
+        gone, ms = descent.at(middle)
+        low, high, cheap, dear = (low, middle, cheap, gone) if ms <= enough else (middle, high, gone, dear)
+    for i, k in enumerate(cheap):
+        state.set_gone(i, int(k))
     # Between the two prices lies one change of mind, which can be a large step: take its best bundles alone.
-    at(low)
     while state.model_ms() > target_ms:
         lost, open_ = state.next_lost()
+        if not open_.any():
+            break
         price = np.where(open_, lost / np.maximum(state.next_saved(), 1e-12), np.inf)
         best = int(price.argmin())
         state.set_gone(best, state.gone[best] + 1)
