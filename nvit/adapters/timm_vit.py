@@ -304,6 +304,7 @@ def resize(model: nn.Module, params: Mapping[str, Tensor], blocks: Sequence[Bloc
         block.attn.resize_(widths.heads, widths.qk_dim, widths.v_dim)
     for layer in prunable_layers(model).values():
         layer.keep_all_()
+        layer.tap = None  # the model it was copied from may be under observation
     emb = blocks[0].emb
     model.embed_dim = model.num_features = model.head_hidden_size = emb
     model.patch_embed.proj.out_channels = emb
