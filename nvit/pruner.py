@@ -157,10 +157,13 @@ class Pruner:
         self.history.append({"step": self.steps, "predicted_ratio": now} | more)
         met = [t for t in self.targets[len(self.met) :] if now <= t]
         self.met += met
+        self._stop_recording_when_done()
+        return met
+
+    def _stop_recording_when_done(self) -> None:
         if self.done and self.gates is not None:
             self.gates.__exit__()
             self.gates = None
-        return met
 
     def compact(self) -> nn.Module:
         """A narrower copy that computes what the masked model does."""
@@ -181,6 +184,7 @@ class Pruner:
         self.mean.sums = {n.removeprefix("mean."): t.to(device) for n, t in tensors.items() if n.startswith("mean.")}
         self.mean.count, self.steps = mine["scored"], mine["steps"]
         self.met, self.history = list(mine["met"]), list(mine["history"])
+        self._stop_recording_when_done()
 
 
 def score(pruner: Pruner, loader, *, progress: Progress = silent) -> None:
