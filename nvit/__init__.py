@@ -7,7 +7,8 @@ from .evaluate import accuracy
 from .finetune import finetune
 from .latency import LatencyTable
 from .pruner import Pruner, PruneResult, prune
-from .snapshot import BUNDLED, load
+from .snapshot import BUNDLED
+from .sparse24 import load
 
 __version__ = "0.1.0"
 __all__ = [

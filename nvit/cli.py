@@ -22,6 +22,7 @@ from .config import (
     FinetuneCommand,
     LatencyCommand,
     PruneCommand,
+    SparsifyCommand,
     WidthsCommand,
     from_toml,
 )
@@ -87,6 +88,22 @@ def _finetune(command: FinetuneCommand, words: Sequence[str]) -> None:
     print(f"{found['path']}: nvit.load({found['path']!r})")
 
 
+def _sparsify(command: SparsifyCommand, words: Sequence[str]) -> None:
+    with _progress() as progress:
+        found = jobs.run_sparsify(words[0], command, progress)
+    rows = [{"name": "dense", "top1": found["top1_dense"]}, {"name": "2:4", "top1": found["top1_sparse"]}]
+    if command.epochs:
+        rows.append({"name": f"2:4 finetuned {command.epochs:g} epochs", "top1": found["top1"]})
+    show(f"{words[0]}: {found['sparse_layers']} of {len(found['layers'])} projections are 2:4", rows)
+    for layer in found["layers"]:
+        ms = (layer["dense_ms"], layer["sparse_ms"])
+        times = "" if None in ms else ": dense {:.3f} ms, sparse {:.3f} ms".format(*ms)
+        print(
+            f"  {layer['weight']} keeps {layer['kept']:.3f} of its magnitude; {layer['backend']}, {layer['why']}{times}"
+        )
+    print(f"{found['path']}: nvit.load({found['path']!r})")
+
+
 def _evaluate(command: EvaluateCommand, words: Sequence[str]) -> None:
     with _progress() as progress:
         found = jobs.run_evaluate(words[0], command, progress)
@@ -126,6 +143,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command(EvaluateCommand, "MODEL [RECIPE.toml]", _evaluate, 1, 1),
     "compare": Command(CompareCommand, "MODEL MODEL … [RECIPE.toml]", _compare, 1, None),
     "latency": Command(LatencyCommand, "[RECIPE.toml]", _latency),
+    "sparsify": Command(SparsifyCommand, "SNAPSHOT [RECIPE.toml]", _sparsify, 1, 1),
     "analyze widths": Command(WidthsCommand, "SNAPSHOT …", _widths, 1, None),
 }
 

@@ -228,6 +228,20 @@ class LatencyCommand(ModelFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SparsifyCommand(FinetuneConfig, DataFlags, ModelFlags):
+    """2:4 sparsity of the blocks' projections: masks, channel order, masked finetuning, speed and accuracy."""
+
+    epochs: Annotated[float, _help("of finetuning under the fixed masks; 0 for none")] = 0.0
+    permute: Annotated[bool, _help("reorder hidden units and V dims first, so that 2:4 keeps more")] = True
+    permute_seconds: Annotated[float, _help("bound on the search for an order, all layers together")] = 60.0
+    dtype: Annotated[Literal["float16", "bfloat16"], _help("of weights on sparse tensor cores")] = "float16"
+    latency_batch: Annotated[int, _help("images a batch while speed is measured")] = 64
+    teacher: Annotated[str, _help("the model for L_full, as in finetune; the dense snapshot itself if empty")] = ""
+    teacher_checkpoint: Annotated[str, _help("its weights")] = ""
+    out: Annotated[str, _help("folder for the sparse snapshot and result.json")] = "nvit-sparse"
+
+
+@dataclass(frozen=True, kw_only=True)
 class WidthsCommand:
     """Widths of every block of one or several snapshots, as a CSV and a figure (the paper's Fig. 4)."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from timm.scheduler import CosineLRScheduler
@@ -23,6 +24,7 @@ def finetune(
     teacher: nn.Module | None = None,
     cnn_teacher: nn.Module | None = None,
     renormalise=None,
+    constrain: Callable[[], None] | None = None,
     state_file: Path | None = None,
     resume: bool = False,
     progress: Progress = silent,
@@ -33,6 +35,7 @@ def finetune(
         loader: batches `(images, labels)`, sized; `data.TrainingData` makes the run reproducible and resumable.
         teacher: the unpruned model for L_full.
         cnn_teacher: any timm model for the hard labels of L_CNN.
+        constrain: called after every optimiser step, to put back what must stay as it is (the zeros of a 2:4 mask).
         state_file: where the run state is kept; with `resume` the run goes on from it if it is there.
 
     Raises:
@@ -64,6 +67,8 @@ def finetune(
         for step, (images, labels) in endless(loader, config.seed, trainer.step):
             schedule.step_update(step)
             loss = trainer.train_step(images, labels)
+            if constrain is not None:
+                constrain()
             trainer.after_step()
             progress(trainer.step, total, f"finetune: loss {loss:.3f}")
             if trainer.step >= total:

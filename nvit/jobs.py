@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import torch
 from timm.data import resolve_data_config
 from torch import nn
 
-from . import analysis, snapshot
+from . import analysis, snapshot, sparse24
 from .config import (
     DIGITS,
     CompareCommand,
@@ -22,6 +23,7 @@ from .config import (
     LatencyFlags,
     ModelFlags,
     PruneCommand,
+    SparsifyCommand,
     WidthsCommand,
 )
 from .distill import frozen
@@ -167,6 +169,55 @@ def run_finetune(name: str, command: FinetuneCommand, progress: Progress = silen
     found |= {"path": str(out), "seconds": time.monotonic() - start}
     write_result(out, found)
     state_file.unlink(missing_ok=True)
+    return found
+
+
+def run_sparsify(name: str, command: SparsifyCommand, progress: Progress = silent) -> dict[str, Any]:
+    """`nvit sparsify`: 2:4 on the projections, sparse only where a GPU was measured faster; saved as a snapshot."""
+    start = time.monotonic()
+    out = Path(command.out)
+    if (out / snapshot.SPEC).exists():
+        raise ValueError(f"{out} holds a snapshot already; choose another --out or remove it")
+    model = open_model(name, command)
+    evaluation = open_evaluation_data(model, command, command.batch_size)
+    loader = open_training_data(model, command, command) if command.epochs else None
+
+    def top1() -> float | None:
+        return None if evaluation is None else accuracy(model, evaluation, progress=progress)["top1"]
+
+    found: dict[str, Any] = {"model": name, "top1_dense": top1()}
+    teacher = frozen(copy.deepcopy(model)) if command.epochs and command.distill_weight else None
+    if teacher is not None and command.teacher:
+        flags = ModelFlags(checkpoint=command.teacher_checkpoint, device=command.device)
+        teacher = frozen(open_model(command.teacher, flags))
+    found["permuted"] = sparse24.permute_(model, command.permute_seconds, progress) if command.permute else []
+    layers = sparse24.measure(
+        model, sample_images(model, command.latency_batch), getattr(torch, command.dtype), progress
+    )
+    masks = {n: m for n, m in sparse24.masks_2to4(model).items() if layers[n].masked}
+    before = {n: p.weight.detach().abs().sum() for n, p in sparse24.projections(model).items()}
+    sparse24.apply_masks_(model, masks)
+    model.sparse24 = tuple(masks)
+    found |= {"top1_sparse": top1(), "top1": None}
+    if command.epochs:
+        model = finetune(
+            model,
+            loader,
+            command,
+            teacher=teacher,
+            constrain=lambda: sparse24.apply_masks_(model, masks),
+            progress=progress,
+        )
+    found["top1"] = top1() if command.epochs else found["top1_sparse"]
+    found["layers"] = [
+        dataclasses.asdict(layers[n])
+        | {"shape": list(p.weight.shape), "kept": float(p.weight.detach().abs().sum() / before[n])}
+        for n, p in sparse24.projections(model).items()
+    ]
+    found["sparse_layers"] = len(masks)
+    snapshot.save(out, model, {k: v for k, v in found.items() if k != "layers"})
+    found |= {"path": str(out), "seconds": time.monotonic() - start}
+    write_result(out, found)
     return found
 
 

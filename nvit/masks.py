@@ -136,4 +136,5 @@ def compact(model: nn.Module, groups: Sequence[Group], masks: Mapping[str, Tenso
     params = dict(model.named_parameters())
     weights = cut(params, weight_masks(params, groups, masks))
     twin = meta_copy(model)
+    twin.sparse24 = ()  # neighbours are others now
     return adapters.find(twin).resize(twin, weights, widths(groups, masks))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ def spec_of(model: nn.Module) -> ViTSpec:
     """The spec of a prepared model as it stands: dense or compact, not masked."""
     adapter = adapters.find(model)
     groups = adapter.groups(model)
-    return adapter.spec(model, widths(groups, full_masks(groups)))
+    spec = adapter.spec(model, widths(groups, full_masks(groups)))
+    return replace(spec, sparse=getattr(model, "sparse24", ()))
 
 
 def save(path: str | Path, model: nn.Module, metrics: Mapping[str, Any] | None = None) -> Path:
@@ -101,9 +103,10 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
         weights = load_file(path / WEIGHTS, device=str(device))
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{path / WEIGHTS} is damaged: {e}") from None
-    _check(path, shapes, weights)
+    _check(path, shapes, weights, spec.sparse)
     adapter = adapters.FAMILIES[spec.family]
     adapter.resize(model, weights, spec.blocks)
+    model.sparse24 = spec.sparse
     return model.eval()
 
 
@@ -163,7 +166,7 @@ def _skeleton(spec: ViTSpec) -> tuple[nn.Module, dict[str, torch.Size]]:
     return model, {n: t.shape for n, t in cut(params, weight_masks(params, groups, masks)).items()}
 
 
-def _check(path: Path, shapes: Mapping[str, torch.Size], weights: Mapping[str, Tensor]) -> None:
+def _check(path: Path, shapes: Mapping[str, torch.Size], weights: Mapping[str, Tensor], sparse: Sequence[str]) -> None:
     missing, unknown = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())
     if missing or unknown:
         raise ValueError(
@@ -174,6 +177,13 @@ def _check(path: Path, shapes: Mapping[str, torch.Size], weights: Mapping[str, T
         if weights[name].shape != shape:
             raise ValueError(
                 f"{path / WEIGHTS} does not fit {SPEC}: {name} is {tuple(weights[name].shape)}, expected {tuple(shape)}"
+            )
+    for name in sparse:
+        w = weights.get(name)
+        if w is None or w.dim() != 2 or w.shape[1] % 4 or int((w.unflatten(1, (-1, 4)) != 0).sum(-1).max()) > 2:
+            raise ValueError(
+                f"{path / WEIGHTS} does not fit {SPEC}: {name} is listed as 2:4 sparse but keeps more than two of four "
+                "neighbours along its input; sparsify the dense snapshot again"
             )
 
 

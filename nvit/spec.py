@@ -101,6 +101,7 @@ class ViTSpec:
         blocks: widths of each block, which replace the dense ones.
         preprocess: input size, mean, std, crop and interpolation, as timm's data config names them.
         name: the model's name in its library, for people.
+        sparse: weights that are 2:4 sparse: at most two nonzeros of each four neighbours along the input.
     """
 
     family: str
@@ -109,6 +110,7 @@ class ViTSpec:
     blocks: tuple[BlockWidths, ...]
     preprocess: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
+    sparse: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -125,7 +127,7 @@ class ViTSpec:
         except json.JSONDecodeError as e:
             raise ValueError(f"not valid JSON ({e.msg} at line {e.lineno})") from None
         names = {f.name for f in dataclasses.fields(cls)}
-        if not isinstance(raw, dict) or set(raw) != names:
+        if not isinstance(raw, dict) or set(raw) | {"sparse"} != names:
             found = ", ".join(sorted(raw)) if isinstance(raw, dict) else type(raw).__name__
             raise ValueError(f"has the fields {found}; expected {', '.join(sorted(names))}")
         widths = {f.name for f in dataclasses.fields(BlockWidths)}
@@ -133,4 +135,5 @@ class ViTSpec:
             if set(b) != widths or not all(type(v) is int and v > 0 for v in b.values()):
                 raise ValueError(f"block {i} has widths {b}; expected positive integers for {', '.join(KINDS)}")
         blocks = tuple(BlockWidths(**b) for b in raw.pop("blocks"))
-        return cls(blocks=blocks, **raw)
+        sparse = tuple(str(name) for name in raw.pop("sparse", ()))
+        return cls(blocks=blocks, sparse=sparse, **raw)

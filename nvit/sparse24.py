@@ -1,0 +1,245 @@
+"""2:4 sparsity of a compact model's projections (the paper's Sec. 3.2.3): masks, channel order, sparse tensors on GPUs.
+
+Weights keep their dense shape with zeros where the mask is not, so that a snapshot runs anywhere. On a GPU with sparse
+tensor cores `accelerate_` replaces them by compressed ones, layer by layer, where that was measured to be faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import adapters, snapshot
+from .latency import time_each
+from .modules import Attention, Mlp, prunable_layers
+from .progress import Progress, silent
+
+MULTIPLE = 16
+"""Both sides of a projection must be multiples of this for any sparse backend."""
+
+CUTLASS, CUSPARSELT, MASKED, DENSE = "CUTLASS", "cuSPARSELt", "masked", "dense"
+
+
+def projections(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear projection of the blocks of a prepared model, by the name of its weight."""
+    return {
+        f"{name}.{leaf}.weight": linear
+        for name, layer in prunable_layers(model).items()
+        if isinstance(layer, (Attention, Mlp))
+        for leaf, linear in layer.named_children()
+        if isinstance(linear, nn.Linear)
+    }
+
+
+def refusal(weight: Tensor) -> str | None:
+    """Why no sparse backend takes a weight of this shape, or None."""
+    if any(n % MULTIPLE for n in weight.shape):
+        return f"shape {tuple(weight.shape)} is not in multiples of {MULTIPLE}"
+    return None
+
+
+def masks_2to4(model: nn.Module) -> dict[str, Tensor]:
+    """The two largest of each four neighbours along the input, for every projection that a backend takes.
+
+    Returns:
+        Bool masks of the weights' shapes, by weight name.
+    """
+    from nvit_kernels.sparse24 import mask_2to4
+
+    return {n: mask_2to4(p.weight.detach()) for n, p in projections(model).items() if refusal(p.weight) is None}
+
+
+@torch.no_grad()
+def apply_masks_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Zero what the masks leave out, in place."""
+    found = projections(model)
+    for name, mask in masks.items():
+        found[name].weight.mul_(mask)
+
+
+@torch.no_grad()
+def permute_(model: nn.Module, seconds: float = 60.0, progress: Progress = silent) -> list[dict[str, float | str]]:
+    """Reorder MLP hidden units, and V dims inside each head, so that 2:4 keeps more magnitude. The function of the
+    model is unchanged.
+
+    Args:
+        seconds: bound on the time for all layers together.
+
+    Returns:
+        A row per reader: `weight, kept_before, kept_after` (fractions of the sum of magnitudes).
+    """
+    from nvit_kernels.permute24 import search_channel_order
+
+    layers = {n: m for n, m in prunable_layers(model).items() if isinstance(m, (Attention, Mlp))}
+    rows = []
+    for done, (name, layer) in enumerate(layers.items(), start=1):
+        reader = layer.fc2 if isinstance(layer, Mlp) else layer.proj
+        span = None if isinstance(layer, Mlp) else layer.v_dim
+        if reader.in_features % 4 or (span or 4) % 4:
+            continue
+        found = search_channel_order(reader.weight.detach().cpu(), span=span, seconds=seconds / len(layers))
+        order = found.order.to(reader.weight.device)
+        reader.weight.copy_(reader.weight[:, order])
+        writer, start = (layer.fc1, 0) if isinstance(layer, Mlp) else (layer.qkv, 2 * layer.heads * layer.qk_dim)
+        for p in (writer.weight, writer.bias):
+            if p is not None:
+                p[start:] = p[start:][order]
+        leaf = "fc2" if isinstance(layer, Mlp) else "proj"
+        rows.append(
+            {"weight": f"{name}.{leaf}.weight", "kept_before": found.kept_before, "kept_after": found.kept_after}
+        )
+        progress(done, len(layers), f"permute: {name} keeps {found.kept_after:.4f} of its magnitude")
+    return rows
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one projection runs on this device.
+
+    Attributes:
+        backend: `CUTLASS` or `cuSPARSELt`; `masked`, a dense weight with zeros, where there are no sparse tensor cores;
+            `dense`, no mask at all.
+        why: one phrase.
+        dense_ms, sparse_ms: measured, None where nothing was.
+    """
+
+    weight: str
+    backend: str
+    why: str
+    dense_ms: float | None = None
+    sparse_ms: float | None = None
+
+    @property
+    def masked(self) -> bool:
+        """Whether 2:4 is worth having here: a backend is faster, or nothing could be measured that says otherwise."""
+        return self.backend != DENSE
+
+
+def backends(device: torch.device, dtype: torch.dtype) -> tuple[tuple[str, ...], str]:
+    """Sparse backends this device can run at this dtype, and why there are none or which they are."""
+    if device.type != "cuda":
+        return (), f"no sparse tensor cores on {device.type}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return (), f"weights are {str(dtype).removeprefix('torch.')}; sparse tensor cores take float16 or bfloat16"
+    major, minor = torch.cuda.get_device_capability(device)
+    lt = (CUSPARSELT,) if torch.backends.cusparselt.is_available() else ()
+    if major == 8:
+        return (CUTLASS, *lt), f"compute capability {major}.{minor}"
+    if major >= 9:
+        why = f"compute capability {major}.{minor}" if lt else "this torch comes without cuSPARSELt"
+        return lt, why
+    return (), f"compute capability {major}.{minor} has no sparse tensor cores"
+
+
+def compressed(weight: Tensor, backend: str) -> Tensor:
+    """A 2:4 weight `(out, in)` on CUDA as torch's sparse semi-structured tensor, packed by our compressor.
+
+    Raises:
+        ValueError: the shape does not fit the backend.
+    """
+    from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
+
+    from nvit_kernels.cusparselt import compress_cusparselt
+    from nvit_kernels.sparse24 import compress_2to4
+
+    if backend == CUTLASS:
+        packed = compress_2to4(weight)
+        return SparseSemiStructuredTensorCUTLASS(weight.shape, packed.values, packed.meta, None, None, None)
+    buffer = compress_cusparselt(weight)
+    return SparseSemiStructuredTensorCUSPARSELT(weight.shape, buffer, None, None, None, None)
+
+
+@torch.inference_mode()
+def choose(name: str, linear: nn.Linear, tokens: int, seconds: float = 0.2) -> Choice:
+    """Measure one projection dense and in every sparse backend of its device; sparse only where it is faster."""
+    weight = linear.weight.detach()
+    offered, why = backends(weight.device, weight.dtype)
+    if reason := refusal(weight):
+        return Choice(name, DENSE, reason)
+    if not offered:
+        return Choice(name, MASKED, why)
+    x = torch.randn(tokens, weight.shape[1], device=weight.device, dtype=weight.dtype)
+    forms, reasons = {DENSE: weight}, []
+    for backend in offered:
+        try:
+            forms[backend] = compressed(weight, backend)
+            F.linear(x, forms[backend], linear.bias)
+        except (ValueError, RuntimeError) as e:
+            forms.pop(backend, None)
+            reasons.append(f"{backend}: {str(e).splitlines()[0]}")
+    times = dict(
+        zip(
+            forms,
+            time_each([partial(F.linear, x, w, linear.bias) for w in forms.values()], x.device, seconds),
+            strict=True,
+        )
+    )
+    sparse = {b: ms for b, ms in times.items() if b != "dense"}
+    if not sparse:
+        return Choice(name, "dense", "; ".join(reasons), times["dense"])
+    best = min(sparse, key=sparse.__getitem__)
+    if sparse[best] >= times["dense"]:
+        return Choice(name, "dense", f"{best} is slower here", times["dense"], sparse[best])
+    return Choice(name, best, "measured faster", times["dense"], sparse[best])
+
+
+def measure(model: nn.Module, images: Tensor, dtype: torch.dtype, progress: Progress = silent) -> dict[str, Choice]:
+    """For every projection, whether 2:4 would be faster on the model's device, by weight name.
+
+    On a device without sparse tensor cores nothing is measured and every projection that a backend could take counts:
+    `accelerate_` measures again where the snapshot is loaded.
+    """
+    tokens = images.shape[0] * adapters.find(model).tokens(model)
+    chosen = {}
+    for done, (name, linear) in enumerate(projections(model).items(), start=1):
+        trial = nn.utils.skip_init(nn.Linear, *linear.weight.shape[::-1], linear.bias is not None).to(linear.weight)
+        trial.load_state_dict(linear.state_dict())
+        chosen[name] = choose(name, trial.to(dtype), tokens)
+        progress(done, len(projections(model)), f"measure: {name}")
+    return chosen
+
+
+def accelerate_(model: nn.Module, batch_size: int = 64) -> list[Choice]:
+    """Replace the 2:4 weights that `model.sparse24` names by compressed ones where that is measured faster.
+
+    Args:
+        batch_size: images a batch to measure with.
+
+    Returns:
+        What was chosen for every such projection, and why.
+    """
+    found = projections(model)
+    tokens = batch_size * adapters.find(model).tokens(model)
+    chosen = [choose(name, found[name], tokens) for name in model.sparse24]
+    for choice in chosen:
+        if choice.backend in (CUTLASS, CUSPARSELT):
+            linear = found[choice.weight]
+            linear.weight = nn.Parameter(compressed(linear.weight.detach(), choice.backend), requires_grad=False)
+    return chosen
+
+
+def load(
+    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, *, sparse: bool = True
+) -> nn.Module:
+    """The compact model of a snapshot folder, in eval mode, ready for inference.
+
+    Args:
+        dtype: of the weights; as saved when None.
+        sparse: on a GPU that can, run 2:4 projections on sparse tensor cores where that is measured faster; elsewhere
+            they run as dense weights with zeros, with equal outputs. `model.sparse24_choices` says what was chosen.
+
+    Raises:
+        ValueError: a file is missing, damaged, or does not fit the others; one line that names it.
+    """
+    model = snapshot.load(path, device)
+    if dtype is not None:
+        model = model.to(dtype)
+    if sparse and model.sparse24 and torch.device(device).type == "cuda":
+        model.sparse24_choices = accelerate_(model)
+    return model
