@@ -5,11 +5,13 @@ Not under the interpreter, where `@triton.jit` yields functions that cannot be c
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import triton
@@ -22,8 +24,9 @@ from nvit_kernels.ops import attention, group_dot, kept_layer_norm, matmul
 
 ARCHS = (80, 86, 89, 90, 100)
 INT64_POINTERS = {"pointers", "tiles", "reductions", "outputs", "contributions"}
-INT32_POINTERS = {"index", "count", "heads", "heads_n", "qk", "qk_n", "vd", "vd_n"}
-FLOAT_POINTERS = {"lse", "delta", "v_part", "qk_part", "part", "mean", "rstd", "workspace", "sums", "scores"}
+INT32_POINTERS = {"index", "count", "heads", "heads_n"}
+MASKS = {"mask", "qk_mask", "v_mask"}
+FLOAT_POINTERS = {"stats", "delta", "v_part", "qk_part", "part", "mean", "rstd", "workspace", "sums", "scores"}
 FLOATS = {"scale", "scale_log2", "eps"}
 TENSORS = {"q", "k", "v", "o", "do", "dq", "dk", "dv", "a", "b", "bias", "out", "out2", "out3", "aux", "aux2", "w", "x",
            "y", "residual", "total", "dx", "dy", "dtotal"}  # fmt: skip
@@ -63,15 +66,15 @@ class Report:
 def cases() -> Iterator[Case]:
     """Every kernel at 16-bit, each role at the widths that real models have."""
     for qk, v in ((64, 64), (32, 64), (16, 64), (128, 128), (256, 256)):
-        gathered = (False, True) if (qk, v) == (64, 64) else (False,)
-        for gather in gathered:
-            shape = dict(GATHER_QK=gather, GATHER_V=gather, PRECISION="ieee", BLOCK_QK=qk, BLOCK_V=v)
-            tag = f"{qk}x{v}{' kept' if gather else ''}"
+        flags = (False, True) if (qk, v) in ((64, 64), (256, 256)) else (False,)
+        for masked in flags:
+            shape = dict(MASK_QK=masked, MASK_V=masked, PRECISION="ieee", BLOCK_QK=qk, BLOCK_V=v)
+            tag = f"{qk}x{v}{' kept' if masked else ''}"
             yield Case(f"attention forward {tag}", attention.forward_kernel, shape, "attention_forward")
             yield Case(f"attention dkv {tag}", attention.dkv_kernel, shape, "attention_dkv")
             yield Case(f"attention dq {tag}", attention.dq_kernel,
-                       shape | dict(SCORES=True, BLOCK_M=attention.ROWS), "attention_dq")  # fmt: skip
-    yield Case("attention delta", attention.delta_kernel, dict(SCORES=True, BLOCK_V=64, BLOCK_M=attention.ROWS))
+                       shape | dict(SCORES=True, BLOCK_M=attention.score_rows(max(qk, v))), "attention_dq")  # fmt: skip
+    yield Case("attention delta", attention.delta_kernel, dict(SCORES=True, BLOCK_V=64, BLOCK_M=attention.score_rows(64)))
     for role, b_by, kept, gather, bias in (
         ("gelu", "n", "n", True, True), ("swiglu", "n", "n", True, True), ("linear", "n", "n", True, True),
         ("linear", "n", "k", False, True), ("linear", "k", "k", True, False),
@@ -79,7 +82,8 @@ def cases() -> Iterator[Case]:
     ):  # fmt: skip
         constants = dict(ROLE=role, B_BY=b_by, KEPT=kept, GATHER=gather, BIAS=bias, SCORES="backward" in role,
                          PRECISION="ieee", BLOCK_M=matmul.ROWS)  # fmt: skip
-        yield Case(f"tokens {role} b by {b_by}, kept {kept}", matmul.tokens_kernel, constants, "tokens")
+        yield Case(f"tokens {role} b by {b_by}, kept {kept}", matmul.tokens_kernel, constants,
+                   "tokens_backward" if "backward" in role else "tokens")  # fmt: skip
     for kept in "mn":
         yield Case(f"weights kept {kept}", matmul.weights_kernel, dict(KEPT=kept, SUMS=True, PRECISION="ieee"), "weights")
     out16 = (("out", "*fp16"), ("w", "*fp16"))
@@ -87,7 +91,7 @@ def cases() -> Iterator[Case]:
     yield Case("scores", matmul.scores_kernel, dict(ROWS=matmul.ROWS, BLOCK=128))
     for width in (192, 768, 1280):
         blocks = {k: v for k, v in kept_layer_norm._blocks(width).items() if k.startswith("BLOCK")}
-        warps, masked = kept_layer_norm._blocks(width)["num_warps"], (("mask", "*i1"), ("b", "*fp16"), ("w", "*fp16"))
+        warps, masked = kept_layer_norm._blocks(width)["num_warps"], (("b", "*fp16"), ("w", "*fp16"))
         flags = dict(UNIT=8, MASKED=True, RESIDUAL=True)
         yield Case(f"layer norm forward {width}", kept_layer_norm.forward_kernel, flags | blocks, None, masked, warps)
         yield Case(f"layer norm backward {width}", kept_layer_norm.backward_kernel,
@@ -106,7 +110,7 @@ def signature(case: Case) -> dict[str, str]:
     said = dict(case.overrides)
 
     def of(name: str) -> str:
-        for names, kind in ((INT64_POINTERS, "*i64"), (INT32_POINTERS, "*i32"), (FLOAT_POINTERS, "*fp32"),
+        for names, kind in ((INT64_POINTERS, "*i64"), (INT32_POINTERS, "*i32"), (MASKS, "*i1"), (FLOAT_POINTERS, "*fp32"),
                             (FLOATS, "fp32"), (TENSORS, "*fp16")):  # fmt: skip
             if name in names:
                 return kind
@@ -141,3 +145,13 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said.stdout)
     assert found, said.stdout
     return int(found[1]), int(found[2]) + int(found[3])
+
+
+def main(arch: int) -> None:
+    """Print, one JSON object a line, what every case takes on `arch` with its first config."""
+    for case in cases():
+        print(json.dumps(asdict(compile_case(case, arch, case.configs(arch)[0]))), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

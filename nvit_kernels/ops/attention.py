@@ -13,59 +13,69 @@ from torch import Tensor
 from nvit_kernels.configs import tuned
 from nvit_kernels.launch import FUSED_MULTIPLY_ADD, eighths, kept_or_all, matmul_precision, on_device, power_of_two
 
-ROWS = 64  # token rows per program wherever partial scores are laid out by it, so never tuned
 LARGEST_HEAD = 256
 LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def columns(index, count, width, SIZE: tl.constexpr, GATHER: tl.constexpr):
-    """Column numbers of a head, which of them are kept, and which exist."""
+def kept_columns(mask, width, SIZE: tl.constexpr, MASKED: tl.constexpr):
+    """1 for each kept column of a head and 0 for the others.
+
+    Loads stay dense and wide. A factor on one operand, once per program, takes a pruned dim out of every product: a
+    list of 2-byte gathers would touch the same sectors, and costs registers that a tile of 64 x 64 does not have.
+    """
     i = tl.arange(0, SIZE)
-    exists = i < width
-    if GATHER:
-        return tl.load(index + i, mask=exists, other=0), i < tl.load(count), exists
+    if MASKED:
+        return tl.load(mask + i, mask=i < width, other=0) != 0
     else:
-        return i, exists, exists
+        return i < width
 
 
 @triton.jit
-def forward_kernel(q, k, v, o, lse, heads, heads_n, qk, qk_n, vd, vd_n, scale_log2, H, N, QK8, V8,
+def forward_kernel(q, k, v, o, stats, heads, heads_n, qk_mask, v_mask, scale_log2, H, N, QK8, V8,
                    q_b8, q_h8, q_n8, k_b8, k_h8, k_n8, v_b8, v_h8, v_n8,
-                   GATHER_QK: tl.constexpr, GATHER_V: tl.constexpr, PRECISION: tl.constexpr, BLOCK_QK: tl.constexpr,
+                   MASK_QK: tl.constexpr, MASK_V: tl.constexpr, PRECISION: tl.constexpr, BLOCK_QK: tl.constexpr,
                    BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     slot, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     h = tl.load(heads + slot).to(tl.int64)
     rm = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     rn = tl.arange(0, BLOCK_N)
-    dc, dk_kept, _ = columns(qk, qk_n, QK8 * 8, BLOCK_QK, GATHER_QK)
-    vc, v_kept, v_exists = columns(vd, vd_n, V8 * 8, BLOCK_V, GATHER_V)
+    dc, vc = tl.arange(0, BLOCK_QK), tl.arange(0, BLOCK_V)
+    d_in, v_in = (dc < QK8 * 8), (vc < V8 * 8)
     o_ptrs = o + ((b * N + rm[:, None]) * H + h) * (V8 * 8) + vc[None, :]
-    o_mask = (rm < N)[:, None] & v_exists[None, :]
+    o_mask = (rm < N)[:, None] & v_in[None, :]
     if slot >= tl.load(heads_n):
         tl.store(o_ptrs, tl.zeros([BLOCK_M, BLOCK_V], o.dtype.element_ty), mask=o_mask)
+        for part in tl.static_range(2):
+            tl.store(stats + ((b * H + h) * 2 + part) * N + rm, tl.zeros([BLOCK_M], tl.float32), mask=rm < N)
         return
     q += b * (q_b8 * 8) + h * (q_h8 * 8)
     k += b * (k_b8 * 8) + h * (k_h8 * 8)
     v += b * (v_b8 * 8) + h * (v_h8 * 8)
-    qt = tl.load(q + rm[:, None] * (q_n8 * 8) + dc[None, :], mask=(rm < N)[:, None] & dk_kept[None, :], other=0.0)
+    qt = tl.load(q + rm[:, None] * (q_n8 * 8) + dc[None, :], mask=(rm < N)[:, None] & d_in[None, :], other=0.0)
+    if MASK_QK:
+        qt = tl.where(kept_columns(qk_mask, QK8 * 8, BLOCK_QK, MASK_QK)[None, :], qt, 0.0)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     for n0 in range(0, N, BLOCK_N):
         n = n0 + rn
-        kt = tl.load(k + n[None, :] * (k_n8 * 8) + dc[:, None], mask=(n < N)[None, :] & dk_kept[:, None], other=0.0)
+        kt = tl.load(k + n[None, :] * (k_n8 * 8) + dc[:, None], mask=(n < N)[None, :] & d_in[:, None], other=0.0)
         s = tl.dot(qt, kt, input_precision=PRECISION) * scale_log2
         s = tl.where((n < N)[None, :], s, float("-inf"))
         higher = tl.maximum(top, tl.max(s, 1))
         p = tl.exp2(s - higher[:, None])
         shrink = tl.exp2(top - higher)
         total = total * shrink + tl.sum(p, 1)
-        vt = tl.load(v + n[:, None] * (v_n8 * 8) + vc[None, :], mask=(n < N)[:, None] & v_kept[None, :], other=0.0)
+        vt = tl.load(v + n[:, None] * (v_n8 * 8) + vc[None, :], mask=(n < N)[:, None] & v_in[None, :], other=0.0)
         acc = tl.dot(p.to(vt.dtype), vt, acc * shrink[:, None], input_precision=PRECISION)
         top = higher
+    if MASK_V:
+        acc = tl.where(kept_columns(v_mask, V8 * 8, BLOCK_V, MASK_V)[None, :], acc, 0.0)
     tl.store(o_ptrs, (acc / total[:, None]).to(o.dtype.element_ty), mask=o_mask)
-    tl.store(lse + (b * H + h) * N + rm, top + tl.log2(total), mask=rm < N)
+    row = stats + (b * H + h) * 2 * N + rm  # both, not their log: the backward's weights are then as exact as these
+    tl.store(row, top, mask=rm < N)
+    tl.store(row + N, 1 / total, mask=rm < N)
 
 
 @triton.jit
@@ -86,15 +96,17 @@ def delta_kernel(o, do, delta, v_part, heads, heads_n, H, N, V8, do_b8, do_h8, d
 
 
 @triton.jit
-def dkv_kernel(q, k, v, do, lse, delta, dk, dv, heads, heads_n, qk, qk_n, vd, vd_n, scale, H, N, QK8, V8,
+def dkv_kernel(q, k, v, do, stats, delta, dk, dv, heads, heads_n, qk_mask, v_mask, scale, H, N, QK8, V8,
                q_b8, q_h8, q_n8, k_b8, k_h8, k_n8, v_b8, v_h8, v_n8, do_b8, do_h8, do_n8,
-               GATHER_QK: tl.constexpr, GATHER_V: tl.constexpr, PRECISION: tl.constexpr, BLOCK_QK: tl.constexpr,
+               MASK_QK: tl.constexpr, MASK_V: tl.constexpr, PRECISION: tl.constexpr, BLOCK_QK: tl.constexpr,
                BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     slot, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     h = tl.load(heads + slot).to(tl.int64)
     rn = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    dc, dk_kept, dk_exists = columns(qk, qk_n, QK8 * 8, BLOCK_QK, GATHER_QK)
-    vc, v_kept, v_exists = columns(vd, vd_n, V8 * 8, BLOCK_V, GATHER_V)
+    dc, vc = tl.arange(0, BLOCK_QK), tl.arange(0, BLOCK_V)
+    d_in, v_in = (dc < QK8 * 8), (vc < V8 * 8)
+    d_kept = kept_columns(qk_mask, QK8 * 8, BLOCK_QK, MASK_QK)
+    v_kept = kept_columns(v_mask, V8 * 8, BLOCK_V, MASK_V)
     dk_ptrs = dk + ((b * N + rn[:, None]) * H + h) * (QK8 * 8) + dc[None, :]
     dv_ptrs = dv + ((b * N + rn[:, None]) * H + h) * (V8 * 8) + vc[None, :]
     dk_acc = tl.zeros([BLOCK_N, BLOCK_QK], tl.float32)
@@ -105,36 +117,46 @@ def dkv_kernel(q, k, v, do, lse, delta, dk, dv, heads, heads_n, qk, qk_n, vd, vd
         v += b * (v_b8 * 8) + h * (v_h8 * 8)
         do += b * (do_b8 * 8) + h * (do_h8 * 8)
         here = (rn < N)[:, None]
-        kt = tl.load(k + rn[:, None] * (k_n8 * 8) + dc[None, :], mask=here & dk_kept[None, :], other=0.0)
-        vt = tl.load(v + rn[:, None] * (v_n8 * 8) + vc[None, :], mask=here & v_kept[None, :], other=0.0)
+        kt = tl.load(k + rn[:, None] * (k_n8 * 8) + dc[None, :], mask=here & d_in[None, :], other=0.0)
+        vt = tl.load(v + rn[:, None] * (v_n8 * 8) + vc[None, :], mask=here & v_in[None, :], other=0.0)
+        if MASK_QK:
+            kt = tl.where(d_kept[None, :], kt, 0.0)
+        if MASK_V:
+            vt = tl.where(v_kept[None, :], vt, 0.0)
         for m0 in range(0, N, BLOCK_M):
             m = m0 + tl.arange(0, BLOCK_M)
             row = (m < N)[:, None]
-            qt = tl.load(q + m[:, None] * (q_n8 * 8) + dc[None, :], mask=row & dk_kept[None, :], other=0.0)
-            dot = tl.load(do + m[:, None] * (do_n8 * 8) + vc[None, :], mask=row & v_kept[None, :], other=0.0)
-            norm = tl.load(lse + (b * H + h) * N + m, mask=m < N, other=float("inf"))  # rows past N weigh nothing
+            qt = tl.load(q + m[:, None] * (q_n8 * 8) + dc[None, :], mask=row & d_in[None, :], other=0.0)
+            dot = tl.load(do + m[:, None] * (do_n8 * 8) + vc[None, :], mask=row & v_in[None, :], other=0.0)
+            top = tl.load(stats + (b * H + h) * 2 * N + m, mask=m < N, other=0.0)
+            share = tl.load(stats + (b * H + h) * 2 * N + N + m, mask=m < N, other=0.0)  # rows past N weigh nothing
             centre = tl.load(delta + (b * H + h) * N + m, mask=m < N, other=0.0)
             s = tl.dot(kt, tl.trans(qt), input_precision=PRECISION)
-            p = tl.exp2(s * (scale * 1.4426950408889634) - norm[None, :])
+            p = tl.exp2(s * (scale * 1.4426950408889634) - top[None, :]) * share[None, :]
             dv_acc = tl.dot(p.to(dot.dtype), dot, dv_acc, input_precision=PRECISION)
             dp = tl.dot(vt, tl.trans(dot), input_precision=PRECISION)
             ds = p * (dp - centre[None, :])
             dk_acc = tl.dot(ds.to(qt.dtype), qt, dk_acc, input_precision=PRECISION)
-    tl.store(dk_ptrs, (dk_acc * scale).to(dk.dtype.element_ty), mask=(rn < N)[:, None] & dk_exists[None, :])
-    tl.store(dv_ptrs, dv_acc.to(dv.dtype.element_ty), mask=(rn < N)[:, None] & v_exists[None, :])
+    if MASK_QK:
+        dk_acc = tl.where(d_kept[None, :], dk_acc, 0.0)
+    if MASK_V:
+        dv_acc = tl.where(v_kept[None, :], dv_acc, 0.0)
+    tl.store(dk_ptrs, (dk_acc * scale).to(dk.dtype.element_ty), mask=(rn < N)[:, None] & d_in[None, :])
+    tl.store(dv_ptrs, dv_acc.to(dv.dtype.element_ty), mask=(rn < N)[:, None] & v_in[None, :])
 
 
 @triton.jit
-def dq_kernel(q, k, v, do, lse, delta, dq, qk_part, heads, heads_n, qk, qk_n, vd, vd_n, scale, H, N, QK8, V8,
+def dq_kernel(q, k, v, do, stats, delta, dq, qk_part, heads, heads_n, qk_mask, v_mask, scale, H, N, QK8, V8,
               q_b8, q_h8, q_n8, k_b8, k_h8, k_n8, v_b8, v_h8, v_n8, do_b8, do_h8, do_n8,
-              SCORES: tl.constexpr, GATHER_QK: tl.constexpr, GATHER_V: tl.constexpr, PRECISION: tl.constexpr,
+              SCORES: tl.constexpr, MASK_QK: tl.constexpr, MASK_V: tl.constexpr, PRECISION: tl.constexpr,
               BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
               BLOCK_N: tl.constexpr):  # fmt: skip
     tile, slot, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     h = tl.load(heads + slot).to(tl.int64)
     rm = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    dc, dk_kept, dk_exists = columns(qk, qk_n, QK8 * 8, BLOCK_QK, GATHER_QK)
-    vc, v_kept, _ = columns(vd, vd_n, V8 * 8, BLOCK_V, GATHER_V)
+    dc, vc = tl.arange(0, BLOCK_QK), tl.arange(0, BLOCK_V)
+    d_in, v_in = (dc < QK8 * 8), (vc < V8 * 8)
+    d_kept = kept_columns(qk_mask, QK8 * 8, BLOCK_QK, MASK_QK)
     acc = tl.zeros([BLOCK_M, BLOCK_QK], tl.float32)
     product = tl.zeros([BLOCK_QK], tl.float32)
     if slot < tl.load(heads_n):
@@ -143,32 +165,44 @@ def dq_kernel(q, k, v, do, lse, delta, dq, qk_part, heads, heads_n, qk, qk_n, vd
         v += b * (v_b8 * 8) + h * (v_h8 * 8)
         do += b * (do_b8 * 8) + h * (do_h8 * 8)
         here = (rm < N)[:, None]
-        qt = tl.load(q + rm[:, None] * (q_n8 * 8) + dc[None, :], mask=here & dk_kept[None, :], other=0.0)
-        dot = tl.load(do + rm[:, None] * (do_n8 * 8) + vc[None, :], mask=here & v_kept[None, :], other=0.0)
-        norm = tl.load(lse + (b * H + h) * N + rm, mask=rm < N, other=float("inf"))
+        qt = tl.load(q + rm[:, None] * (q_n8 * 8) + dc[None, :], mask=here & d_in[None, :], other=0.0)
+        dot = tl.load(do + rm[:, None] * (do_n8 * 8) + vc[None, :], mask=here & v_in[None, :], other=0.0)
+        if MASK_QK:
+            qt = tl.where(d_kept[None, :], qt, 0.0)
+        if MASK_V:
+            dot = tl.where(kept_columns(v_mask, V8 * 8, BLOCK_V, MASK_V)[None, :], dot, 0.0)
+        top = tl.load(stats + (b * H + h) * 2 * N + rm, mask=rm < N, other=0.0)
+        share = tl.load(stats + (b * H + h) * 2 * N + N + rm, mask=rm < N, other=0.0)
         centre = tl.load(delta + (b * H + h) * N + rm, mask=rm < N, other=0.0)
         for n0 in range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)
             row = (n < N)[:, None]
-            kt = tl.load(k + n[:, None] * (k_n8 * 8) + dc[None, :], mask=row & dk_kept[None, :], other=0.0)
-            vt = tl.load(v + n[:, None] * (v_n8 * 8) + vc[None, :], mask=row & v_kept[None, :], other=0.0)
+            kt = tl.load(k + n[:, None] * (k_n8 * 8) + dc[None, :], mask=row & d_in[None, :], other=0.0)
+            vt = tl.load(v + n[:, None] * (v_n8 * 8) + vc[None, :], mask=row & v_in[None, :], other=0.0)
             s = tl.dot(qt, tl.trans(kt), input_precision=PRECISION)
-            p = tl.exp2(s * (scale * 1.4426950408889634) - norm[:, None])
+            p = tl.exp2(s * (scale * 1.4426950408889634) - top[:, None]) * share[:, None]
             dp = tl.dot(dot, tl.trans(vt), input_precision=PRECISION)
             ds = p * (dp - centre[:, None])  # keys past N: their k is zero, so they add nothing below
             acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PRECISION)
         acc *= scale
+        if MASK_QK:
+            acc = tl.where(d_kept[None, :], acc, 0.0)
         product = tl.sum(qt.to(tl.float32) * acc, 0)
     dq_ptrs = dq + ((b * N + rm[:, None]) * H + h) * (QK8 * 8) + dc[None, :]
-    tl.store(dq_ptrs, acc.to(dq.dtype.element_ty), mask=(rm < N)[:, None] & dk_exists[None, :])
+    tl.store(dq_ptrs, acc.to(dq.dtype.element_ty), mask=(rm < N)[:, None] & d_in[None, :])
     if SCORES:
         part = qk_part + ((b * H + h) * tl.num_programs(0) + tile) * (QK8 * 8)
-        tl.store(part + dc, product, mask=dk_exists)
+        tl.store(part + dc, product, mask=d_in)
 
 
 forward_tuned = tuned("attention_forward", forward_kernel)
 dkv_tuned = tuned("attention_dkv", dkv_kernel)
 dq_tuned = tuned("attention_dq", dq_kernel)
+
+
+def score_rows(head: int) -> int:
+    """Token rows per program wherever partial scores are laid out by them, so never tuned: fewer for wide heads."""
+    return 64 if head <= 128 else 32
 
 
 def _strides8(*tensors: Tensor) -> tuple[int, ...]:
@@ -201,61 +235,63 @@ def check(q: Tensor, k: Tensor, v: Tensor) -> None:
 @torch.library.custom_op("nvit::attention", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float,
-    heads: Tensor | None, heads_n: Tensor | None, qk: Tensor | None, qk_n: Tensor | None,
-    vd: Tensor | None, vd_n: Tensor | None,
+    heads: Tensor | None, heads_n: Tensor | None, qk_mask: Tensor | None, v_mask: Tensor | None,
     head_scores: Tensor | None, qk_scores: Tensor | None, v_scores: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     check(q, k, v)
     q, k, v = _readable(q), _readable(k), _readable(v)
     b, h, n, d = q.shape
-    o, lse = _by_token(b, h, n, v.shape[-1], q), q.new_empty(b, h, n, dtype=torch.float32)
-    lists = _lists(q, v, heads, heads_n, qk, qk_n, vd, vd_n)
+    o, stats = _by_token(b, h, n, v.shape[-1], q), q.new_empty(b, h, 2, n, dtype=torch.float32)
+    lists = _lists(q, v, heads, heads_n, qk_mask, v_mask)
     with on_device(q):
         forward_tuned[lambda meta: (triton.cdiv(n, meta["BLOCK_M"]), h, b)](
-            q, k, v, o, lse, *lists, scale * LOG2E, h, n, d // 8, v.shape[-1] // 8, *_strides8(q, k, v),
-            GATHER_QK=qk is not None, GATHER_V=vd is not None, PRECISION=matmul_precision(),
+            q, k, v, o, stats, *lists, scale * LOG2E, h, n, d // 8, v.shape[-1] // 8, *_strides8(q, k, v),
+            MASK_QK=qk_mask is not None, MASK_V=v_mask is not None, PRECISION=matmul_precision(),
             BLOCK_QK=power_of_two(d), BLOCK_V=power_of_two(v.shape[-1]), **FUSED_MULTIPLY_ADD)  # fmt: skip
-    return o, lse
+    return o, stats
 
 
-def _lists(q, v, heads, heads_n, qk, qk_n, vd, vd_n) -> tuple[Tensor, ...]:
-    return (*kept_or_all(heads, heads_n, q.shape[1], q.device), *kept_or_all(qk, qk_n, q.shape[-1], q.device),
-            *kept_or_all(vd, vd_n, v.shape[-1], q.device))  # fmt: skip
+def _lists(q, v, heads, heads_n, qk_mask, v_mask) -> tuple[Tensor, ...]:
+    for name, mask, width in (("qk", qk_mask, q.shape[-1]), ("v_dim", v_mask, v.shape[-1])):
+        if mask is not None and (mask.numel() != width or mask.device != q.device):
+            raise ValueError(f"{name} lists {mask.numel()} dims on {mask.device}, the tensor has {width} on {q.device}")
+    lists = kept_or_all(heads, heads_n, q.shape[1], q.device)
+    return (*lists, *(lists[0] if mask is None else mask for mask in (qk_mask, v_mask)))
 
 
 @_forward.register_fake
-def _(q, k, v, scale, heads, heads_n, qk, qk_n, vd, vd_n, head_scores, qk_scores, v_scores):
+def _(q, k, v, scale, heads, heads_n, qk_mask, v_mask, head_scores, qk_scores, v_scores):
     b, h, n, _ = q.shape
-    return _by_token(b, h, n, v.shape[-1], q), q.new_empty(b, h, n, dtype=torch.float32)
+    return _by_token(b, h, n, v.shape[-1], q), q.new_empty(b, h, 2, n, dtype=torch.float32)
 
 
 @torch.library.custom_op("nvit::attention_backward", mutates_args=("head_scores", "qk_scores", "v_scores"))
 def _backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float,
-    heads: Tensor | None, heads_n: Tensor | None, qk: Tensor | None, qk_n: Tensor | None,
-    vd: Tensor | None, vd_n: Tensor | None,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, stats: Tensor, scale: float,
+    heads: Tensor | None, heads_n: Tensor | None, qk_mask: Tensor | None, v_mask: Tensor | None,
     head_scores: Tensor | None, qk_scores: Tensor | None, v_scores: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     do, q, k, v = _readable(do), _readable(q), _readable(k), _readable(v)
     o = o.transpose(1, 2).contiguous()  # already so, unless someone copied it on the way
     (b, h, n, d), e = q.shape, v.shape[-1]
-    tiles = triton.cdiv(n, ROWS)
-    delta = torch.empty_like(lse)
+    rows = score_rows(max(d, e))
+    tiles = triton.cdiv(n, rows)
+    delta = q.new_empty(b, h, n, dtype=torch.float32)
     v_part = q.new_empty(b, h, tiles, e, dtype=torch.float32)
     qk_part = q.new_empty(b, h, tiles, d, dtype=torch.float32)
     dq, dk, dv = (_by_token(b, h, n, dim, q) for dim in (d, d, e))
-    lists = _lists(q, v, heads, heads_n, qk, qk_n, vd, vd_n)
+    lists = _lists(q, v, heads, heads_n, qk_mask, v_mask)
     sizes = (scale, h, n, d // 8, e // 8, *_strides8(q, k, v, do))
-    meta = dict(GATHER_QK=qk is not None, GATHER_V=vd is not None, PRECISION=matmul_precision(),
+    meta = dict(MASK_QK=qk_mask is not None, MASK_V=v_mask is not None, PRECISION=matmul_precision(),
                 BLOCK_QK=power_of_two(d), BLOCK_V=power_of_two(e), **FUSED_MULTIPLY_ADD)  # fmt: skip
     wants_v, wants_qk = head_scores is not None or v_scores is not None, qk_scores is not None
     with on_device(q):
         delta_kernel[(tiles, h, b)](o, do, delta, v_part, *lists[:2], h, n, e // 8, *_strides8(do), SCORES=wants_v,
-                                    BLOCK_V=meta["BLOCK_V"], BLOCK_M=ROWS, **FUSED_MULTIPLY_ADD)  # fmt: skip
-        dq_tuned[(tiles, h, b)](q, k, v, do, lse, delta, dq, qk_part, *lists, *sizes, SCORES=wants_qk, BLOCK_M=ROWS,
+                                    BLOCK_V=meta["BLOCK_V"], BLOCK_M=rows, **FUSED_MULTIPLY_ADD)  # fmt: skip
+        dq_tuned[(tiles, h, b)](q, k, v, do, stats, delta, dq, qk_part, *lists, *sizes, SCORES=wants_qk, BLOCK_M=rows,
                                 **meta)  # fmt: skip
         dkv_tuned[lambda m: (triton.cdiv(n, m["BLOCK_N"]), h, b)](
-            q, k, v, do, lse, delta, dk, dv, *lists, *sizes, **meta)  # fmt: skip
+            q, k, v, do, stats, delta, dk, dv, *lists, *sizes, **meta)  # fmt: skip
     if wants_v:
         _add(head_scores, v_part, (2, 3))
         _add(v_scores, v_part, (1, 2))
@@ -269,22 +305,22 @@ def _add(scores: Tensor | None, partial: Tensor, dims: tuple[int, int]) -> None:
 
 
 @_backward.register_fake
-def _(do, q, k, v, o, lse, scale, heads, heads_n, qk, qk_n, vd, vd_n, head_scores, qk_scores, v_scores):
+def _(do, q, k, v, o, stats, scale, heads, heads_n, qk_mask, v_mask, head_scores, qk_scores, v_scores):
     b, h, n, d = q.shape
     return tuple(_by_token(b, h, n, dim, q) for dim in (d, d, v.shape[-1]))
 
 
 def _save(ctx, inputs, output):
     q, k, v, ctx.scale, *lists = inputs
-    ctx.save_for_backward(q, k, v, *output, *lists[:6])
+    ctx.save_for_backward(q, k, v, *output, *lists[:4])
     ctx.set_materialize_grads(False)
-    ctx.scores = lists[6:]  # written by the backward, so not among what autograd guards against writing
+    ctx.scores = lists[4:]  # written by the backward, so not among what autograd guards against writing
 
 
 def _differentiate(ctx, do, _):
-    q, k, v, o, lse, *lists = ctx.saved_tensors
-    grads = _backward(do, q, k, v, o, lse, ctx.scale, *lists, *ctx.scores)
-    return *grads, *([None] * 10)
+    q, k, v, o, stats, *lists = ctx.saved_tensors
+    grads = _backward(do, q, k, v, o, stats, ctx.scale, *lists, *ctx.scores)
+    return *grads, *([None] * 8)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -292,5 +328,6 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 def attention(q, k, v, scale, heads=None, qk=None, v_dim=None, head_scores=None, qk_scores=None, v_scores=None):
     """Fused `nvit_kernels.reference.attention`, which says what the arguments are."""
-    lists = [t for kept in (heads, qk, v_dim) for t in ((kept.index, kept.count) if kept else (None, None))]
-    return _forward(q, k, v, float(scale), *lists, head_scores, qk_scores, v_scores)[0]
+    lists = (None, None) if heads is None else (heads.index, heads.count)
+    masks = (None if kept is None else kept.mask for kept in (qk, v_dim))
+    return _forward(q, k, v, float(scale), *lists, *masks, head_scores, qk_scores, v_scores)[0]

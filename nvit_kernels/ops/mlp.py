@@ -63,7 +63,7 @@ def _(x, w1, b1, w2, b2, index, count, scores):
 
 @torch.library.custom_op("nvit::mlp_backward", mutates_args=("scores",))
 def _backward(dy: Tensor, x: Tensor, u: Tensor, w1: Tensor, w2: Tensor, index: Tensor | None, count: Tensor | None,
-              scores: Tensor | None, wants: list[bool]) -> list[Tensor]:  # fmt: skip
+              scores: Tensor | None, wants: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     index, count = kept_or_all(index, count, w1.shape[0], x.device)
     x2, dy2 = x.reshape(-1, x.shape[-1]).contiguous(), dy.reshape(-1, dy.shape[-1]).contiguous()
     w1, w2, grads = w1.contiguous(), w2.contiguous(), _allocate(x, w1, w2, wants)
@@ -117,9 +117,9 @@ def _or(grad: Tensor, like: Tensor) -> Tensor:
     return grad if grad.numel() else like.new_empty(like.shape)
 
 
-def _allocate(x: Tensor, w1: Tensor, w2: Tensor, wants: list[bool]) -> list[Tensor]:
+def _allocate(x: Tensor, w1: Tensor, w2: Tensor, wants: list[bool]) -> tuple[Tensor, ...]:
     shapes = (x.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
-    return [x.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, wants, strict=True)]
+    return tuple(x.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, wants, strict=True))
 
 
 @_backward.register_fake

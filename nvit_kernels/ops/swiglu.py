@@ -52,7 +52,7 @@ def _(x, wg, bg, wv, bv, w2, b2, index, count, scores):
 @torch.library.custom_op("nvit::swiglu_backward", mutates_args=("scores",))
 def _backward(dy: Tensor, x: Tensor, gate: Tensor, value: Tensor, wg: Tensor, wv: Tensor, w2: Tensor,
               index: Tensor | None, count: Tensor | None, scores: Tensor | None,
-              wants: list[bool]) -> list[Tensor]:  # fmt: skip
+              wants: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     index, count = kept_or_all(index, count, wg.shape[0], x.device)
     x2, dy2 = x.reshape(-1, x.shape[-1]).contiguous(), dy.reshape(-1, dy.shape[-1]).contiguous()
     wg, wv, w2, grads = wg.contiguous(), wv.contiguous(), w2.contiguous(), _allocate(x, wg, w2, wants)
@@ -102,9 +102,9 @@ def _run_backward(way, dy, x, gate, value, wg, wv, w2, index, count, grads, want
         weights(dy, activation, plain._or(dw2, w2), index, count, kept="n", sums=db2 if wants[6] else None)
 
 
-def _allocate(x: Tensor, w: Tensor, w2: Tensor, wants: list[bool]) -> list[Tensor]:
+def _allocate(x: Tensor, w: Tensor, w2: Tensor, wants: list[bool]) -> tuple[Tensor, ...]:
     shapes = (x.shape, w.shape, w.shape[:1], w.shape, w.shape[:1], w2.shape, w2.shape[:1])
-    return [x.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, wants, strict=True)]
+    return tuple(x.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, wants, strict=True))
 
 
 @_backward.register_fake
