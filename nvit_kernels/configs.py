@@ -30,7 +30,7 @@ CONFIGS = {  # by the largest head dim they hold without spilling; 0 where there
         WIDEST: [_config(8, 1, M=64, N=32)],
     },
     "attention_dkv": {
-        NARROW: [_config(4, 1, M=32, N=64), _config(4, 2, M=32, N=64), _config(8, 2, M=64, N=64)],
+        NARROW: [_config(4, 1, M=32, N=64), _config(4, 2, M=32, N=64), _config(8, 2, M=32, N=128)],
         WIDE: [_config(8, 1, M=32, N=64), _config(8, 2, M=32, N=64)],
         WIDEST: [_config(8, 1, M=16, N=32)],
     },
