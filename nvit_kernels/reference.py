@@ -77,14 +77,14 @@ def attention(
     v_kept = take(take(v, heads, 1), v_dim, 3)
 
     def q_score(grad):
-        return spread((q_kept.detach() * grad).float().sum((1, 2)), qk, 1)
+        return spread(_wide(q_kept.detach() * grad).sum((1, 2)), qk, 1)
 
     q_kept_ = on_gradient(q_kept, qk_scores, q_score)
     weights = (q_kept_ @ k_kept.transpose(-2, -1) * scale).softmax(-1)
     out = weights @ v_kept
 
     def o_score(dims, kept):
-        return lambda grad: spread((out_value * grad).float().sum(dims), kept, 1)
+        return lambda grad: spread(_wide(out_value * grad).sum(dims), kept, 1)
 
     out_value = out.detach()
     out = on_gradient(out, head_scores, o_score((2, 3), heads))
@@ -153,9 +153,13 @@ def _scored(activation: Tensor, hidden: Kept | None, scores: Tensor | None) -> T
     return on_gradient(activation, scores, lambda grad: spread(_per_sample(value * grad), hidden, 1))
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def _per_sample(x: Tensor) -> Tensor:
     """Sum over all but the first and last dims, in at least float32."""
-    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    x = _wide(x)
     return x.flatten(1, -2).sum(1) if x.dim() > 2 else x
 
 
