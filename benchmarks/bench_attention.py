@@ -1,6 +1,6 @@
 """Attention beside every backend torch has, forward and with its gradients.
 
-    python -m benchmarks.bench_attention
+python -m benchmarks.bench_attention
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """All group sums of a whole model beside torch's reductions, layer by layer and multi-tensor.
 
-    python -m benchmarks.bench_group_dot
+python -m benchmarks.bench_group_dot
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ def cases() -> list[Case]:
             whole = torch.compile(foreach, dynamic=False)
             providers["torch.compile of the same"] = lambda p=params, g=grads, plan=plan, f=whole: f(p, g, plan)
         doubles = [{n: t.double() for n, t in ts.items()} for ts in (params, grads)]
-        made.append(Case(f"group_dot all of {name}", providers, lambda d=doubles, plan=plan: reference.group_dot(*d, plan),
-                         error=1e-4, bytes=2 * sum(t.nbytes for t in params.values())))  # fmt: skip
+        exact = lambda d=doubles, plan=plan: reference.group_dot(*d, plan)  # noqa: E731
+        size = 2 * sum(t.nbytes for t in params.values())
+        made.append(Case(f"group_dot all of {name}", providers, exact, error=1e-4, bytes=size))
     return made
 
 

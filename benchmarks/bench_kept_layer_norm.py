@@ -1,6 +1,6 @@
 """LayerNorm over kept channels beside torch's own over all, masked eager, compiled, and index_select.
 
-    python -m benchmarks.bench_kept_layer_norm
+python -m benchmarks.bench_kept_layer_norm
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The masked MLP beside masked dense, physically sliced, and index_select with the vendor's matmul.
 
-    python -m benchmarks.bench_mlp
+python -m benchmarks.bench_mlp
 """
 
 from __future__ import annotations

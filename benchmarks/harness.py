@@ -7,6 +7,7 @@ peer was skipped, or images/s and memory). Ceilings are measured in the same run
 from __future__ import annotations
 
 import csv
+import itertools
 import platform
 import subprocess
 import sys
@@ -54,15 +55,18 @@ class Row:
     device: str
     torch: str = field(default_factory=lambda: torch.__version__)
     triton: str = triton.__version__
-    commit: str = field(default_factory=lambda: commit())
+    commit: str = field(default_factory=lambda: COMMIT)
     note: str = ""
 
 
 def commit() -> str:
-    """The checked-out commit, with a plus sign when files differ from it."""
-    said = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True,
+    """The checked-out commit, with a plus sign when tracked files differ from it."""
+    said = subprocess.run(["git", "describe", "--always", "--dirty=+", "--exclude=*"], capture_output=True, text=True,
                           cwd=Path(__file__).parent)  # fmt: skip
     return said.stdout.strip() or "unknown"
+
+
+COMMIT = commit()
 
 
 def device() -> torch.device:
@@ -175,15 +179,14 @@ def with_gradients(call: Callable[..., Tensor], *tensors: Tensor) -> Callable[[]
     return step
 
 
-def run(cases: Iterable[Case]) -> list[Row]:
-    """Measure cases one by one and print their rows as CSV, ceilings first."""
+def run(cases: Iterable[Case] = (), measured: Iterable[Row] = ()) -> list[Row]:
+    """Measure cases one by one, ceilings first, and print their rows as CSV; then rows that are measured elsewhere."""
     table, rows = csv.DictWriter(sys.stdout, [f.name for f in fields(Row)], lineterminator="\n"), []
     table.writeheader()
-    for case in (*ceilings(), *cases):
-        for row in measure(case):
-            rows.append(row)
-            table.writerow(asdict(row))
-            sys.stdout.flush()
+    for row in itertools.chain((row for case in (*ceilings(), *cases) for row in measure(case)), measured):
+        rows.append(row)
+        table.writerow(asdict(row))
+        sys.stdout.flush()
     return rows
 
 

@@ -74,7 +74,9 @@ def cases() -> Iterator[Case]:
             yield Case(f"attention dkv {tag}", attention.dkv_kernel, shape, "attention_dkv")
             yield Case(f"attention dq {tag}", attention.dq_kernel,
                        shape | dict(SCORES=True, BLOCK_M=attention.score_rows(max(qk, v))), "attention_dq")  # fmt: skip
-    yield Case("attention delta", attention.delta_kernel, dict(SCORES=True, BLOCK_V=64, BLOCK_M=attention.score_rows(64)))
+    yield Case(
+        "attention delta", attention.delta_kernel, dict(SCORES=True, BLOCK_V=64, BLOCK_M=attention.score_rows(64))
+    )
     for role, b_by, kept, gather, bias in (
         ("gelu", "n", "n", True, True), ("swiglu", "n", "n", True, True), ("linear", "n", "n", True, True),
         ("linear", "n", "k", False, True), ("linear", "k", "k", True, False),
@@ -85,7 +87,9 @@ def cases() -> Iterator[Case]:
         yield Case(f"tokens {role} b by {b_by}, kept {kept}", matmul.tokens_kernel, constants,
                    "tokens_backward" if "backward" in role else "tokens")  # fmt: skip
     for kept in "mn":
-        yield Case(f"weights kept {kept}", matmul.weights_kernel, dict(KEPT=kept, SUMS=True, PRECISION="ieee"), "weights")
+        yield Case(
+            f"weights kept {kept}", matmul.weights_kernel, dict(KEPT=kept, SUMS=True, PRECISION="ieee"), "weights"
+        )
     out16 = (("out", "*fp16"), ("w", "*fp16"))
     yield Case("compact", matmul.compact_kernel, dict(ROWS=8, BLOCK=256), overrides=out16)
     yield Case("scores", matmul.scores_kernel, dict(ROWS=matmul.ROWS, BLOCK=128))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -110,7 +111,9 @@ def lay_out(plan: GroupDotPlan, device: torch.device, unit_step: int, output_ste
         mine = [s for s in plan.slices if s.name == name]
         rows, columns = _matrix(plan.shapes[name], mine)
         per_row = math.prod(plan.shapes[name]) // plan.shapes[name][0]  # elements of one row of the first dim
-        cuts = {0, rows} if rows == 1 else {0, rows} | {at * per_row // columns for s in mine for at in (s.start, s.stop)}
+        cuts = (
+            {0, rows} if rows == 1 else {0, rows} | {at * per_row // columns for s in mine for at in (s.start, s.stop)}
+        )
         starts = [r for lo, hi in _pairs(sorted(cuts)) for r in range(lo, hi, TILE_ROWS)]
         bounds = _pairs([*starts, rows])
         across = -(-columns // TILE_COLUMNS)
@@ -172,7 +175,7 @@ def _reduction(s, shape, rows, columns, across, starts, row_base, column_base) -
 
 
 def _pairs(x: list[int]) -> list[tuple[int, int]]:
-    return list(zip(x, x[1:], strict=False))
+    return list(itertools.pairwise(x))
 
 
 def _check_disjoint(ranges: list[tuple[int, int]]) -> None:

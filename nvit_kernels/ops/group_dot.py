@@ -56,7 +56,9 @@ def slices_kernel(workspace, reductions, sums, UNITS: tl.constexpr, LANES: tl.co
     for i0 in range(0, outer * inner, LANES):
         i = i0 + tl.arange(0, LANES)
         at = (i // inner)[None, :] * (units * inner) + unit[:, None] * inner + (i % inner)[None, :]
-        total += tl.load(workspace + offset + at, mask=(unit < units)[:, None] & (i < outer * inner)[None, :], other=0.0)
+        total += tl.load(
+            workspace + offset + at, mask=(unit < units)[:, None] & (i < outer * inner)[None, :], other=0.0
+        )
     tl.store(sums + tl.load(entry + 4) + unit, tl.sum(total, 1), mask=unit < units)
 
 

@@ -123,7 +123,7 @@ def weights_kernel(a, b, out, sums, index, count, T, M8, N8, lda8, ldb8, ldo8, K
     places = out + m_unit.to(tl.int64)[:, None] * ldo + n_unit[None, :]
     acc = tl.where(alive, acc, 0.0)
     tl.store(places, acc.to(out.dtype.element_ty), mask=(rm < M)[:, None] & (rn < N)[None, :])
-    if SUMS:
+    if SUMS:  # noqa: SIM102  a constant, then a value of the device
         if pn == 0:
             tl.store(sums + m_unit, total.to(sums.dtype.element_ty), mask=rm < M)
 

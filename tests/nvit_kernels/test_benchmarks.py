@@ -49,5 +49,7 @@ def test_kept_layer_norm(benchmark, kept):
 
 def test_group_dot(benchmark):
     w, g = ({"fc1": torch.randn(768, 192)} for _ in range(2))
-    plan = GroupDotPlan([DotSlice("fc1", 0, None, (768, 192), axis, 768 * axis) for axis in (0, 1)], {"fc1": (768, 192)})
+    plan = GroupDotPlan(
+        [DotSlice("fc1", 0, None, (768, 192), axis, 768 * axis) for axis in (0, 1)], {"fc1": (768, 192)}
+    )
     assert timed(benchmark, lambda: functional.group_dot(w, g, plan)).shape == (960,)

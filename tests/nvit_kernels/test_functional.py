@@ -19,7 +19,9 @@ def test_attention_equals_the_sliced_dense_one():
     q, k, v = double(2, 3, 9, 8), double(2, 3, 9, 8), double(2, 3, 9, 16)
     heads, qk, dims = torch.tensor([True, False, True]), torch.arange(8) > 2, torch.arange(16) % 3 > 0
     out = functional.attention(q, k, v, 0.25, *(Kept.from_mask(m) for m in (heads, qk, dims)))
-    sliced = F.scaled_dot_product_attention(q[:, heads][..., qk], k[:, heads][..., qk], v[:, heads][..., dims], scale=0.25)
+    sliced = F.scaled_dot_product_attention(
+        q[:, heads][..., qk], k[:, heads][..., qk], v[:, heads][..., dims], scale=0.25
+    )
     expected = torch.zeros_like(v)
     expected[:, heads] = expected[:, heads].index_copy(-1, dims.nonzero().squeeze(1), sliced)
     torch.testing.assert_close(out, expected)

@@ -35,7 +35,9 @@ def assert_as_accurate(ours, eager, dtype, tensors):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "qk", "v"), [(1, 8, 24), (50, 24, 56), (197, 64, 64), (198, 40, 104), (257, 200, 200)])
+@pytest.mark.parametrize(
+    ("tokens", "qk", "v"), [(1, 8, 24), (50, 24, 56), (197, 64, 64), (198, 40, 104), (257, 200, 200)]
+)
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention(tokens, qk, v, masked, dtype):
     torch.manual_seed(0)
