@@ -72,8 +72,8 @@ def cases() -> Iterator[Case]:
             tag = f"{qk}x{v}{' kept' if masked else ''}"
             yield Case(f"attention forward {tag}", attention.forward_kernel, shape, "attention_forward")
             yield Case(f"attention dkv {tag}", attention.dkv_kernel, shape, "attention_dkv")
-            yield Case(f"attention dq {tag}", attention.dq_kernel,
-                       shape | dict(SCORES=True, BLOCK_M=attention.score_rows(max(qk, v))), "attention_dq")  # fmt: skip
+            dq = shape | dict(SCORES=True, BLOCK_M=attention.score_rows(max(qk, v)))
+            yield Case(f"attention dq {tag}", attention.dq_kernel, dq, "attention_dq")
     yield Case(
         "attention delta", attention.delta_kernel, dict(SCORES=True, BLOCK_V=64, BLOCK_M=attention.score_rows(64))
     )

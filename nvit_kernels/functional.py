@@ -21,7 +21,6 @@ from nvit_kernels.plan import DotSlice, GroupDotPlan
 HAS_TRITON = find_spec("triton") is not None
 if HAS_TRITON:
     from nvit_kernels.launch import INTERPRET
-    from nvit_kernels.ops.attention import LARGEST_HEAD
     from nvit_kernels.ops.attention import attention as fused_attention
     from nvit_kernels.ops.group_dot import group_dot as fused_group_dot
     from nvit_kernels.ops.kept_layer_norm import kept_layer_norm as fused_kept_layer_norm
@@ -61,7 +60,9 @@ def attention(
 ) -> Tensor:
     """softmax(scale · q kᵀ) v over kept heads and dims, with their scores; see `reference.attention`."""
     q, k, v = _autocast(q, k, v)
-    fused = takes_kernels(q, q.shape[-1], v.shape[-1]) and max(q.shape[-1], v.shape[-1]) <= LARGEST_HEAD
+    widest = max(q.shape[-1], v.shape[-1])
+    fits = widest <= (64 if q.is_cuda and q.dtype == torch.float32 else 256)  # a float32 tile is twice the memory
+    fused = fits and takes_kernels(q, q.shape[-1], v.shape[-1])
     run = fused_attention if fused else reference.attention
     return run(q, k, v, scale, heads, qk, v_dim, head_scores, qk_scores, v_scores)
 

@@ -47,7 +47,7 @@ class Kept:
         """
         check_mask(mask, self.width)
         self.mask.copy_(mask)
-        self.index.copy_(torch.argsort(~self.mask, stable=True))
+        self.index.copy_(torch.argsort((~self.mask).to(torch.uint8), stable=True))
         self.count.copy_(self.mask.sum().reshape(1))
         return self
 

@@ -35,7 +35,7 @@ def _forward(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | 
              count: Tensor | None, scores: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
     check(x, w1, b1, w2, b2)
     index, count = kept_or_all(index, count, w1.shape[0], x.device)
-    x2, w1, w2 = x.reshape(-1, x.shape[-1]), w1.contiguous(), w2.contiguous()
+    x2, w1, w2 = x.reshape(-1, x.shape[-1]).contiguous(), w1.contiguous(), w2.contiguous()
     u, y = x.new_empty(x2.shape[0], w1.shape[0]), x.new_empty(*x.shape[:-1], w2.shape[0])
     with on_device(x):
         way = ways.choose("mlp", x2, w1.shape[0], lambda w: _run(w, x2, w1, b1, w2, b2, index, count, u, y))

@@ -85,6 +85,27 @@ def test_scoring_needs_no_weight_gradients(way, name):
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("forward", "backward"), [("gather", "fused"), ("fused", "gather")])
+@pytest.mark.parametrize("name", OPS)
+def test_each_way_reads_what_the_other_saved(compare, keeping, name, forward, backward):
+    ways.prefer(name, forward)
+    ways.prefer(f"{name}_backward", backward)
+    try:
+        data = tensors(name, 2, 50, 24, 104, 40, torch.float32)
+        check(compare, name, data, keeping(104, "two thirds"), (2, 104))
+    finally:
+        ways.prefer(name, None)
+        ways.prefer(f"{name}_backward", None)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_strided_inputs_are_read_right(way, name):
+    data = tensors(name, 2, 9, 24, 40, 24, torch.float32)
+    strided = {k: torch.stack([t, t], -1)[..., 1] for k, t in data.items()}
+    result, expected = (getattr(functional, name)(**each) for each in (strided, data))
+    assert torch.equal(result, expected)
+
+
 def test_errors_say_what_is_wrong():
     data = tensors("mlp", 2, 8, 24, 40, 24, torch.float32)
     with pytest.raises(ValueError, match="have shapes"):
