@@ -30,6 +30,8 @@ FLOAT_POINTERS = {"stats", "delta", "v_part", "qk_part", "part", "mean", "rstd",
 FLOATS = {"scale", "scale_log2", "eps"}
 TENSORS = {"q", "k", "v", "o", "do", "dq", "dk", "dv", "a", "b", "bias", "out", "out2", "out3", "aux", "aux2", "w", "x",
            "y", "residual", "total", "dx", "dy", "dtotal"}  # fmt: skip
+KINDS = ((INT64_POINTERS, "*i64"), (INT32_POINTERS, "*i32"), (MASKS, "*i1"), (FLOAT_POINTERS, "*fp32"), (FLOATS, "fp32"),
+         (TENSORS, "*fp16"))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,7 @@ def signature(case: Case) -> dict[str, str]:
     said = dict(case.overrides)
 
     def of(name: str) -> str:
-        for names, kind in ((INT64_POINTERS, "*i64"), (INT32_POINTERS, "*i32"), (MASKS, "*i1"), (FLOAT_POINTERS, "*fp32"),
-                            (FLOATS, "fp32"), (TENSORS, "*fp16")):  # fmt: skip
+        for names, kind in KINDS:
             if name in names:
                 return kind
         return "i32"

@@ -113,7 +113,7 @@ def _check(x: Tensor, w: Tensor, b: Tensor, mask: Tensor | None, residual: Tenso
 def _forward(x: Tensor, w: Tensor, b: Tensor, mask: Tensor | None, count: Tensor | None, eps: float,
              residual: Tensor | None, scores: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     _check(x, w, b, mask, residual)
-    x, width = x.contiguous(), x.shape[-1]
+    x, w, b, width = x.contiguous(), w.contiguous(), b.contiguous(), x.shape[-1]
     rows = x.numel() // width
     y, mean, rstd = torch.empty_like(x), *(x.new_empty(rows, dtype=torch.float32) for _ in range(2))
     total = x.new_empty(0) if residual is None else torch.empty_like(x)
@@ -137,7 +137,7 @@ def _(x, w, b, mask, count, eps, residual, scores):
 def _backward(dy: Tensor, dtotal: Tensor | None, total: Tensor, w: Tensor, b: Tensor, mask: Tensor | None,
               count: Tensor | None, mean: Tensor, rstd: Tensor,
               scores: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dy, total, width = dy.contiguous(), total.contiguous(), total.shape[-1]
+    dy, total, w, width = dy.contiguous(), total.contiguous(), w.contiguous(), total.shape[-1]
     rows = total.numel() // width
     samples = total.shape[0] if scores is not None and scores.dim() == 2 else 1
     tokens = rows // samples

@@ -173,7 +173,7 @@ def tokens(a: Tensor, b: Tensor, outs: list[Tensor], index: Tensor, count: Tenso
     out2, out3, aux1, aux2 = (*outs[1:], outs[0], outs[0])[0], outs[-1], (*aux, a)[0], (*aux, a, a)[1]
     kernel = tokens_backward_tuned if role.endswith("backward") else tokens_tuned
     kernel[lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), triton.cdiv(m, ROWS))](
-        a, b, a if bias is None else bias, outs[0], out2, out3, aux1, aux2, part, index, count, m, n8, k8,
+        a, b, a if bias is None else bias.contiguous(), outs[0], out2, out3, aux1, aux2, part, index, count, m, n8, k8,
         lda8, ldb8, n8, max(m // samples, 1), ROLE=role, B_BY=b_by, KEPT=kept, GATHER=gather, BIAS=bias is not None,
         SCORES=scores is not None, PRECISION=matmul_precision(), BLOCK_M=ROWS, **FUSED_MULTIPLY_ADD)  # fmt: skip
     if scores is not None:

@@ -66,6 +66,13 @@ def test_views_of_a_packed_projection_need_no_copy():
     torch.testing.assert_close(functional.attention(q, k, v, 0.2), reference.attention(q, k, v, 0.2))
 
 
+def test_strided_inputs_are_read_right():
+    data = tensors(1, 2, 9, 24, 56, torch.float32)
+    strided = {k: torch.stack([t, t], -1)[..., 1] for k, t in data.items()}
+    results = (functional.attention(**each, scale=0.2) for each in (strided, data))
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("wrong", ["shape", "width", "dtype", "list"])
 def test_what_a_caller_gets_wrong_is_named(wrong):
     q, k, v = tensors(1, 2, 8, 24, 56, torch.float32).values()

@@ -47,6 +47,13 @@ def test_pruned_channels_are_zero_whatever_they_held(compare, keeping):
     assert check(compare, data, keep)["gradient of x"][..., ~keep.mask].abs().max() == 0
 
 
+def test_strided_inputs_are_read_right():
+    data = tensors(2, 9, 24, torch.float32, residual=True)
+    strided = {k: torch.stack([t, t], -1)[..., 1] for k, t in data.items()}
+    for result, expected in zip(*(functional.kept_layer_norm(**each) for each in (strided, data)), strict=True):
+        assert torch.equal(result, expected)
+
+
 def test_the_sum_alone_can_be_used():
     data = {k: t.requires_grad_() for k, t in tensors(2, 5, 24, torch.float32, residual=True).items()}
     functional.kept_layer_norm(**data)[1].sum().backward()
