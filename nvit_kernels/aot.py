@@ -30,8 +30,14 @@ FLOAT_POINTERS = {"stats", "delta", "v_part", "qk_part", "part", "mean", "rstd",
 FLOATS = {"scale", "scale_log2", "eps"}
 TENSORS = {"q", "k", "v", "o", "do", "dq", "dk", "dv", "a", "b", "bias", "out", "out2", "out3", "aux", "aux2", "w", "x",
            "y", "residual", "total", "dx", "dy", "dtotal"}  # fmt: skip
-KINDS = ((INT64_POINTERS, "*i64"), (INT32_POINTERS, "*i32"), (MASKS, "*i1"), (FLOAT_POINTERS, "*fp32"), (FLOATS, "fp32"),
-         (TENSORS, "*fp16"))  # fmt: skip
+KINDS = (
+    (INT64_POINTERS, "*i64"),
+    (INT32_POINTERS, "*i32"),
+    (MASKS, "*i1"),
+    (FLOAT_POINTERS, "*fp32"),
+    (FLOATS, "fp32"),
+    (TENSORS, "*fp16"),
+)  # argument names -> their type, 16-bit tensors as fp16
 
 
 @dataclass(frozen=True)
