@@ -1,0 +1,168 @@
+"""Compile every kernel ahead of time for an architecture, with no GPU, and read what it needs of one.
+
+Not under the interpreter, where `@triton.jit` yields functions that cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from nvit_kernels import configs
+from nvit_kernels.launch import FUSED_MULTIPLY_ADD
+from nvit_kernels.ops import attention, group_dot, kept_layer_norm, matmul
+
+ARCHS = (80, 86, 89, 90, 100)
+INT64_POINTERS = {"pointers", "tiles", "reductions", "outputs", "contributions"}
+INT32_POINTERS = {"index", "count", "heads", "heads_n"}
+MASKS = {"mask", "qk_mask", "v_mask"}
+FLOAT_POINTERS = {"stats", "delta", "v_part", "qk_part", "part", "mean", "rstd", "workspace", "sums", "scores"}
+FLOATS = {"scale", "scale_log2", "eps"}
+TENSORS = {"q", "k", "v", "o", "do", "dq", "dk", "dv", "a", "b", "bias", "out", "out2", "out3", "aux", "aux2", "w", "x",
+           "y", "residual", "total", "dx", "dy", "dtotal"}  # fmt: skip
+KINDS = (
+    (INT64_POINTERS, "*i64"),
+    (INT32_POINTERS, "*i32"),
+    (MASKS, "*i1"),
+    (FLOAT_POINTERS, "*fp32"),
+    (FLOATS, "fp32"),
+    (TENSORS, "*fp16"),
+)  # argument names -> their type, 16-bit tensors as fp16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One specialisation of a kernel: its constants, and the name of its configs where it is autotuned."""
+
+    name: str
+    kernel: object
+    constants: dict
+    tuned: str | None = None
+    overrides: tuple[tuple[str, str], ...] = ()  # argument types other than their names say
+    warps: int = 4
+
+    def configs(self, arch: int) -> list[triton.Config]:
+        """The configs that run on `arch`; for a kernel that is not tuned, its only one."""
+        if self.tuned is None:
+            return [triton.Config({}, num_warps=self.warps, num_stages=2)]
+        return configs.fitting(self.tuned, arch, self.constants)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one compiled kernel takes: registers a thread, bytes spilled, shared memory a block, and its size."""
+
+    case: str
+    arch: int
+    config: str
+    registers: int
+    spills: int
+    shared: int
+    cubin_bytes: int
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel at 16-bit, each role at the widths that real models have."""
+    for qk, v in ((64, 64), (32, 64), (16, 64), (128, 128), (256, 256)):
+        flags = (False, True) if (qk, v) in ((64, 64), (256, 256)) else (False,)
+        for masked in flags:
+            shape = dict(MASK_QK=masked, MASK_V=masked, PRECISION="ieee", BLOCK_QK=qk, BLOCK_V=v)
+            tag = f"{qk}x{v}{' kept' if masked else ''}"
+            yield Case(f"attention forward {tag}", attention.forward_kernel, shape, "attention_forward")
+            yield Case(f"attention dkv {tag}", attention.dkv_kernel, shape, "attention_dkv")
+            dq = shape | dict(SCORES=True, BLOCK_M=attention.score_rows(max(qk, v)))
+            yield Case(f"attention dq {tag}", attention.dq_kernel, dq, "attention_dq")
+    yield Case(
+        "attention delta", attention.delta_kernel, dict(SCORES=True, BLOCK_V=64, BLOCK_M=attention.score_rows(64))
+    )
+    for role, b_by, kept, gather, bias in (
+        ("gelu", "n", "n", True, True), ("swiglu", "n", "n", True, True), ("linear", "n", "n", True, True),
+        ("linear", "n", "k", False, True), ("linear", "k", "k", True, False),
+        ("gelu_backward", "k", "n", False, False), ("swiglu_backward", "k", "n", False, False),
+    ):  # fmt: skip
+        constants = dict(ROLE=role, B_BY=b_by, KEPT=kept, GATHER=gather, BIAS=bias, SCORES="backward" in role,
+                         PRECISION="ieee", BLOCK_M=matmul.ROWS)  # fmt: skip
+        yield Case(f"tokens {role} b by {b_by}, kept {kept}", matmul.tokens_kernel, constants,
+                   "tokens_backward" if "backward" in role else "tokens")  # fmt: skip
+    for kept in "mn":
+        yield Case(
+            f"weights kept {kept}", matmul.weights_kernel, dict(KEPT=kept, SUMS=True, PRECISION="ieee"), "weights"
+        )
+    out16 = (("out", "*fp16"), ("w", "*fp16"))
+    yield Case("compact", matmul.compact_kernel, dict(ROWS=8, BLOCK=256), overrides=out16)
+    yield Case("scores", matmul.scores_kernel, dict(ROWS=matmul.ROWS, BLOCK=128))
+    for width in (192, 768, 1280):
+        blocks = {k: v for k, v in kept_layer_norm._blocks(width).items() if k.startswith("BLOCK")}
+        warps, masked = kept_layer_norm._blocks(width)["num_warps"], (("b", "*fp16"), ("w", "*fp16"))
+        flags = dict(UNIT=8, MASKED=True, RESIDUAL=True)
+        yield Case(f"layer norm forward {width}", kept_layer_norm.forward_kernel, flags | blocks, None, masked, warps)
+        yield Case(f"layer norm backward {width}", kept_layer_norm.backward_kernel,
+                   flags | blocks | dict(CHUNK=kept_layer_norm.CHUNK), None, masked, warps)  # fmt: skip
+    for step in (8, 1):
+        yield Case(f"group_dot tiles by {step}", group_dot.tiles_kernel,
+                   dict(W=triton.language.float32, G=triton.language.float32, STEP=step, ROWS=8, BLOCK=256,
+                        INTERPRETED=False))  # fmt: skip
+    yield Case("group_dot slices", group_dot.slices_kernel, dict(UNITS=32, LANES=64))
+    yield Case("group_dot outputs", group_dot.outputs_kernel, dict(BLOCK=128),
+               overrides=(("out", "*fp32"), ("scale", "*fp32")))  # fmt: skip
+
+
+def signature(case: Case) -> dict[str, str]:
+    """Argument types of a case's kernel, by name."""
+    said = dict(case.overrides)
+
+    def of(name: str) -> str:
+        for names, kind in KINDS:
+            if name in names:
+                return kind
+        return "i32"
+
+    constants = {*case.constants, "BLOCK_M", "BLOCK_N", "BLOCK_K"}
+    return {n: "constexpr" if n in constants else said.get(n) or of(n) for n in case.kernel.arg_names}
+
+
+def compile_case(case: Case, arch: int, config: triton.Config) -> Report:
+    """Compile a case with one of its configs for compute capability `arch`, as 80 or 100."""
+    constants, kinds = {**case.constants, **config.kwargs}, signature(case)
+    names = case.kernel.arg_names
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if kinds[n].startswith("*")}
+    source = ASTSource(fn=case.kernel, signature=kinds, attrs=aligned,
+                       constexprs={(names.index(n),): v for n, v in constants.items() if n in names})  # fmt: skip
+    options = dict(num_warps=config.num_warps, num_stages=config.num_stages, **FUSED_MULTIPLY_ADD)
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    registers, spills = _resources(built.asm["cubin"])
+    blocks = " ".join(f"{k[6:]}{v}" for k, v in config.kwargs.items())
+    return Report(case.name, arch, f"{blocks} warps{config.num_warps} stages{config.num_stages}".strip(), registers,
+                  spills, built.metadata.shared, len(built.asm["cubin"]))  # fmt: skip
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers a thread, bytes of stack and local memory) that a cubin asks for."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said.stdout)
+    assert found, said.stdout
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+def main(arch: int) -> None:
+    """Print, one JSON object a line, what every case takes on `arch` with its first config."""
+    for case in cases():
+        print(json.dumps(asdict(compile_case(case, arch, case.configs(arch)[0]))), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
