@@ -11,13 +11,37 @@ network and returns it unchanged; `nvit.saliency` uses it to read gate gradients
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 Tap = Callable[[str, Tensor], Tensor]
+
+_kernels_on = True
+
+
+def use_kernels(on: bool) -> None:
+    """Whether fused kernels run where they can (`--no-kernels` turns them off). They are on to begin with."""
+    global _kernels_on
+    _kernels_on = on
+
+
+def _kernels(x: Tensor, *widths: int) -> ModuleType | None:
+    """`nvit_kernels.functional` where it has a fused kernel for `x` and these widths, else None.
+
+    The kept part is gathered first here as well: at the narrow width the kernels meet every projection, not only the
+    ones with kept lists, so that a masked step costs what a compact one does.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not _kernels_on or not (x.is_cuda or interpreted) or x.dtype == torch.float64:
+        return None
+    from nvit_kernels import functional
+
+    return functional if functional.takes_kernels(x, *widths) else None
 
 
 class _Take(torch.autograd.Function):
@@ -65,6 +89,8 @@ def enter_stream(x: Tensor, emb: Tensor | None) -> Tensor:
 def kept_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, emb: Tensor | None, eps: float) -> Tensor:
     """LayerNorm whose statistics count kept channels only; `x` `(..., kept emb)`, `weight`, `bias` `(dense emb,)`."""
     weight, bias = take(weight, emb), None if bias is None else take(bias, emb)
+    if kernels := _kernels(x):
+        return kernels.kept_layer_norm(x, weight, bias, eps=eps)
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
@@ -111,16 +137,28 @@ def attention(
     q, k, v = (p.view(batch, tokens, heads, -1).transpose(1, 2) for p in parts)
     if tap is not None:
         q = tap("qk_dim", q)
-    # The fused CPU kernel wants q, k and v of one width: zero columns add nothing to the logits or are cut off again.
-    wide = max(qk_dim, v_dim)
-    if qk_dim != v_dim and x.device.type == "cpu":
-        q, k, v = (F.pad(t, (0, wide - t.shape[-1])) if t.shape[-1] < wide else t for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, scale=scale)
-    out = out[..., :v_dim]
+    out = _attend(q, k, v, scale, attn_mask, dropout)
     if tap is not None:
         out = tap("v_dim", tap("heads", out))
     out = out.transpose(1, 2).reshape(batch, tokens, heads * v_dim)
     return linear(out, proj_weight, proj_bias, emb, proj_cols)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, attn_mask: Tensor | None, dropout: float) -> Tensor:
+    """softmax(scale · q kᵀ) v: `(batch, heads, tokens, v_dim)`."""
+    qk_dim, v_dim = q.shape[-1], v.shape[-1]
+    if attn_mask is None and not dropout and (kernels := _kernels(q, qk_dim, v_dim)):
+        return kernels.attention(q, k, v, scale)
+    if qk_dim != v_dim and q.device.type == "cpu":
+        # The fused CPU kernel wants one width: zero columns add nothing to the logits or are cut off again.
+        wide = max(qk_dim, v_dim)
+        q, k, v = (F.pad(t, (0, wide - t.shape[-1])) if t.shape[-1] < wide else t for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, scale=scale)
+    return out[..., :v_dim]
+
+
+def _is_exact_gelu(act: Callable[[Tensor], Tensor]) -> bool:
+    return type(act) is nn.GELU and act.approximate == "none"
 
 
 def mlp(
@@ -137,6 +175,12 @@ def mlp(
     tap: Tap | None = None,
 ) -> Tensor:
     """fc1, activation, fc2 over kept hidden units: `(batch, tokens, kept emb)` to the same shape."""
+    if tap is None and not dropout and _is_exact_gelu(act):
+        width = fc1_weight.shape[0] if hidden is None else len(hidden)
+        if kernels := _kernels(x, x.shape[-1], width):
+            first = take(fc1_weight, hidden, emb), None if fc1_bias is None else take(fc1_bias, hidden)
+            second = take(fc2_weight, emb, hidden), None if fc2_bias is None else take(fc2_bias, emb)
+            return kernels.mlp(x, *first, *second)
     h = act(linear(x, fc1_weight, fc1_bias, hidden, emb))
     if dropout:
         h = F.dropout(h, dropout)

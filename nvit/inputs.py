@@ -15,6 +15,7 @@ from . import adapters, snapshot
 from .config import DIGITS, DataFlags, LatencyFlags, ModelFlags, TrainingConfig
 from .data import Digits, TrainingData, evaluation_loader, open_images, subset, transform
 from .distill import frozen, renormalisation
+from .functional import use_kernels
 from .latency import LatencyTable, current_setting, default_cache
 from .progress import Progress, silent
 
@@ -37,6 +38,7 @@ def open_model(name: str, flags: ModelFlags, *, scratch: bool = False) -> nn.Mod
         ValueError: unknown name, damaged snapshot or checkpoint, unsupported family.
     """
     device = pick_device(flags.device)
+    use_kernels(flags.kernels)
     if name == DIGITS:
         name = str(snapshot.BUNDLED)
     if snapshot.is_snapshot(name):
