@@ -12,7 +12,8 @@ network and returns it unchanged; `nvit.saliency` uses it to read gate gradients
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -142,6 +143,29 @@ def attention(
         out = tap("v_dim", tap("heads", out))
     out = out.transpose(1, 2).reshape(batch, tokens, heads * v_dim)
     return linear(out, proj_weight, proj_bias, emb, proj_cols)
+
+
+DotSlice = tuple[str, int, int | None, tuple[int, ...], int, int]
+"""Parameter name, first and last row, view, axis, first place among the outputs."""
+
+
+def group_dot(params: Mapping[str, Tensor], grads: Mapping[str, Tensor], slices: Sequence[DotSlice]) -> Tensor | None:
+    """Σ grad · weight of every unit of `slices` in a few launches for the whole model, fp32 `(outputs,)`.
+
+    None where no fused kernel runs; `nvit.saliency` then sums slice by slice.
+    """
+    kernels = _kernels(params[slices[0][0]])
+    if kernels is None:
+        return None
+    shapes = tuple((name, tuple(params[name].shape)) for name in dict.fromkeys(s[0] for s in slices))
+    return kernels.group_dot(params, grads, _plan(tuple(slices), shapes))
+
+
+@lru_cache(maxsize=8)
+def _plan(slices: tuple[DotSlice, ...], shapes: tuple[tuple[str, tuple[int, ...]], ...]):
+    from nvit_kernels import functional
+
+    return functional.GroupDotPlan([functional.DotSlice(*s) for s in slices], dict(shapes))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, attn_mask: Tensor | None, dropout: float) -> Tensor:

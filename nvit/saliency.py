@@ -7,6 +7,7 @@ The gate of a unit is a factor of 1 on it. Its gradient is read either from weig
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from . import functional
 from .modules import prunable_layers
 from .spec import Group, Slice
 
@@ -37,6 +39,11 @@ def gate_gradients(
     Raises:
         KeyError: a slice names a parameter without a gradient (frozen, or unused in the loss).
     """
+    sizes = [g.size for g in groups]
+    starts = dict(zip((g.name for g in groups), [0, *itertools.accumulate(sizes)], strict=False))
+    every = [(s.name, *(s.rows or (0, None)), s.view, s.axis, starts[g.name]) for g in groups for s in slices(g)]
+    if (fused := functional.group_dot(params, grads, every)) is not None:
+        return dict(zip(starts, fused.split(sizes), strict=True))
     totals, last = {}, (None, None, None)
     for g in groups:
         total = None
