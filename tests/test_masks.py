@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from nvit import adapters, snapshot
 from nvit.masks import apply_, compact, cut, full_masks, kept_counts, project_, weight_masks, widths
 from tests.hosts import TINY_HOSTS, images, make, masked, masks_for, prepared, random_masks
 from tests.references import masked_vit
+
+ROOT = Path(__file__).parents[1]
 
 RELOAD = """
 import sys, torch, nvit
@@ -76,7 +79,7 @@ def test_masked_equals_compact_after_reload_in_a_new_process(tmp_path):
 
     save()
     save_file(inputs, tmp_path / "images.safetensors")
-    subprocess.run([sys.executable, "-c", RELOAD, str(tmp_path)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", RELOAD, str(tmp_path)], check=True, timeout=120, cwd=ROOT)
     reloaded = load_file(tmp_path / "logits.safetensors")
     assert len(reloaded) == len(expected) >= 4 * len(TINY_HOSTS)
     for name, logits in expected.items():

@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -242,9 +243,8 @@ def test_a_kill_at_any_moment_leaves_the_old_snapshot_or_the_new_one(tmp_path):
     for name, model in {"old": old, "new": new, "s": old}.items():
         snapshot.save(tmp_path / name, model)
     narrow, wide = (m.blocks[0].mlp.fc1.out_features for m in (new, old))
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_SAVES, str(tmp_path), str(wide)], capture_output=True, text=True, timeout=200
-    )
+    command = [sys.executable, "-c", KILLED_SAVES, str(tmp_path), str(wide)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     assert rows[-1][1:] == ["0", str(narrow)]
