@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -97,9 +96,10 @@ def _keep_freed_memory() -> None:
 
 
 def time_each(calls: Sequence[Callable[[], object]], device: torch.device | str, seconds: float) -> list[float]:
-    """Median milliseconds of each call, all of them in turn, round after round, so that drift meets all alike.
+    """Milliseconds of each call, all of them in turn, round after round, so that drift meets all alike.
 
-    The first round is a warm-up. At least one more follows, then as many as fit in `seconds`.
+    The first round is a warm-up. At least one more follows, then as many as fit in `seconds`. What else the machine
+    does only ever adds time, so the lower quartile over the rounds is taken: on a quiet machine it is the median.
     """
     device = torch.device(device)
     if device.type == "cpu":
@@ -113,17 +113,27 @@ def time_each(calls: Sequence[Callable[[], object]], device: torch.device | str,
             call()
             row.append((_now(device) - start) * 1e3)
         rounds.append(row)
-    return [statistics.median(column) for column in zip(*rounds[1:], strict=True)]
+    return np.quantile(rounds[1:], 0.25, axis=0).tolist()
 
 
 @torch.inference_mode()
 def time_models(models: Sequence[nn.Module], images: Tensor, seconds: float = 10.0) -> list[float]:
-    """Median milliseconds of a forward pass of each model on `images`, measured in turn."""
+    """Milliseconds of a forward pass of each model on `images`, measured in turn."""
     was = [m.training for m in models]
     times = time_each([partial(m.eval(), images) for m in models], images.device, seconds)
     for m, training in zip(models, was, strict=True):
         m.train(training)
     return times
+
+
+def _monotone(values: np.ndarray) -> np.ndarray:
+    """Values that grow along every axis: halfway between the least ones from above and the greatest from below, so
+    that one slow point does not lift all that are wider."""
+    above, below = values, values
+    for d in range(values.ndim):
+        above = np.maximum.accumulate(above, axis=d)
+        below = np.flip(np.minimum.accumulate(np.flip(below, d), axis=d), d)
+    return (above + below) / 2
 
 
 class _Grid:
@@ -132,10 +142,7 @@ class _Grid:
     def __init__(self, axes: Mapping[str, Sequence[int]], values: np.ndarray) -> None:
         self.axes, self.values = {k: [int(v) for v in a] for k, a in axes.items()}, np.asarray(values, dtype=float)
         self.columns = [KINDS.index(kind) for kind in axes]
-        monotone = self.values
-        for d in range(monotone.ndim):
-            monotone = np.maximum.accumulate(monotone, axis=d)
-        self.monotone = monotone
+        monotone = self.monotone = _monotone(self.values)
         # An axis with one point is constant there; the interpolator wants two.
         points = [a if len(a) > 1 else [a[0], a[0] + 1] for a in self.axes.values()]
         for d, a in enumerate(self.axes.values()):
