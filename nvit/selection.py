@@ -230,7 +230,7 @@ def drop_to_target(
             )
     dear, cheap = found[0], descent.at(low)[0]
     for _ in range(_BISECTIONS):
-        if np.abs(dear - cheap).sum() <= 1:
+        if np.abs(dear - cheap).sum() <= 1 or high < low * (1 + 1e-6):
             break
         middle = (low * high) ** 0.5 if low else high / 16
         gone, ms = descent.at(middle)
