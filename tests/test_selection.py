@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nvit import adapters
 from nvit.latency import LatencyTable
 from nvit.masks import full_masks, kept_counts, widths
-from nvit.selection import drop_cheapest, drop_to_target
+from nvit.selection import _Descent, _State, drop_cheapest, drop_to_target
 from nvit.spec import KINDS, BlockWidths, Group, block_widths
 from tests import references
 
@@ -238,3 +238,23 @@ def test_one_decision_over_deit_b_takes_less_than_50_ms():
         torch.set_num_threads(threads)
     assert sum(kept_counts(found).values()) < 39_312
     assert sorted(times[1:])[2] < 0.050, times
+
+
+def test_descent_counts_latency_as_the_table_does():
+    rng = np.random.default_rng(0)
+    exact = table_of()
+    table = LatencyTable(
+        {p: (g.axes, g.values * rng.uniform(0.8, 1.2, g.values.shape)) for p, g in exact.grids.items()},
+        exact.dense,
+        None,
+    )
+    groups = small_groups()
+    scores = {g.name: torch.from_numpy(rng.exponential(size=g.size)) for g in groups}
+    state = _State(scores, full_masks(groups), groups, table)
+    for eta in (0.0, 1.0, 5.0, 1e3):
+        gone, ms = _Descent(state).at(eta)
+        for i, k in enumerate(gone):
+            state.set_gone(i, int(k))
+        assert ms == pytest.approx(state.model_ms(), rel=1e-12)
+        for i in range(len(gone)):
+            state.set_gone(i, 0)
