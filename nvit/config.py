@@ -143,6 +143,7 @@ class ModelFlags:
     pretrained: Annotated[bool, _help("load timm's pretrained weights when there is no checkpoint")] = True
     num_classes: Annotated[int, _help("of a timm model without weights; 0 keeps the model's own")] = 0
     device: Annotated[str, _help("cpu, cuda, cuda:1; the GPU if there is one when empty")] = ""
+    threads: Annotated[int, _help("CPU threads; as many as torch chooses when 0")] = 0
     kernels: Annotated[bool, _help("fused Triton kernels on CUDA")] = True
 
 

@@ -39,6 +39,8 @@ def open_model(name: str, flags: ModelFlags, *, scratch: bool = False) -> nn.Mod
     """
     device = pick_device(flags.device)
     use_kernels(flags.kernels)
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
     if name == DIGITS:
         name = str(snapshot.BUNDLED)
     if snapshot.is_snapshot(name):
