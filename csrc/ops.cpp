@@ -39,7 +39,8 @@ void run_all(const char* op, Plan& plan, Work work, bool check) {
 constexpr int64_t kAlign = 1;
 
 template <bool kTiles>
-std::tuple<Tensors, Tensors, Tensors> compress(Tensors dense, Tensors mask, std::optional<ScalarType> dtype, bool check) {
+std::tuple<Tensors, Tensors, Tensors> compress(Tensors dense, Tensors mask, std::optional<ScalarType> dtype,
+                                               bool check) {
   auto [plan, values, meta, bitmask] = plan_compress(dense, mask, dtype, kAlign);
   run_all<kTiles>("compress_2to4", plan, Work::kCompress, check);
   return {values, meta, bitmask};
@@ -64,8 +65,9 @@ Tensor split_scores(Tensor magnitudes, Tensor octets) {
   constexpr const char* kOp = "_split_scores";
   require(magnitudes.scalar_type() == ScalarType::Float && magnitudes.dim() == 2 && magnitudes.is_contiguous(), kOp, 0,
           "is not a contiguous float32 matrix.");
-  require(octets.scalar_type() == ScalarType::Long && octets.dim() == 2 && octets.size(1) == 8 && octets.is_contiguous(),
-          kOp, 1, "is not a contiguous int64 matrix of eight columns.");
+  const bool eights = octets.dim() == 2 && octets.size(1) == 8 && octets.is_contiguous();
+  require(octets.scalar_type() == ScalarType::Long && eights, kOp, 1,
+          "is not a contiguous int64 matrix of eight columns.");
   const int64_t count = octets.size(0), rows = magnitudes.size(1);
   const int64_t* octet = static_cast<const int64_t*>(octets.const_data_ptr());
   for (int64_t i = 0; i < count * 8; ++i) {
@@ -85,11 +87,14 @@ Tensor split_scores(Tensor magnitudes, Tensor octets) {
 
 // The `_tiles` operators run the GPU's tile code on the CPU, for tests.
 STABLE_TORCH_LIBRARY_FRAGMENT(nvit, m) {
-  m.def("compress_2to4(Tensor[] dense, Tensor[] mask, ScalarType? dtype, bool check) -> (Tensor[], Tensor[], Tensor[])");
+  m.def(
+      "compress_2to4(Tensor[] dense, Tensor[] mask, ScalarType? dtype, bool check) -> (Tensor[], Tensor[], Tensor[])");
   m.def("repack_2to4(Tensor[] dense, Tensor[] meta, ScalarType? dtype, bool check) -> Tensor[]");
   m.def("decompress_2to4(Tensor[] values, Tensor[] meta, bool check) -> Tensor[]");
   m.def("_split_scores(Tensor magnitudes, Tensor octets) -> Tensor");
-  m.def("_compress_2to4_tiles(Tensor[] dense, Tensor[] mask, ScalarType? dtype, bool check) -> (Tensor[], Tensor[], Tensor[])");
+  m.def(
+      "_compress_2to4_tiles(Tensor[] dense, Tensor[] mask, ScalarType? dtype, bool check)"
+      " -> (Tensor[], Tensor[], Tensor[])");
   m.def("_repack_2to4_tiles(Tensor[] dense, Tensor[] meta, ScalarType? dtype, bool check) -> Tensor[]");
   m.def("_decompress_2to4_tiles(Tensor[] values, Tensor[] meta, bool check) -> Tensor[]");
 }

@@ -1,5 +1,5 @@
-// From tensors to jobs: what every device's operators share. Sizes are checked here once more, because a wrong one would
-// be read out of bounds; the sentences users see are in nvit_kernels/sparse24.py.
+// From tensors to jobs: what every device's operators share. Sizes are checked here once more, because a wrong one
+// would be read out of bounds; the sentences users see are in nvit_kernels/sparse24.py.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -40,7 +40,7 @@ inline Shape shape_of(Format f) {
   }
 }
 
-// std::invalid_argument arrives in Python as a ValueError.
+// Arrives in Python as a RuntimeError whose one line sparse24.py raises again as a ValueError.
 inline void require(bool ok, const char* op, size_t i, const char* what) {
   if (!ok) throw std::invalid_argument(std::string(op) + ": matrix " + std::to_string(i) + " " + what);
 }
@@ -188,7 +188,8 @@ inline std::tuple<Plan, Tensors> plan_decompress(const Tensors& values, const Te
 
 inline void require_no_fault(const char* op, size_t i, uint32_t fault) {
   require(!(fault & kNaN), op, i, "holds NaN, which has no place among magnitudes. Find the step that made it.");
-  require(!(fault & kMask), op, i, "has a mask that is not 2:4: at most 2 of each 4 neighbours may stay (float32: 1 of 2).");
+  require(!(fault & kMask), op, i,
+          "has a mask that is not 2:4: at most 2 of each 4 neighbours may stay (float32: 1 of 2).");
   require(!(fault & kMeta), op, i, "has metadata that is not 2:4: it is damaged, or of another layout.");
 }
 

@@ -15,7 +15,7 @@ namespace nvit {
 constexpr uint64_t kFlags = 0x8000800080008000ull;
 
 // Flags of the two largest lanes; the lower index wins a tie. Each lane holds a magnitude of at most 0x7fff, so
-// `(a | 0x8000) - b` never borrows from its neighbour and its top bit says a >= b: two subtractions compare all six pairs.
+// `(a | 0x8000) - b` never borrows from its neighbour and its top bit says a >= b: two subtractions compare six pairs.
 NVIT_INLINE uint64_t two_largest(uint64_t magnitudes) {
   const uint64_t raised = magnitudes | kFlags;
   const uint64_t after = magnitudes >> 16 | magnitudes << 48;   // lane i holds element i + 1, lane 3 element 0

@@ -5,8 +5,9 @@
 
 namespace nvit {
 
-// Metadata is cut into blocks of 256 nibbles (128 bytes). A block covers kBlockRows rows and kBlockGroups groups; blocks
-// follow each other down the rows first, then across the groups. `word16` is the index of four neighbouring nibbles.
+// Metadata is cut into blocks of 256 nibbles (128 bytes). A block covers kBlockRows rows and kBlockGroups groups;
+// blocks follow each other down the rows first, then across the groups. `word16` is the index of four neighbouring
+// nibbles.
 
 // int16 metadata (16-bit values, and pairs of 32-bit values): index bits, low to high, g0 g1 | r3 g2 r4 r0 r1 r2.
 struct Words16 {

@@ -1,5 +1,6 @@
-// A tile of 32 rows by 256 columns worked on by 256 threads: each phase as what one thread does. A GPU runs a phase in all
-// threads and then waits for them; the host runs the same code thread after thread, which tests every index without a GPU.
+// A tile of 32 rows by 256 columns worked on by 256 threads: each phase as what one thread does. A GPU runs a phase in
+// all threads and then waits for them; the host runs the same code thread after thread, which tests every index without
+// a GPU.
 #pragma once
 
 #include "format.h"
@@ -47,18 +48,15 @@ struct alignas(sizeof(T) * n) Few {
   T element[n];
 };
 
-// Where in the tile's buffer a quad of nibbles goes: whole blocks down the rows, then across, as in memory.
+// Where in the tile's buffer a quad of nibbles goes: as in memory, in a matrix as high as the tile.
 template <class Layout>
 NVIT_INLINE uint32_t word_in_tile(uint32_t row, uint32_t quad) {
   return word16<Layout>(row, quad, kBandRows);
 }
 
-// Meta words of a chunk: half a word of 4-wide groups (two nibbles), one word of pairs (four nibbles).
+// A chunk makes half a metadata word of groups of four (two nibbles), or one of pairs (four nibbles).
 template <class F>
-struct ChunkShape {
-  static constexpr int kGroups = kChunk / F::kGroup;
-  static constexpr int kStored = kGroups * F::kStored;
-};
+constexpr int kChunkGroups = kChunk / F::kGroup;
 
 template <class F>
 NVIT_INLINE uint32_t chunk_mask(Mask kind, const Job& job, int row, int col) {
@@ -69,7 +67,7 @@ NVIT_INLINE uint32_t chunk_mask(Mask kind, const Job& job, int row, int col) {
   return uint32_t((m | m >> 7 | m >> 14 | m >> 21 | m >> 28 | m >> 35 | m >> 42 | m >> 49) & 255);
 }
 
-// What a thread does to each of its chunks: `body(row in tile, chunk in row, row, column)`, skipping those off the edge.
+// Calls `body(number, row in tile, chunk in row, row, column)` for each of a thread's chunks that is not off the edge.
 template <class Body>
 NVIT_INLINE void each_chunk(const Tile& tile, int thread, const Body& body) {
   NVIT_UNROLL for (int i = 0; i < kChunksPerThread; ++i) {
@@ -92,14 +90,13 @@ struct Loaded {
 // Phase 1: choose, store the values, leave metadata and bitmask in the buffer.
 template <class F, Mask kind>
 NVIT_INLINE uint32_t compress_thread(const Job& job, const Tile& tile, int thread, TileBuffer& buffer) {
-  using C = ChunkShape<F>;
   uint32_t fault = 0;
   const Loaded<F> in(job, tile, thread);
   each_chunk(tile, thread, [&](int i, int r, int c, int row, int col) {
     const uint32_t bits = chunk_mask<F>(kind, job, row, col);
-    Few<typename F::Stored, C::kGroups> values;
+    Few<typename F::Stored, kChunkGroups<F>> values;
     uint32_t nibbles = 0, stored = 0;
-    NVIT_UNROLL for (int g = 0; g < C::kGroups; ++g) {
+    NVIT_UNROLL for (int g = 0; g < kChunkGroups<F>; ++g) {
       const uint32_t part = bits >> g * F::kGroup & ((1u << F::kGroup) - 1);
       const Packed p = Pack<F, kind != Mask::kNone>::group(in.chunk[i].element + g * F::kGroup, part);
       values.element[g] = static_cast<typename F::Stored>(p.values);
@@ -154,13 +151,12 @@ NVIT_INLINE uint32_t chunk_nibbles(const Job& job, int row, int col) {
 // One phase each, nothing shared.
 template <class F>
 NVIT_INLINE uint32_t repack_thread(const Job& job, const Tile& tile, int thread) {
-  using C = ChunkShape<F>;
   uint32_t fault = 0;
   const Loaded<F> in(job, tile, thread);
   each_chunk(tile, thread, [&](int i, int, int, int row, int col) {
     const uint32_t nibbles = chunk_nibbles<F>(job, row, col);
-    Few<typename F::Stored, C::kGroups> values;
-    NVIT_UNROLL for (int g = 0; g < C::kGroups; ++g) {
+    Few<typename F::Stored, kChunkGroups<F>> values;
+    NVIT_UNROLL for (int g = 0; g < kChunkGroups<F>; ++g) {
       const Packed p = repack_group<F>(in.chunk[i].element + g * F::kGroup, nibbles >> g * 4 & 15);
       values.element[g] = static_cast<typename F::Stored>(p.values);
       fault |= p.fault;
@@ -172,14 +168,13 @@ NVIT_INLINE uint32_t repack_thread(const Job& job, const Tile& tile, int thread)
 
 template <class F>
 NVIT_INLINE uint32_t decompress_thread(const Job& job, const Tile& tile, int thread) {
-  using C = ChunkShape<F>;
   uint32_t fault = 0;
   each_chunk(tile, thread, [&](int, int, int, int row, int col) {
-    const auto values = read<Few<typename F::Stored, C::kGroups>>(static_cast<const typename F::Stored*>(job.values) +
+    const auto values = read<Few<typename F::Stored, kChunkGroups<F>>>(static_cast<const typename F::Stored*>(job.values) +
                                                                   (int64_t{row} * job.cols + col) / F::kGroup);
     const uint32_t nibbles = chunk_nibbles<F>(job, row, col);
     Chunk<typename F::Out> out;
-    NVIT_UNROLL for (int g = 0; g < C::kGroups; ++g) {
+    NVIT_UNROLL for (int g = 0; g < kChunkGroups<F>; ++g) {
       const uint64_t dense = unpack_group<F>(values.element[g], nibbles >> g * 4 & 15);
       NVIT_UNROLL for (int e = 0; e < F::kGroup; ++e) {
         out.element[g * F::kGroup + e] = static_cast<typename F::Out>(dense >> e * F::kOutBits);

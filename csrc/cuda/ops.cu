@@ -53,7 +53,8 @@ void run_all(const char* op, Plan& plan, Work work, bool check, const Tensor& wh
   for (int64_t i = 0; i < total; ++i) require_no_fault(op, i, host[i]);
 }
 
-std::tuple<Tensors, Tensors, Tensors> compress(Tensors dense, Tensors mask, std::optional<ScalarType> dtype, bool check) {
+std::tuple<Tensors, Tensors, Tensors> compress(Tensors dense, Tensors mask, std::optional<ScalarType> dtype,
+                                               bool check) {
   auto [plan, values, meta, bitmask] = plan_compress(dense, mask, dtype, kAlign);
   if (!dense.empty()) run_all("compress_2to4", plan, Work::kCompress, check, dense[0]);
   return {values, meta, bitmask};

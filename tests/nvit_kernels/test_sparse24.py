@@ -103,7 +103,7 @@ everything = dict(
     dtype=st.sampled_from(DTYPES),
     kind=st.sampled_from(KINDS),
     seed=st.integers(0, 2**31),
-    view=st.sampled_from(["whole", "strided", "transposed"]),
+    view=st.sampled_from(["whole", "strided", "transposed", "offset"]),
 )
 
 
@@ -111,6 +111,8 @@ def build(blocks, dtype, kind, seed, view):
     m, k = (b * n for b, n in zip(blocks, MULTIPLES[dtype], strict=True))
     if view == "transposed":
         return matrix(kind, (k, m), dtype, seed).t()
+    if view == "offset":  # contiguous, but not aligned to more than an element
+        return matrix(kind, (m + 1, k), dtype, seed).flatten()[1 : 1 + m * k].view(m, k)
     if view == "strided":
         return matrix(kind, (2 * m, k + 3), dtype, seed)[::2, 1 : k + 1]
     return matrix(kind, (m, k), dtype, seed)
