@@ -108,19 +108,16 @@ def cases() -> list[tuple[Case, int]]:
 
 
 def rows() -> Iterator[Row]:
-    """Rows whose note has images/s and, on a GPU, peak memory."""
+    """Rows whose note has images/s and, on a GPU, where providers therefore run one by one, peak memory."""
+    gpu = device().type == "cuda"
     for case, images in cases():
-        for provider, call in case.providers.items():
-            if device().type == "cuda":
+        for calls in [{p: call} for p, call in case.providers.items()] if gpu else [case.providers]:
+            if gpu:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            for row in measure(Case(case.name, {provider: call}, case.exact, case.error)):
-                if row.median_ms is not None:
-                    note = f"{1e3 * images / row.median_ms:.1f} images/s"
-                    if device().type == "cuda":
-                        note += f", peak {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
-                    row = replace(row, note=note)
-                yield row
+            for row in measure(replace(case, providers=calls)):
+                note = row.note if row.median_ms is None else f"{1e3 * images / row.median_ms:.1f} images/s"
+                yield replace(row, note=note + (f", peak {torch.cuda.max_memory_allocated() >> 20} MiB" if gpu else ""))
 
 
 if __name__ == "__main__":

@@ -82,18 +82,25 @@ def device_name() -> str:
     return f"CPU {cpu or platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def milliseconds(call: Callable[[], object], budget_s: float = 0.4) -> tuple[float, float, float]:
-    """(median, 20th, 80th percentile) of single calls after warming up; on a GPU with the L2 cache flushed between."""
+def milliseconds(calls: dict[str, Callable[[], object]], budget_s: float = 0.4) -> dict[str, tuple[float, ...]]:
+    """(median, 20th, 80th percentile) of single calls of each, after warming up.
+
+    On a GPU one after another with the L2 cache flushed between calls; on a CPU in turns, so that whatever else the
+    machine does meets them all alike.
+    """
     if device().type == "cuda":
-        return tuple(triton.testing.do_bench(call, quantiles=[0.5, 0.2, 0.8]))
-    call()
-    times, end = [], time.perf_counter() + budget_s
-    while len(times) < 5 or (time.perf_counter() < end and len(times) < 200):
-        start = time.perf_counter()
+        return {name: tuple(triton.testing.do_bench(call, quantiles=[0.5, 0.2, 0.8])) for name, call in calls.items()}
+    for call in calls.values():
         call()
-        times.append(1e3 * (time.perf_counter() - start))
-    times.sort()
-    return times[len(times) // 2], times[len(times) // 5], times[4 * len(times) // 5]
+    times, end = {name: [] for name in calls}, time.perf_counter() + budget_s * len(calls)
+    for turn in range(200):
+        if turn >= 7 and time.perf_counter() > end:
+            break
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: tuple(sorted(t)[len(t) * tenths // 10] for tenths in (5, 2, 8)) for name, t in times.items()}
 
 
 def relative_error(result: Tensor | tuple[Tensor, ...], exact: Tensor | tuple[Tensor, ...]) -> float:
@@ -112,7 +119,7 @@ def measure(case: Case) -> list[Row]:
     Raises:
         AssertionError: our kernel's result is further from the exact one than the case allows.
     """
-    exact, rows, name = case.exact(), [], device_name()
+    exact, rows, name, right = case.exact(), [], device_name(), {}
     for provider, call in case.providers.items():
         try:
             error = relative_error(call(), exact)
@@ -130,9 +137,10 @@ def measure(case: Case) -> list[Row]:
             assert not provider.startswith(OURS), f"{case.name}: {provider} is {said}; it will not be timed"
             rows.append(Row(case.name, provider, None, None, None, name, note=f"not timed: {said}"))
             continue
-        times = milliseconds(call)
-        rows.append(Row(case.name, provider, *(round(t, 5) for t in times), name, note=_share(case, times[0])))
-    return rows
+        right[provider] = call
+    timed = milliseconds(right)
+    rows += [Row(case.name, p, *(round(t, 4) for t in ts), name, note=_share(case, ts[0])) for p, ts in timed.items()]
+    return sorted(rows, key=lambda row: list(case.providers).index(row.provider))
 
 
 def _share(case: Case, ms: float) -> str:
