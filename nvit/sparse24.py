@@ -26,6 +26,14 @@ MULTIPLE = 16
 CUTLASS, CUSPARSELT, MASKED, DENSE = "CUTLASS", "cuSPARSELt", "masked", "dense"
 
 
+def native() -> dict[str, str]:
+    """Whether the compiled library's halves are loaded, or why not."""
+    from nvit_kernels import _native
+
+    found = _native.load()
+    return {"CPU": "there" if found.cpu else found.why_not_cpu, "CUDA": "there" if found.cuda else found.why_not_cuda}
+
+
 def projections(model: nn.Module) -> dict[str, nn.Linear]:
     """Every linear projection of the blocks of a prepared model, by the name of its weight."""
     return {
