@@ -19,9 +19,9 @@ LOG2E = 1.4426950408889634
 
 @triton.jit
 def kept_columns(mask, width, SIZE: tl.constexpr, MASKED: tl.constexpr):
-    """1 for each kept column of a head and 0 for the others.
+    """True for each kept column of a head.
 
-    Loads stay dense and wide. A factor on one operand, once per program, takes a pruned dim out of every product: a
+    Loads stay dense and wide. Zeroing one operand, once per program, takes a pruned dim out of every product: a
     list of 2-byte gathers would touch the same sectors, and costs registers that a tile of 64 x 64 does not have.
     """
     i = tl.arange(0, SIZE)

@@ -101,9 +101,9 @@ def _run_backward(way, dy, x, u, w1, w2, index, count, grads, wants, scores, sam
     if wants[0]:
         tokens(du, w1, [dx.view(-1, dx.shape[-1])], index, count, role="linear", kept="k", b_by="k", gather=True)
     if wants[1] or wants[2]:
-        weights(du, x, _or(dw1, w1), index, count, kept="m", sums=db1 if wants[2] else None)
+        weights(du, x, or_scratch(dw1, w1), index, count, kept="m", sums=db1 if wants[2] else None)
     if wants[3] or wants[4]:
-        weights(dy, activation, _or(dw2, w2), index, count, kept="n", sums=db2 if wants[4] else None)
+        weights(dy, activation, or_scratch(dw2, w2), index, count, kept="n", sums=db2 if wants[4] else None)
 
 
 def add_scores(scores: Tensor, activation: Tensor, grad: Tensor, kept: Tensor, samples: int) -> None:
@@ -112,7 +112,7 @@ def add_scores(scores: Tensor, activation: Tensor, grad: Tensor, kept: Tensor, s
     scores.view(samples, -1).index_add_(1, kept, product)
 
 
-def _or(grad: Tensor, like: Tensor) -> Tensor:
+def or_scratch(grad: Tensor, like: Tensor) -> Tensor:
     """`grad`, or a throw-away in its place where it is not wanted but its kernel runs for another's sake."""
     return grad if grad.numel() else like.new_empty(like.shape)
 

@@ -96,10 +96,10 @@ def _run_backward(way, dy, x, gate, value, wg, wv, w2, index, count, grads, want
         flat += other
     for grad, weight_grad, bias_grad, i in ((dg, dwg, dbg, 1), (dv, dwv, dbv, 3)):
         if wants[i] or wants[i + 1]:
-            weights(grad, x, plain._or(weight_grad, wg), index, count, kept="m",
+            weights(grad, x, plain.or_scratch(weight_grad, wg), index, count, kept="m",
                     sums=bias_grad if wants[i + 1] else None)  # fmt: skip
     if wants[5] or wants[6]:
-        weights(dy, activation, plain._or(dw2, w2), index, count, kept="n", sums=db2 if wants[6] else None)
+        weights(dy, activation, plain.or_scratch(dw2, w2), index, count, kept="n", sums=db2 if wants[6] else None)
 
 
 def _allocate(x: Tensor, w: Tensor, w2: Tensor, wants: list[bool]) -> tuple[Tensor, ...]:
