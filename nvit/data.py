@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data import create_dataset, create_transform, resolve_data_config
+from timm.data import create_dataset, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 
+from . import adapters
 from .config import TrainingConfig
 
 DIGITS_EVAL = 360
@@ -196,7 +197,7 @@ def image_folder(
     Raises:
         ValueError: no such folder, no images, or classes that do not fit the model.
     """
-    pipeline = transform(resolve_data_config(model=model), resize=resize)
+    pipeline = transform(adapters.preprocess(model), resize=resize)
     classes = model.num_classes
     dataset = open_images(folder, split, class_map=class_map, classes=classes, transform=pipeline)
     return TrainingData(dataset, batch_size, seed, workers)

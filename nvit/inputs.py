@@ -87,7 +87,7 @@ def open_training_data(
         if not flags.data:
             raise ValueError("--data is missing: a folder of class folders, or a timm data set as torch/cifar10:FOLDER")
         recipe = config if augment else None
-        pipeline = transform(resolve_data_config(model=model), resize=flags.resize, training=recipe)
+        pipeline = transform(adapters.preprocess(model), resize=flags.resize, training=recipe)
         classes = model.num_classes
         dataset = open_images(flags.data, "train", class_map=flags.class_map, classes=classes, transform=pipeline)
     return TrainingData(dataset, config.batch_size, config.seed, flags.workers, config.repeats if augment else 1)
@@ -101,14 +101,14 @@ def open_evaluation_data(model: nn.Module, flags: DataFlags, batch_size: int):
     elif not where:
         return None
     else:
-        pipeline = transform(resolve_data_config(model=model), resize=flags.resize)
+        pipeline = transform(adapters.preprocess(model), resize=flags.resize)
         classes = model.num_classes
         dataset = open_images(where, "validation", class_map=flags.class_map, classes=classes, transform=pipeline)
     return evaluation_loader(subset(dataset, flags.eval_images), batch_size, flags.workers)
 
 
 def _uses_digits(model: nn.Module, data: str) -> bool:
-    bundled = resolve_data_config(model=model)["input_size"] == (1, 8, 8)
+    bundled = adapters.preprocess(model)["input_size"] == (1, 8, 8)
     if data == DIGITS and not bundled:
         raise ValueError("the bundled digits are 1 × 8 × 8 and fit the bundled model alone; give --data for this one")
     return data == DIGITS or (bundled and not data)
@@ -117,7 +117,7 @@ def _uses_digits(model: nn.Module, data: str) -> bool:
 def sample_images(model: nn.Module, batch_size: int) -> Tensor:
     """Random images of the model's input size, on its device and in its dtype."""
     p = next(model.parameters())
-    size = resolve_data_config(model=model)["input_size"]
+    size = adapters.preprocess(model)["input_size"]
     return torch.randn(batch_size, *size, generator=torch.Generator().manual_seed(0)).to(p.device, p.dtype)
 
 
@@ -168,5 +168,5 @@ def open_cnn_teacher(config: TrainingConfig, model: nn.Module):
         raise ValueError(
             f"CNN teacher {config.cnn_teacher!r} has {teacher.num_classes} classes, the model {model.num_classes}"
         )
-    mine, theirs = (resolve_data_config(model=m) for m in (model, teacher))
+    mine, theirs = adapters.preprocess(model), resolve_data_config(model=teacher)
     return frozen(teacher), renormalisation(mine, theirs, device)

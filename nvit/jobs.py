@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import resolve_data_config
 from torch import nn
 
-from . import analysis, snapshot, sparse24
+from . import adapters, analysis, snapshot, sparse24
 from .config import (
     DIGITS,
     CompareCommand,
@@ -46,7 +45,7 @@ from .spec import BUNDLE_SIZES, KINDS
 
 
 def _size(model: nn.Module) -> dict[str, Any]:
-    size = resolve_data_config(model=model)["input_size"]
+    size = adapters.preprocess(model)["input_size"]
     return {"params": parameters(model), "macs": macs(model, size)}
 
 
@@ -236,7 +235,7 @@ def run_evaluate(name: str, command: EvaluateCommand, progress: Progress = silen
 def run_compare(names: Sequence[str], command: CompareCommand, progress: Progress = silent) -> dict[str, Any]:
     """`nvit compare`: several models in one run, latency measured in turn."""
     models = [open_model(name, command) for name in names]
-    sizes = {tuple(resolve_data_config(model=m)["input_size"]) for m in models}
+    sizes = {tuple(adapters.preprocess(m)["input_size"]) for m in models}
     if len(sizes) > 1:
         raise ValueError(f"the models take images of different sizes {sorted(sizes)}; compare ones that take the same")
     table = open_table(models[0], command, _smallest(models), progress)

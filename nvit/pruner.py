@@ -161,7 +161,12 @@ class Pruner:
         return met
 
     def _stop_recording_when_done(self) -> None:
-        if self.done and self.gates is not None:
+        if self.done:
+            self.stop_recording()
+
+    def stop_recording(self) -> None:
+        """Take the taps off the model, if any are on it; `done` does so by itself."""
+        if self.gates is not None:
             self.gates.__exit__()
             self.gates = None
 
@@ -223,9 +228,7 @@ def score(pruner: Pruner, loader, *, progress: Progress = silent) -> None:
             if done >= total:
                 break
     finally:
-        if pruner.gates is not None:
-            pruner.gates.__exit__()
-            pruner.gates = None
+        pruner.stop_recording()
         for name, p in pruner.params.items():
             p.requires_grad_(trainable[name])
 
@@ -324,7 +327,10 @@ def prune(
             config.label_smoothing,
             renormalise,
         )
-        snapshots = _prune_training(pruner, loader, objective, keep, progress)
+        try:
+            snapshots = _prune_training(pruner, loader, objective, keep, progress)
+        finally:
+            pruner.stop_recording()
     else:
         snapshots = _prune_one_shot(pruner, loader, keep, progress)
     return PruneResult(snapshots, pruner.masks, pruner.history, table, dense)
@@ -349,13 +355,13 @@ class _Keeper:
             pruned.save(self.folder(target))
         return pruned
 
-    def again(self, targets: Sequence[float]) -> list[Pruned]:
+    def again(self, targets: Sequence[float], device: torch.device) -> list[Pruned]:
         """Snapshots of targets met before the interruption."""
         found = []
         for target in targets:
             folder = self.folder(target)
             metrics = snapshot.load_metrics(folder)
-            found.append(Pruned(target, snapshot.load(folder), metrics["predicted_ratio"]))
+            found.append(Pruned(target, snapshot.load(folder, device), metrics["predicted_ratio"]))
         return found
 
 
@@ -366,7 +372,7 @@ def _prune_training(pruner: Pruner, loader, objective: Objective, keep: _Keeper,
     if keep.resumable():
         tensors, values = trainer.load()
         pruner.restore(values, tensors)
-        snapshots = keep.again(pruner.met)
+        snapshots = keep.again(pruner.met, next(pruner.model.parameters()).device)
     last = pruner.targets[-1]
     if pruner.done:
         return snapshots

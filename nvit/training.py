@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from .config import TrainingConfig
+from .config import FinetuneConfig, PruneConfig, TrainingConfig
 from .data import seed_draws
 from .distill import Objective
 from .snapshot import load_run_state, save_run_state
@@ -123,13 +125,30 @@ class Trainer:
                     plain[f"{index}.{key}"] = value
         scaler = getattr(self.accelerator, "scaler", None)
         own = {"step": self.step, "optimizer": plain, "scaler": None if scaler is None else scaler.state_dict()}
+        own["recipe"] = self._recipe()
         save_run_state(self.state_file, every | dict(tensors), dict(values) | {"trainer": own})
         self._saved_at = time.monotonic()
 
+    def _recipe(self) -> dict[str, Any]:
+        """What decides the course of a run, as JSON gives it back."""
+        names = {f.name for base in (PruneConfig, FinetuneConfig) for f in fields(base)} - {"save_every"}
+        return json.loads(json.dumps({k: v for k, v in asdict(self.config).items() if k in names}))
+
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Restore what `save` wrote; returns the caller's own part."""
+        """Restore what `save` wrote; returns the caller's own part.
+
+        Raises:
+            ValueError: the state is damaged, of another model, or of a run with another recipe.
+        """
         tensors, values = load_run_state(self.state_file)
         own = values.pop("trainer")
+        theirs, mine = own["recipe"], self._recipe()
+        if differing := sorted(k for k in theirs.keys() | mine.keys() if theirs.get(k) != mine.get(k)):
+            k = differing[0]
+            raise ValueError(
+                f"{self.state_file} is of a run with {k} {theirs.get(k)}, this one has {mine.get(k)}. "
+                "Resume with the same recipe, or start anew without --resume."
+            )
         slots: dict[int, dict[str, Any]] = {}
         params = dict(self.accelerator.unwrap_model(self.model).named_parameters())
         averages = {} if self.ema is None else dict(self.ema.module.named_parameters())

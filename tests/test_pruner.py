@@ -14,6 +14,7 @@ import nvit
 from nvit import LatencyTable, PruneConfig, Pruner, snapshot
 from nvit.distill import sample_labels
 from nvit.masks import full_masks, kept_counts, weight_masks, widths
+from nvit.modules import prunable_layers
 from nvit.saliency import CRITERIA
 from tests.hosts import TINY_HOSTS, images, labels, make
 from tests.runs import Stop, arguments, config, loader, stop_after, table
@@ -425,3 +426,17 @@ def test_config_refuses_what_makes_no_sense():
         with pytest.raises(ValueError, match=message):
             model = make("plain")
             Pruner(model, LatencyTable.analytic(model), PruneConfig(**bad))
+
+
+def test_a_run_of_another_recipe_is_not_resumed(tmp_path):
+    with pytest.raises(Stop):
+        nvit.prune(*arguments(), out=tmp_path, progress=stop_after(5))
+    with pytest.raises(ValueError, match=r"is of a run with lr 0\.05, this one has 0\.1\. Resume with the same recipe"):
+        nvit.prune(*arguments(lr=0.1), out=tmp_path, resume=True)
+
+
+def test_an_interrupted_run_leaves_no_taps_on_the_model(tmp_path):
+    model, *rest = arguments(criterion="abs")
+    with pytest.raises(Stop):
+        nvit.prune(model, *rest, progress=stop_after(3))
+    assert all(layer.tap is None for layer in prunable_layers(model).values())

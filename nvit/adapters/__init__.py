@@ -11,6 +11,7 @@ An adapter is a module with these functions; nothing outside `adapters/` knows a
 | `build(spec, device)` | the prepared dense model, a skeleton on the meta device unless told otherwise |
 | `resize(model, params, blocks)` | gives a prepared model cut parameters and narrower widths, in place |
 | `logits(model, images)` | `(class token's, distillation token's or None)` in any mode |
+| `preprocess(model)` | input size, mean, std, crop: how images are prepared for it |
 | `tokens(model)` | tokens in the residual stream |
 | `part(model, name)` | one part of a one-block model as a function, for the latency table |
 | `rest_macs_per_channel(model)` | multiply-accumulates outside the blocks, per channel of the stream |
@@ -19,6 +20,7 @@ An adapter is a module with these functions; nothing outside `adapters/` knows a
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
@@ -42,3 +44,8 @@ def find(model: nn.Module) -> ModuleType:
         f"{type(model).__name__} is not supported ({reason}). Supported families: timm's VisionTransformer and "
         "VisionTransformerDistilled (ViT, DeiT, DeiT-III, AugReg, DINO, DINOv2 and alike); docs/models.md lists them."
     )
+
+
+def preprocess(model: nn.Module) -> dict[str, Any]:
+    """How images are prepared for a model of a supported family: timm's data config, at the model's own size."""
+    return find(model).preprocess(model)

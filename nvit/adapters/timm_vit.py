@@ -255,15 +255,20 @@ def _config(model: nn.Module) -> dict[str, Any]:
     return config
 
 
-def spec(model: nn.Module, blocks: Sequence[BlockWidths]) -> ViTSpec:
-    """The spec of a prepared model at these widths."""
+def preprocess(model: nn.Module) -> dict[str, Any]:
+    """How images are prepared for `model`, prepared or not: timm's data config, at the model's own input size."""
     data = resolve_data_config(model=model)
     if model.patch_embed.img_size:
         # A model built by hand or with img_size= has another size than its pretrained config says.
         data["input_size"] = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
-    preprocess = {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
+    return data
+
+
+def spec(model: nn.Module, blocks: Sequence[BlockWidths]) -> ViTSpec:
+    """The spec of a prepared model at these widths."""
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in preprocess(model).items()}
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__
-    return ViTSpec("timm_vit", type(model).__name__, model.dense_config, tuple(blocks), preprocess, name)
+    return ViTSpec("timm_vit", type(model).__name__, model.dense_config, tuple(blocks), plain, name)
 
 
 def build(spec: ViTSpec, device: str = "meta") -> nn.Module:
@@ -285,8 +290,8 @@ def build(spec: ViTSpec, device: str = "meta") -> nn.Module:
             model = ARCHITECTURES[spec.architecture](**config, norm_layer=norm)
     except (TypeError, AssertionError) as e:
         raise ValueError(f"its config does not build a {spec.architecture}: {e}") from None
-    preprocess = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.preprocess.items()}
-    model.pretrained_cfg = preprocess | {"architecture": spec.name, "num_classes": model.num_classes}
+    data = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.preprocess.items()}
+    model.pretrained_cfg = data | {"architecture": spec.name, "num_classes": model.num_classes}
     model.default_cfg = model.pretrained_cfg
     return prepare(model)
 
