@@ -50,11 +50,12 @@ def show(title: str, rows: Sequence[Mapping[str, Any]], console: Console | None 
     if not console.is_terminal:
         console = Console(width=140)
     keys = [k for k in FORMATS if any(row.get(k) is not None for row in rows)]
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model", overflow="fold")
     for key in keys:
         table.add_column(FORMATS[key][0], justify="right")
     for row in rows:
         short = "/".join(Path(row["name"]).parts[-2:])
         table.add_row(short, *(FORMATS[k][1](row[k]) if row.get(k) is not None else "–" for k in keys))
+    console.print(title)
     console.print(table)

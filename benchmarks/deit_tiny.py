@@ -1,0 +1,72 @@
+"""DeiT-Ti at several latencies in one run on this machine, from real weights and a thousand real images.
+
+    NVIT_DATA=FOLDER python -m benchmarks.deit_tiny [--out RUN]
+
+Runs `nvit prune recipes/deit_tiny_cpu.toml` and `nvit compare` on its snapshots, and writes
+benchmarks/results/deit_tiny_cpu.csv and deit_tiny_cpu.png from what they found.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from benchmarks.records import Records
+from nvit import cli
+
+ROOT = Path(__file__).parents[1]
+FIGURE = ROOT / "benchmarks" / "results" / "deit_tiny_cpu.png"
+
+
+def data_flags(data: Path) -> list[str]:
+    """Scores and training on imagenet_sample1000, evaluation on imagenet_val1300 cropped without resizing."""
+    evaluation = ["--eval-data", f"{data}/imagenet_val1300", "--class-map", f"{data}/imagenet_synsets.txt"]
+    weights = ["--checkpoint", f"{data}/deit_tiny_patch16_224.safetensors"]
+    return [*weights, "--data", f"{data}/imagenet_sample1000", *evaluation, "--no-resize", "--device", "cpu"]
+
+
+def plot(rows: list[dict]) -> None:
+    """Accuracy against measured milliseconds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    axes.plot([r["latency_ms"] for r in rows], [r["top1"] for r in rows], marker="o")
+    for r in rows:
+        axes.annotate(f"{r['measured_ratio']:.2f}×", (r["latency_ms"], r["top1"]), (4, -11), textcoords="offset points")
+    axes.set(xlabel="measured ms, batch 16, CPU", ylabel="top-1 %, 1300 images", title="DeiT-Ti, one run, CPU")
+    axes.set_xlim(left=0)
+    figure.savefig(FIGURE, dpi=150)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/deit_tiny_cpu"), help="folder of the run")
+    out = parser.parse_args().out
+    if "NVIT_DATA" not in os.environ:
+        sys.exit("NVIT_DATA is not set: this needs DeiT-Ti's weights and the image samples")
+    data = Path(os.environ["NVIT_DATA"])
+    flags = data_flags(data)
+    if code := cli.main(["prune", str(ROOT / "recipes/deit_tiny_cpu.toml"), *flags, "--out", str(out)]):
+        return code
+    run = json.loads((out / "result.json").read_text())
+    snapshots = [s["path"] for s in run["snapshots"]]
+    compare = ["compare", "deit_tiny_patch16_224", *snapshots, *flags, "--latency-batch", "16"]
+    if code := cli.main([*compare, "--table", str(out / "latency_table.json"), "--out", str(out / "compare")]):
+        return code
+    memory = [m["peak_memory"] for m in json.loads((out / "compare" / "result.json").read_text())["models"]]
+    rows = [{"target": 1.0, "predicted_ratio": 1.0, "measured_ratio": 1.0} | run["dense"], *run["snapshots"]]
+    records = Records("deit_tiny")
+    for row, peak in zip(rows, memory, strict=True):
+        keys = ("predicted_ratio", "measured_ratio", "latency_ms", "params", "macs", "top1")
+        records.add(f"target {row['target']:g}", peak_memory=peak, seconds=run["seconds"], **{k: row[k] for k in keys})
+    records.save()
+    plot(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
