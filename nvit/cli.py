@@ -204,6 +204,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if args[0] == "--version":
         print(__version__)
         return 0
+    config = None
     try:
         name, words, flags = _split(args)
         config, words = _configure(name, COMMANDS[name], words, flags)
@@ -215,7 +216,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except (ValueError, FloatingPointError, OSError) as e:
         return _say(e, FAILED)
     except KeyboardInterrupt:
-        return _say("interrupted; the same command with --resume goes on", INTERRUPTED)
+        again = "; the same command with --resume goes on" if hasattr(config, "resume") else ""
+        return _say(f"interrupted{again}", INTERRUPTED)
     return 0
 
 
