@@ -55,6 +55,7 @@ def run_prune(command: PruneCommand, progress: Progress = silent) -> dict[str, A
     out = Path(command.out)
     if (out / "result.json").exists() and not command.resume:
         raise ValueError(f"{out} holds a finished run; choose another --out or remove it")
+    torch.manual_seed(command.seed)  # of a model without weights of its own
     model = open_model(command.model, command)
     loader = open_training_data(model, command, command, augment=command.train)
     evaluation = open_evaluation_data(model, command, command.batch_size)
@@ -140,6 +141,7 @@ def run_finetune(name: str, command: FinetuneCommand, progress: Progress = silen
     out = Path(command.out)
     if (out / snapshot.SPEC).exists() and not command.resume:
         raise ValueError(f"{out} holds a snapshot already; choose another --out or remove it")
+    torch.manual_seed(command.seed)
     model = open_model(name, command, scratch=command.scratch)
     loader = open_training_data(model, command, command)
     evaluation = open_evaluation_data(model, command, command.batch_size)
