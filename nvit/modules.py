@@ -74,6 +74,9 @@ class LayerNorm(Prunable):
         self.weight, self.bias, self.eps, self.entry = weight, bias, eps, entry
         self._buffer("emb", None)
 
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, eps={self.eps}"
+
     def keep_(self, keeps: Mapping[str, Tensor]) -> None:
         self._buffer("emb", _index(keeps["emb"]))
 
@@ -105,6 +108,9 @@ class Classifier(Prunable):
         super().__init__()
         self.weight, self.bias = weight, bias
         self._buffer("emb", None)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}"
 
     @property
     def out_features(self) -> int:
@@ -152,6 +158,9 @@ class Attention(Prunable):
         self._buffer("emb", _index(keeps["emb"]))
         self._buffer("qkv_rows", _index(torch.cat([_outer(heads, qk), _outer(heads, qk), _outer(heads, v)])))
         self._buffer("proj_cols", _index(_outer(heads, v)))
+
+    def extra_repr(self) -> str:
+        return "heads={}, qk_dim={}, v_dim={}".format(*self.kept)
 
     def resize_(self, heads: int, qk_dim: int, v_dim: int) -> None:
         """Declare new dense widths, after the weights were cut to them."""
