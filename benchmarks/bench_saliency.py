@@ -136,7 +136,7 @@ def main() -> int:
                 x = evaluation.dataset[0][0][None]
                 ours = masked(x)
                 same = torch.allclose(ours, small(x), rtol=0, atol=1e-5 * float(ours.abs().max()))
-            if not same or not share * units <= gone < share * units + 16:
+            if not same or not share * units <= gone <= share * units + 16:
                 print(f"{criterion}: {gone} of {units} units are gone; masked equals compact: {same}", file=sys.stderr)
                 return 1
             top1.setdefault((criterion, share), []).append(record(criterion, share, small, scoring, order))
