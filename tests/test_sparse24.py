@@ -7,6 +7,7 @@ import torch
 
 import nvit
 from nvit import cli, snapshot, sparse24
+from nvit_kernels.sparse24 import mask_2to4
 
 
 def digits(dtype=torch.float32):
@@ -81,12 +82,17 @@ def test_sparsify_on_the_command_line(tmp_path):
     assert cli.main(args) == 1, "a snapshot is not overwritten"
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor")
+def test_torch_unpacks_what_we_compressed():
+    weight = torch.randn(64, 128, dtype=torch.float16, generator=torch.Generator().manual_seed(0))
+    weight *= mask_2to4(weight)
+    assert torch.equal(sparse24.compressed(weight, sparse24.CUTLASS).to_dense(), weight)
+
+
 @pytest.mark.gpu
 def test_sparse_tensor_cores_compute_the_same(tmp_path):
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 8:
         pytest.skip("needs a GPU with sparse tensor cores")
-    from nvit_kernels.sparse24 import mask_2to4
-
     torch.manual_seed(0)
     for backend in sparse24.backends(torch.device("cuda"), torch.float16)[0]:
         weight = torch.randn(384, 1536, device="cuda", dtype=torch.float16)
