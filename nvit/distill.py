@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import adapters
+from .config import TrainingConfig
 
 Logits = tuple[Tensor, Tensor | None]
 """Of the class token and, for a distilled model, of the distillation token: each `(batch, classes)`."""
@@ -73,6 +74,12 @@ class Objective:
     cnn_weight: float = 0.5
     smoothing: float = 0.0
     renormalise: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, config: TrainingConfig, teacher=None, cnn_teacher=None, renormalise=None) -> Objective:
+        """The objective of a recipe with these teachers."""
+        weights = {"weight": config.distill_weight, "tau": config.distill_tau, "cnn_weight": config.cnn_weight}
+        return cls(teacher, cnn_teacher, smoothing=config.label_smoothing, renormalise=renormalise, **weights)
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         adapter = adapters.find(getattr(model, "module", model))

@@ -42,15 +42,7 @@ def finetune(
         FloatingPointError: the loss or a gradient is not finite; the last run state stays on disk.
     """
     adapters.find(model).prepare(model)
-    objective = Objective(
-        teacher,
-        cnn_teacher,
-        config.distill_weight,
-        config.distill_tau,
-        config.cnn_weight,
-        config.label_smoothing,
-        renormalise,
-    )
+    objective = Objective.of(config, teacher, cnn_teacher, renormalise)
     trainer = Trainer(model, objective, config, config.lr, state_file)
     total = max(1, round(config.epochs * len(loader)))
     schedule = CosineLRScheduler(

@@ -318,15 +318,7 @@ def prune(
     pruner = Pruner(model, table, config)
     keep = _Keeper(out, resume)
     if config.train:
-        objective = Objective(
-            dense if config.distill_weight else None,
-            cnn_teacher,
-            config.distill_weight,
-            config.distill_tau,
-            config.cnn_weight,
-            config.label_smoothing,
-            renormalise,
-        )
+        objective = Objective.of(config, dense if config.distill_weight else None, cnn_teacher, renormalise)
         try:
             snapshots = _prune_training(pruner, loader, objective, keep, progress)
         finally:
