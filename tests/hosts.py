@@ -8,12 +8,21 @@ import torch
 from hypothesis import strategies as st
 from timm.layers import LayerNorm as TimmLayerNorm
 from timm.layers import QuickGELU
+from timm.layers.attention import Attention as TimmAttention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from nvit import adapters
 from nvit.masks import apply_
+
+
+class WideHeads:
+    """timm's attention with heads of another width than embed_dim // num_heads; its blocks ask for a class."""
+
+    def __new__(cls, *args, **kwargs):
+        return TimmAttention(*args, attn_head_dim=20, **kwargs)
+
 
 TINY = {
     "img_size": 16,
@@ -45,6 +54,7 @@ TINY_HOSTS: dict[str, dict] = {
     "dynamic_size": {"dynamic_img_size": True},
     "no_qkv_bias": {"qkv_bias": False},
     "no_proj_bias": {"proj_bias": False},
+    "wide_heads": {"attn_layer": WideHeads},
     "one_head": {"num_heads": 1, "embed_dim": 16},
     "relu": {"act_layer": "relu", "norm_layer": partial(TimmLayerNorm, eps=1e-3)},
     "three_blocks": {"depth": 3, "embed_dim": 32, "num_heads": 4},

@@ -252,6 +252,8 @@ def _config(model: nn.Module) -> dict[str, Any]:
         "act_layer": next(name for name, cls in ACTIVATIONS.items() if type(block.mlp.act) is cls),
         "norm_eps": norm_like.eps,
     }
+    if block.attn.head_dim != model.embed_dim // block.attn.num_heads:
+        config["head_dim"] = block.attn.head_dim
     return config
 
 
@@ -271,6 +273,13 @@ def spec(model: nn.Module, blocks: Sequence[BlockWidths]) -> ViTSpec:
     return ViTSpec("timm_vit", type(model).__name__, model.dense_config, tuple(blocks), plain, name)
 
 
+def _attention_of(head_dim: int) -> type:
+    """timm's attention with a head width of its own, as the class that timm's blocks ask for."""
+    return type(
+        "Attention", (), {"__new__": lambda cls, *args, **more: TimmAttention(*args, attn_head_dim=head_dim, **more)}
+    )
+
+
 def build(spec: ViTSpec, device: str = "meta") -> nn.Module:
     """The prepared dense model of `spec`: on the meta device its structure alone, elsewhere freshly initialised.
 
@@ -285,6 +294,8 @@ def build(spec: ViTSpec, device: str = "meta") -> nn.Module:
         raise ValueError(f"act_layer {config.get('act_layer')!r} is unknown; expected one of {', '.join(ACTIVATIONS)}")
     config["act_layer"] = ACTIVATIONS[config["act_layer"]]
     norm = partial(TimmLayerNorm, eps=eps)
+    if head_dim := config.pop("head_dim", None):
+        config["attn_layer"] = _attention_of(head_dim)
     try:
         with torch.device(device):
             model = ARCHITECTURES[spec.architecture](**config, norm_layer=norm)
