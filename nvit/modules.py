@@ -85,6 +85,21 @@ class LayerNorm(Prunable):
         return y if self.tap is None or self.entry else self.tap("emb", y)
 
 
+class HeadNorm(Prunable):
+    """LayerNorm of queries or keys over kept dims, head by head; weight and bias `(qk_dim,)`, shared by all heads."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, eps: float) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = weight, bias, eps
+        self._buffer("qk_dim", None)
+
+    def keep_(self, keeps: Mapping[str, Tensor]) -> None:
+        self._buffer("qk_dim", _index(keeps["qk_dim"]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.kept_layer_norm(x, self.weight, self.bias, self.qk_dim, self.eps)
+
+
 class LayerScale(Prunable):
     def __init__(self, gamma: nn.Parameter) -> None:
         super().__init__()
@@ -124,6 +139,7 @@ class Attention(Prunable):
         qkv, proj: the host's linear layers, kept as they are; see `functional.attention` for their layout.
         heads, qk_dim, v_dim: dense widths.
         scale: of the logits.
+        q_norm, k_norm: of queries and keys, a `HeadNorm` or None.
     """
 
     def __init__(
@@ -135,11 +151,13 @@ class Attention(Prunable):
         qk_dim: int,
         v_dim: int,
         scale: float,
+        q_norm: HeadNorm | None = None,
+        k_norm: HeadNorm | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        self.qkv, self.proj = qkv, proj
+        self.qkv, self.q_norm, self.k_norm, self.proj = qkv, q_norm, k_norm, proj
         self.heads, self.qk_dim, self.v_dim, self.scale = heads, qk_dim, v_dim, scale
         self.attn_drop, self.proj_drop = attn_drop, nn.Dropout(proj_drop)
         self.kept = (heads, qk_dim, v_dim)
@@ -174,6 +192,8 @@ class Attention(Prunable):
             emb=self.emb,
             qkv_rows=self.qkv_rows,
             proj_cols=self.proj_cols,
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
             attn_mask=attn_mask,
             dropout=self.attn_drop if self.training else 0.0,
             tap=self.tap,

@@ -53,6 +53,8 @@ TINY_HOSTS: dict[str, dict] = {
     "odd_sizes": {"patch_size": (4, 14), "img_size": (12, 28), "embed_dim": 30, "num_heads": 2, "mlp_ratio": 1.9},
     "dynamic_size": {"dynamic_img_size": True},
     "no_qkv_bias": {"qkv_bias": False},
+    "qk_norm": {"qk_norm": True},
+    "qk_norm_no_bias": {"qk_norm": True, "qkv_bias": False, "norm_layer": partial(TimmLayerNorm, bias=False)},
     "no_proj_bias": {"proj_bias": False},
     "wide_heads": {"attn_layer": WideHeads},
     "one_head": {"num_heads": 1, "embed_dim": 16},

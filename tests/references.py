@@ -25,9 +25,17 @@ def masked_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tens
 
 
 def masked_attention(
-    x: Tensor, w: dict[str, Tensor], heads: int, dense_head_dim: int, head: Tensor, qk: Tensor, v: Tensor
+    x: Tensor,
+    w: dict[str, Tensor],
+    heads: int,
+    dense_head_dim: int,
+    head: Tensor,
+    qk: Tensor,
+    v: Tensor,
+    eps: float = 1e-6,
 ) -> Tensor:
-    """Head by head, with the dense model's logit scale; `w` holds qkv.weight, qkv.bias, proj.weight, proj.bias."""
+    """Head by head, with the dense model's logit scale; `w` holds qkv.weight, qkv.bias, proj.weight, proj.bias, and
+    q_norm.weight and so on where queries and keys are normalised, over kept dims, by one norm for all heads."""
     d = dense_head_dim
     wq, wk, wv = w["qkv.weight"].split(heads * d)
     bq, bk, bv = (None,) * 3 if w.get("qkv.bias") is None else w["qkv.bias"].split(heads * d)
@@ -36,6 +44,9 @@ def masked_attention(
         rows = slice(h * d, (h + 1) * d)
         query = F.linear(x, wq[rows], None if bq is None else bq[rows]) * qk.to(x)
         key = F.linear(x, wk[rows], None if bk is None else bk[rows]) * qk.to(x)
+        if "q_norm.weight" in w:
+            query = masked_layer_norm(query, w["q_norm.weight"], w.get("q_norm.bias"), qk, eps)
+            key = masked_layer_norm(key, w["k_norm.weight"], w.get("k_norm.bias"), qk, eps)
         value = F.linear(x, wv[rows], None if bv is None else bv[rows]) * v.to(x)
         weights = (query @ key.transpose(-1, -2) / math.sqrt(d)).softmax(-1)
         outs.append(weights @ value * head[h].to(x))
@@ -69,7 +80,7 @@ def masked_vit(host, images: Tensor, masks: dict[str, Tensor]) -> Tensor:
         b = f"blocks.{i}."
         mine = {n.removeprefix(f"{b}attn."): p for n, p in w.items() if n.startswith(f"{b}attn.")}
         keeps = [masks[b + kind] for kind in ("heads", "qk_dim", "v_dim")]
-        y = masked_attention(norm(f"{b}norm1", x), mine, block.attn.num_heads, block.attn.head_dim, *keeps)
+        y = masked_attention(norm(f"{b}norm1", x), mine, block.attn.num_heads, block.attn.head_dim, *keeps, eps)
         x = x + y * w.get(f"{b}ls1.gamma", 1.0) * e
         hidden = block.mlp.act(F.linear(norm(f"{b}norm2", x), w[f"{b}mlp.fc1.weight"], w.get(f"{b}mlp.fc1.bias")))
         y = F.linear(hidden * masks[f"{b}mlp"].to(x), w[f"{b}mlp.fc2.weight"], w.get(f"{b}mlp.fc2.bias"))
@@ -99,7 +110,8 @@ def gate_hessian(w: dict[str, Tensor], g: dict[str, Tensor], depth: int, heads: 
     """Sum of grad · weight where each unit leaves the network, unit by unit.
 
     mlp: fc2 columns. heads: proj columns of the head. v_dim: proj columns of that dim in every head. qk_dim: Q rows
-    with bias. emb: columns of every reader of the stream: qkv, fc1, the classifiers.
+    with bias, or weight and bias of the query norm. emb: columns of every reader of the stream: qkv, fc1, the
+    classifiers.
     """
     out: dict[str, Tensor] = {}
     emb = w["blocks.0.attn.qkv.weight"].shape[1]
@@ -117,6 +129,10 @@ def gate_hessian(w: dict[str, Tensor], g: dict[str, Tensor], depth: int, heads: 
         qk = []
         for u in range(dim):
             rows = [h * dim + u for h in range(heads)]
+            norm = [_product(w, g, f"{b}attn.q_norm.{leaf}") for leaf in ("weight", "bias")]
+            if norm[0] is not None:
+                qk.append(sum(p[u] for p in norm if p is not None))
+                continue
             qk.append(sum(qkv[r].sum() for r in rows) + (0 if bias is None else sum(bias[r] for r in rows)))
         out[f"{b}qk_dim"] = torch.stack(qk)
     return out
@@ -197,7 +213,8 @@ def _weights_of(w: dict[str, Tensor], values: dict[str, Tensor], depth: int, hea
         if f"{b}attn.qkv.bias" in values:
             bias = values[f"{b}attn.qkv.bias"][: heads * dim].view(heads, dim)
             entries = [torch.cat([e, bias[:, u]]) for u, e in enumerate(entries)]
-        out[f"{b}qk_dim"] = torch.stack(entries)
+        norm = [values[n] for leaf in ("weight", "bias") if (n := f"{b}attn.q_norm.{leaf}") in values]
+        out[f"{b}qk_dim"] = torch.stack(norm, 1) if norm else torch.stack(entries)
     return out
 
 

@@ -1,5 +1,5 @@
-"""timm's VisionTransformer and VisionTransformerDistilled: plain, DeiT, LayerScale, registers, pre-norm, any
-pooling but attention."""
+"""timm's VisionTransformer and VisionTransformerDistilled: plain, DeiT, LayerScale, registers, pre-norm,
+q/k norm, any pooling but attention."""
 
 from __future__ import annotations
 
@@ -19,7 +19,17 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from ..modules import Attention, Classifier, LayerNorm, LayerScale, Mlp, Prunable, StreamEntry, prunable_layers
+from ..modules import (
+    Attention,
+    Classifier,
+    HeadNorm,
+    LayerNorm,
+    LayerScale,
+    Mlp,
+    Prunable,
+    StreamEntry,
+    prunable_layers,
+)
 from ..spec import BUNDLE_SIZES, BlockWidths, Group, Slice, ViTSpec
 
 ARCHITECTURES = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled)}
@@ -38,8 +48,9 @@ def _block_refusal(block: nn.Module) -> str | None:
     if not isinstance(attn, Attention):
         if type(attn) is not TimmAttention:
             return f"attention type {type(attn).__name__}"
-        if not isinstance(attn.q_norm, nn.Identity) or not isinstance(attn.k_norm, nn.Identity):
-            return "q/k norm in attention"
+        for norm in (attn.q_norm, attn.k_norm):
+            if not (isinstance(norm, nn.Identity) or _is_norm(norm)):
+                return f"q/k norm type {type(norm).__name__} in attention"
         if not isinstance(attn.norm, nn.Identity):
             return "a norm on the attention output"
         if attn.gate is not None:
@@ -93,6 +104,12 @@ def _head(host: nn.Module) -> nn.Module:
     return _layer({"emb": "emb"}, Classifier(host.weight, host.bias), host)
 
 
+def _head_norm(host: nn.Module, axes: Mapping[str, str]) -> Prunable | None:
+    if isinstance(host, nn.Identity):
+        return None
+    return _layer({"qk_dim": axes["qk_dim"]}, HeadNorm(host.weight, host.bias, host.eps), host)
+
+
 def _attention(host: TimmAttention, axes: Mapping[str, str]) -> Prunable:
     layer = Attention(
         host.qkv,
@@ -101,6 +118,8 @@ def _attention(host: TimmAttention, axes: Mapping[str, str]) -> Prunable:
         qk_dim=host.head_dim,
         v_dim=host.head_dim,
         scale=host.scale,
+        q_norm=_head_norm(host.q_norm, axes),
+        k_norm=_head_norm(host.k_norm, axes),
         attn_drop=host.attn_drop.p,
         proj_drop=host.proj_drop.p,
     )
@@ -191,16 +210,25 @@ def _attention_groups(i: int, attn: Attention, sizes: Mapping[str, int]) -> list
         weight = Slice(f"{qkv}.weight", (heads, units[part], emb), axis, spans[part], **marks)
         return [weight] + ([Slice(f"{qkv}.bias", (heads, units[part]), axis, spans[part], **marks)] if bias else [])
 
+    def norm(part: str, **marks: bool) -> list[Slice]:
+        """The weight and bias of the query or key norm, if there is one."""
+        layer = getattr(attn, f"{part}_norm")
+        found = dict(layer.named_parameters()) if layer is not None else {}
+        return [Slice(f"blocks.{i}.attn.{part}_norm.{leaf}", (qk,), 0, **marks) for leaf in found]
+
     def out(axis: int) -> Slice:
         return Slice(f"{proj}.weight", (attn.proj.out_features, heads, v), axis, scored=True)
 
     def group(kind: str, size: int, slices: Sequence[Slice], divisor: float) -> Group:
         return Group(f"blocks.{i}.{kind}", kind, size, sizes[kind], tuple(slices), (i,), divisor)
 
+    # The gate of a qk_dim unit sits on the queries that meet the keys: behind their norm where they have one.
+    normed = norm("q", scored=True)
+    qk_slices = rows("q", 1, scored=not normed, published=True) + rows("k", 1) + normed + norm("k")
     qkv_heads = [s for part in "qkv" for s in rows(part, 0, published=True)]
     return [
         group("heads", heads, [*qkv_heads, out(1)], PUBLISHED_HEAD_DIVISOR),
-        group("qk_dim", qk, rows("q", 1, scored=True, published=True) + rows("k", 1), PUBLISHED_DIM_DIVISOR),
+        group("qk_dim", qk, qk_slices, PUBLISHED_DIM_DIVISOR),
         group("v_dim", v, [*rows("v", 1, published=True), out(2)], PUBLISHED_DIM_DIVISOR),
     ]
 
@@ -238,6 +266,7 @@ def _config(model: nn.Module) -> dict[str, Any]:
         "num_heads": block.attn.num_heads,
         "mlp_ratio": block.mlp.fc1.out_features / model.embed_dim,
         "qkv_bias": block.attn.qkv.bias is not None,
+        "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
         "proj_bias": block.attn.proj.bias is not None,
         "init_values": None if isinstance(block.ls1, nn.Identity) else 1.0,
         "class_token": model.has_class_token,
@@ -252,6 +281,8 @@ def _config(model: nn.Module) -> dict[str, Any]:
         "act_layer": next(name for name, cls in ACTIVATIONS.items() if type(block.mlp.act) is cls),
         "norm_eps": norm_like.eps,
     }
+    if norm_like.bias is None:
+        config["norm_bias"] = False
     if block.attn.head_dim != model.embed_dim // block.attn.num_heads:
         config["head_dim"] = block.attn.head_dim
     return config
@@ -293,7 +324,7 @@ def build(spec: ViTSpec, device: str = "meta") -> nn.Module:
     if config.get("act_layer") not in ACTIVATIONS:
         raise ValueError(f"act_layer {config.get('act_layer')!r} is unknown; expected one of {', '.join(ACTIVATIONS)}")
     config["act_layer"] = ACTIVATIONS[config["act_layer"]]
-    norm = partial(TimmLayerNorm, eps=eps)
+    norm = partial(TimmLayerNorm, eps=eps, bias=config.pop("norm_bias", True))
     if head_dim := config.pop("head_dim", None):
         config["attn_layer"] = _attention_of(head_dim)
     try:
