@@ -187,6 +187,40 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, attn_mask: Tensor | N
     return out[..., :v_dim]
 
 
+def gated_mlp(
+    x: Tensor,
+    first: Sequence[tuple[Tensor, Tensor | None]],
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    act: Callable[[Tensor], Tensor],
+    *,
+    gate_last: bool = False,
+    emb: Tensor | None = None,
+    first_rows: Tensor | None = None,
+    hidden: Tensor | None = None,
+    dropout: float = 0.0,
+    tap: Tap | None = None,
+) -> Tensor:
+    """fc2(act(gate) * value) over kept hidden units, as SwiGLU: `(batch, tokens, kept emb)` to the same shape.
+
+    Args:
+        first: weight `(hidden, emb)` and bias of the gate and of the value, or of both packed, `(2·hidden, emb)`.
+        gate_last: the value is packed before the gate.
+        first_rows: kept rows of each weight in `first`.
+        hidden: kept columns of fc2.
+    """
+    parts = [linear(x, weight, bias, first_rows, emb) for weight, bias in first]
+    gate, value = parts if len(parts) == 2 else parts[0].chunk(2, dim=-1)
+    if gate_last:
+        gate, value = value, gate
+    h = act(gate) * value
+    if dropout:
+        h = F.dropout(h, dropout)
+    if tap is not None:
+        h = tap("mlp", h)
+    return linear(h, fc2_weight, fc2_bias, emb, hidden)
+
+
 def _is_exact_gelu(act: Callable[[Tensor], Tensor]) -> bool:
     return type(act) is nn.GELU and act.approximate == "none"
 

@@ -231,6 +231,58 @@ class Mlp(Prunable):
         return self.drop(out)
 
 
+class GatedMlp(Prunable):
+    """fc2(act(gate) * value) with a prunable hidden width, as SwiGLU.
+
+    Args:
+        first: the host's layers before the product, by their names there: the gate's and the value's, or one packed
+            layer whose first half of rows is the gate (the second, with `gate_last`).
+    """
+
+    def __init__(
+        self,
+        first: Mapping[str, nn.Linear],
+        fc2: nn.Linear,
+        act: nn.Module,
+        drop: float = 0.0,
+        gate_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.first_names, self.gate_last = tuple(first), gate_last
+        for name, layer in first.items():
+            setattr(self, name, layer)
+        self.fc2, self.act = fc2, act
+        self.drop = nn.Dropout(drop)
+        for name in ("emb", "first_rows", "hidden"):
+            self._buffer(name, None)
+
+    @property
+    def first(self) -> list[nn.Linear]:
+        return [getattr(self, name) for name in self.first_names]
+
+    def keep_(self, keeps: Mapping[str, Tensor]) -> None:
+        hidden = keeps["mlp"]
+        self._buffer("emb", _index(keeps["emb"]))
+        self._buffer("first_rows", _index(hidden if len(self.first_names) == 2 else hidden.repeat(2)))
+        self._buffer("hidden", _index(hidden))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = functional.gated_mlp(
+            x,
+            [(layer.weight, layer.bias) for layer in self.first],
+            self.fc2.weight,
+            self.fc2.bias,
+            self.act,
+            gate_last=self.gate_last,
+            emb=self.emb,
+            first_rows=self.first_rows,
+            hidden=self.hidden,
+            dropout=self.drop.p if self.training else 0.0,
+            tap=self.tap,
+        )
+        return self.drop(out)
+
+
 def prunable_layers(model: nn.Module) -> dict[str, Prunable]:
     """Every prunable layer of a prepared model by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, Prunable)}

@@ -6,8 +6,8 @@ from functools import partial
 
 import torch
 from hypothesis import strategies as st
+from timm.layers import GluMlp, QuickGELU, SwiGLU, SwiGLUPacked
 from timm.layers import LayerNorm as TimmLayerNorm
-from timm.layers import QuickGELU
 from timm.layers.attention import Attention as TimmAttention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
@@ -58,6 +58,9 @@ TINY_HOSTS: dict[str, dict] = {
     "no_proj_bias": {"proj_bias": False},
     "wide_heads": {"attn_layer": WideHeads},
     "one_head": {"num_heads": 1, "embed_dim": 16},
+    "swiglu_packed": {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU, "init_values": 1e-2},
+    "swiglu": {"mlp_layer": SwiGLU, "act_layer": "silu", "proj_bias": False},
+    "glu": {"mlp_layer": GluMlp, "act_layer": "silu", "mlp_ratio": 1.6, "embed_dim": 30, "num_heads": 2},
     "relu": {"act_layer": "relu", "norm_layer": partial(TimmLayerNorm, eps=1e-3)},
     "three_blocks": {"depth": 3, "embed_dim": 32, "num_heads": 4},
     "one_channel": {"in_chans": 1},

@@ -53,6 +53,11 @@ def masked_attention(
     return F.linear(torch.cat(outs, -1), w["proj.weight"], w.get("proj.bias"))
 
 
+def _first(w: dict[str, Tensor], block: str) -> list[str]:
+    """The layers of an MLP before its activation: fc1, with a gate perhaps in two halves, or the gate and the value."""
+    return [f"{block}mlp.{n}" for n in ("fc1", "fc1_g", "fc1_x") if f"{block}mlp.{n}.weight" in w]
+
+
 def masked_vit(host, images: Tensor, masks: dict[str, Tensor]) -> Tensor:
     """Output of a timm VisionTransformer (never prepared) under masks, every product dense.
 
@@ -82,7 +87,15 @@ def masked_vit(host, images: Tensor, masks: dict[str, Tensor]) -> Tensor:
         keeps = [masks[b + kind] for kind in ("heads", "qk_dim", "v_dim")]
         y = masked_attention(norm(f"{b}norm1", x), mine, block.attn.num_heads, block.attn.head_dim, *keeps, eps)
         x = x + y * w.get(f"{b}ls1.gamma", 1.0) * e
-        hidden = block.mlp.act(F.linear(norm(f"{b}norm2", x), w[f"{b}mlp.fc1.weight"], w.get(f"{b}mlp.fc1.bias")))
+        parts = [
+            part
+            for name in _first(w, b)
+            for part in F.linear(norm(f"{b}norm2", x), w[f"{name}.weight"], w.get(f"{name}.bias")).split(
+                w[f"{b}mlp.fc2.weight"].shape[1], dim=-1
+            )
+        ]
+        gate = parts.pop() if getattr(block.mlp, "gate_last", False) else parts.pop(0)
+        hidden = block.mlp.act(gate) * (parts[0] if parts else 1)
         y = F.linear(hidden * masks[f"{b}mlp"].to(x), w[f"{b}mlp.fc2.weight"], w.get(f"{b}mlp.fc2.bias"))
         x = x + y * w.get(f"{b}ls2.gamma", 1.0) * e
     if "norm.weight" in w:
@@ -115,7 +128,8 @@ def gate_hessian(w: dict[str, Tensor], g: dict[str, Tensor], depth: int, heads: 
     """
     out: dict[str, Tensor] = {}
     emb = w["blocks.0.attn.qkv.weight"].shape[1]
-    readers = [f"blocks.{i}.{layer}.weight" for i in range(depth) for layer in ("attn.qkv", "mlp.fc1")]
+    readers = [f"blocks.{i}.attn.qkv.weight" for i in range(depth)]
+    readers += [f"{name}.weight" for i in range(depth) for name in _first(w, f"blocks.{i}.")]
     readers += [name for name in ("head.weight", "head_dist.weight") if name in w]
     products = {name: _product(w, g, name) for name in readers}
     out["emb"] = torch.stack([sum(p[:, c].sum() for p in products.values()) for c in range(emb)])
@@ -165,14 +179,21 @@ def gate_nvit(w: dict[str, Tensor], g: dict[str, Tensor], depth: int, heads: int
         out[f"{b}v_dim"] = torch.stack(
             [rows(f"{b}attn.qkv", [2 * n + h * dim + u for h in range(heads)]) / 2 for u in range(dim)]
         )
-        out[f"{b}mlp"] = torch.stack([rows(f"{b}mlp.fc1", [j]) for j in range(w[f"{b}mlp.fc1.weight"].shape[0])])
+        hidden = w[f"{b}mlp.fc2.weight"].shape[1]
+        out[f"{b}mlp"] = torch.stack(
+            [
+                sum(rows(name, list(range(j, w[f"{name}.weight"].shape[0], hidden))) for name in _first(w, b))
+                for j in range(hidden)
+            ]
+        )
     emb = []
     for c in range(w["blocks.0.attn.qkv.weight"].shape[1]):
         total = rows("patch_embed.proj", [c])
         for i in range(depth):
             b = f"blocks.{i}."
             total = total + _product(w, g, f"{b}attn.qkv.weight")[:, c].sum() + rows(f"{b}attn.proj", [c])
-            total = total + _product(w, g, f"{b}mlp.fc1.weight")[:, c].sum() + rows(f"{b}mlp.fc2", [c])
+            total = total + sum(_product(w, g, f"{name}.weight")[:, c].sum() for name in _first(w, b))
+            total = total + rows(f"{b}mlp.fc2", [c])
         emb.append(total / depth)
     out["emb"] = torch.stack(emb)
     return out
