@@ -1,5 +1,6 @@
 """Prune vision transformers to a latency you choose (NViT, arXiv:2110.04869)."""
 
+from . import zoo
 from .about import describe
 from .config import FinetuneConfig, PruneConfig
 from .data import image_folder
@@ -24,4 +25,5 @@ __all__ = [
     "image_folder",
     "load",
     "prune",
+    "zoo",
 ]

@@ -114,6 +114,8 @@ def attention(
     emb: Tensor | None = None,
     qkv_rows: Tensor | None = None,
     proj_cols: Tensor | None = None,
+    q_norm: Callable[[Tensor], Tensor] | None = None,
+    k_norm: Callable[[Tensor], Tensor] | None = None,
     attn_mask: Tensor | None = None,
     dropout: float = 0.0,
     tap: Tap | None = None,
@@ -127,6 +129,8 @@ def attention(
         heads, qk_dim, v_dim: how many are kept.
         scale: of the logits; the dense model's, whatever is kept.
         emb, qkv_rows, proj_cols: kept channels, kept rows of qkv, kept columns of proj.
+        q_norm, k_norm: norms over the kept dims of every head, `(batch, tokens, heads, qk)` to the same shape. The
+            tap sees queries after theirs, so that removing a unit is measured on what the keys meet.
         attn_mask: additive or boolean, broadcastable to `(batch, heads, tokens, tokens)`.
 
     Returns:
@@ -135,7 +139,9 @@ def attention(
     batch, tokens, _ = x.shape
     qkv = linear(x, qkv_weight, qkv_bias, qkv_rows, emb)
     parts = qkv.split((heads * qk_dim, heads * qk_dim, heads * v_dim), dim=-1)
-    q, k, v = (p.view(batch, tokens, heads, -1).transpose(1, 2) for p in parts)
+    q, k, v = (p.view(batch, tokens, heads, -1) for p in parts)
+    q, k = q if q_norm is None else q_norm(q), k if k_norm is None else k_norm(k)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if tap is not None:
         q = tap("qk_dim", q)
     out = _attend(q, k, v, scale, attn_mask, dropout)
@@ -179,6 +185,40 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, attn_mask: Tensor | N
         q, k, v = (F.pad(t, (0, wide - t.shape[-1])) if t.shape[-1] < wide else t for t in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, scale=scale)
     return out[..., :v_dim]
+
+
+def gated_mlp(
+    x: Tensor,
+    first: Sequence[tuple[Tensor, Tensor | None]],
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    act: Callable[[Tensor], Tensor],
+    *,
+    gate_last: bool = False,
+    emb: Tensor | None = None,
+    first_rows: Tensor | None = None,
+    hidden: Tensor | None = None,
+    dropout: float = 0.0,
+    tap: Tap | None = None,
+) -> Tensor:
+    """fc2(act(gate) * value) over kept hidden units, as SwiGLU: `(batch, tokens, kept emb)` to the same shape.
+
+    Args:
+        first: weight `(hidden, emb)` and bias of the gate and of the value, or of both packed, `(2·hidden, emb)`.
+        gate_last: the value is packed before the gate.
+        first_rows: kept rows of each weight in `first`.
+        hidden: kept columns of fc2.
+    """
+    parts = [linear(x, weight, bias, first_rows, emb) for weight, bias in first]
+    gate, value = parts if len(parts) == 2 else parts[0].chunk(2, dim=-1)
+    if gate_last:
+        gate, value = value, gate
+    h = act(gate) * value
+    if dropout:
+        h = F.dropout(h, dropout)
+    if tap is not None:
+        h = tap("mlp", h)
+    return linear(h, fc2_weight, fc2_bias, emb, hidden)
 
 
 def _is_exact_gelu(act: Callable[[Tensor], Tensor]) -> bool:

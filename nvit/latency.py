@@ -276,13 +276,14 @@ class LatencyTable:
         """
         adapter, skeleton, blocks = _skeleton(model)
         tokens, fixed = adapter.tokens(skeleton), adapter.rest_macs_per_channel(skeleton)
+        matrices = adapter.mlp_projections(skeleton)
         axes = {kind: sorted({points[0], points[-1]}) for kind, points in _levels(blocks, bundle_sizes).items()}
 
         def macs(part: str, emb: int, *w: int) -> float:
             if part == "attention":
                 heads, qk, v = w
                 return tokens * heads * (emb * (2 * qk + v) + v * emb + tokens * (qk + v))
-            return tokens * 2 * emb * w[0] if part == "mlp" else fixed * emb
+            return tokens * matrices * emb * w[0] if part == "mlp" else fixed * emb
 
         return cls(_tabulate(axes, lambda part, w: macs(part, *w) / 1e9), blocks, None)
 

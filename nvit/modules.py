@@ -88,6 +88,21 @@ class LayerNorm(Prunable):
         return y if self.tap is None or self.entry else self.tap("emb", y)
 
 
+class HeadNorm(Prunable):
+    """LayerNorm of queries or keys over kept dims, head by head; weight and bias `(qk_dim,)`, shared by all heads."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, eps: float) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = weight, bias, eps
+        self._buffer("qk_dim", None)
+
+    def keep_(self, keeps: Mapping[str, Tensor]) -> None:
+        self._buffer("qk_dim", _index(keeps["qk_dim"]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.kept_layer_norm(x, self.weight, self.bias, self.qk_dim, self.eps)
+
+
 class LayerScale(Prunable):
     def __init__(self, gamma: nn.Parameter) -> None:
         super().__init__()
@@ -130,6 +145,7 @@ class Attention(Prunable):
         qkv, proj: the host's linear layers, kept as they are; see `functional.attention` for their layout.
         heads, qk_dim, v_dim: dense widths.
         scale: of the logits.
+        q_norm, k_norm: of queries and keys, a `HeadNorm` or None.
     """
 
     def __init__(
@@ -141,11 +157,13 @@ class Attention(Prunable):
         qk_dim: int,
         v_dim: int,
         scale: float,
+        q_norm: HeadNorm | None = None,
+        k_norm: HeadNorm | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        self.qkv, self.proj = qkv, proj
+        self.qkv, self.q_norm, self.k_norm, self.proj = qkv, q_norm, k_norm, proj
         self.heads, self.qk_dim, self.v_dim, self.scale = heads, qk_dim, v_dim, scale
         self.attn_drop, self.proj_drop = attn_drop, nn.Dropout(proj_drop)
         self.kept = (heads, qk_dim, v_dim)
@@ -183,6 +201,8 @@ class Attention(Prunable):
             emb=self.emb,
             qkv_rows=self.qkv_rows,
             proj_cols=self.proj_cols,
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
             attn_mask=attn_mask,
             dropout=self.attn_drop if self.training else 0.0,
             tap=self.tap,
@@ -213,6 +233,58 @@ class Mlp(Prunable):
             self.fc2.bias,
             self.act,
             emb=self.emb,
+            hidden=self.hidden,
+            dropout=self.drop.p if self.training else 0.0,
+            tap=self.tap,
+        )
+        return self.drop(out)
+
+
+class GatedMlp(Prunable):
+    """fc2(act(gate) * value) with a prunable hidden width, as SwiGLU.
+
+    Args:
+        first: the host's layers before the product, by their names there: the gate's and the value's, or one packed
+            layer whose first half of rows is the gate (the second, with `gate_last`).
+    """
+
+    def __init__(
+        self,
+        first: Mapping[str, nn.Linear],
+        fc2: nn.Linear,
+        act: nn.Module,
+        drop: float = 0.0,
+        gate_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.first_names, self.gate_last = tuple(first), gate_last
+        for name, layer in first.items():
+            setattr(self, name, layer)
+        self.fc2, self.act = fc2, act
+        self.drop = nn.Dropout(drop)
+        for name in ("emb", "first_rows", "hidden"):
+            self._buffer(name, None)
+
+    @property
+    def first(self) -> list[nn.Linear]:
+        return [getattr(self, name) for name in self.first_names]
+
+    def keep_(self, keeps: Mapping[str, Tensor]) -> None:
+        hidden = keeps["mlp"]
+        self._buffer("emb", _index(keeps["emb"]))
+        self._buffer("first_rows", _index(hidden if len(self.first_names) == 2 else hidden.repeat(2)))
+        self._buffer("hidden", _index(hidden))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = functional.gated_mlp(
+            x,
+            [(layer.weight, layer.bias) for layer in self.first],
+            self.fc2.weight,
+            self.fc2.bias,
+            self.act,
+            gate_last=self.gate_last,
+            emb=self.emb,
+            first_rows=self.first_rows,
             hidden=self.hidden,
             dropout=self.drop.p if self.training else 0.0,
             tap=self.tap,

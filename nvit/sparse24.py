@@ -6,7 +6,7 @@ tensor cores `accelerate_` replaces them by compressed ones, layer by layer, whe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import adapters, snapshot
 from .latency import time_each
-from .modules import Attention, Mlp, prunable_layers
+from .modules import Attention, GatedMlp, Mlp, prunable_layers
 from .progress import Progress, silent
 
 MULTIPLE = 16
@@ -39,7 +39,7 @@ def projections(model: nn.Module) -> dict[str, nn.Linear]:
     return {
         f"{name}.{leaf}.weight": linear
         for name, layer in prunable_layers(model).items()
-        if isinstance(layer, (Attention, Mlp))
+        if isinstance(layer, (Attention, Mlp, GatedMlp))
         for leaf, linear in layer.named_children()
         if isinstance(linear, nn.Linear)
     }
@@ -71,6 +71,19 @@ def apply_masks_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         found[name].weight.mul_(mask)
 
 
+def _writers(layer: Attention | Mlp | GatedMlp) -> Iterator[tuple[Tensor, int]]:
+    """Weights and biases whose rows, from the given one on, are the inputs of the layer's last projection."""
+    width = layer.proj.in_features if isinstance(layer, Attention) else layer.fc2.in_features
+    if isinstance(layer, Attention):
+        writers = [layer.qkv]
+    else:
+        writers = layer.first if isinstance(layer, GatedMlp) else [layer.fc1]
+    for writer in writers:
+        rows = writer.weight.shape[0]
+        starts = [rows - width] if isinstance(layer, Attention) else range(0, rows, width)
+        yield from ((p, start) for p in (writer.weight, writer.bias) if p is not None for start in starts)
+
+
 @torch.no_grad()
 def permute_(model: nn.Module, seconds: float = 60.0, progress: Progress = silent) -> list[dict[str, float | str]]:
     """Reorder MLP hidden units, and V dims inside each head, so that 2:4 keeps more magnitude. The function of the
@@ -84,21 +97,19 @@ def permute_(model: nn.Module, seconds: float = 60.0, progress: Progress = silen
     """
     from nvit_kernels.permute24 import search_channel_order
 
-    layers = {n: m for n, m in prunable_layers(model).items() if isinstance(m, (Attention, Mlp))}
+    layers = {n: m for n, m in prunable_layers(model).items() if isinstance(m, (Attention, Mlp, GatedMlp))}
     rows = []
     for done, (name, layer) in enumerate(layers.items(), start=1):
-        reader = layer.fc2 if isinstance(layer, Mlp) else layer.proj
-        span = None if isinstance(layer, Mlp) else layer.v_dim
+        reader = layer.proj if isinstance(layer, Attention) else layer.fc2
+        span = layer.v_dim if isinstance(layer, Attention) else None
         if reader.in_features % 4 or (span or 4) % 4:
             continue
         found = search_channel_order(reader.weight.detach().cpu(), span=span, seconds=seconds / len(layers))
         order = found.order.to(reader.weight.device)
         reader.weight.copy_(reader.weight[:, order])
-        writer, start = (layer.fc1, 0) if isinstance(layer, Mlp) else (layer.qkv, 2 * layer.heads * layer.qk_dim)
-        for p in (writer.weight, writer.bias):
-            if p is not None:
-                p[start:] = p[start:][order]
-        leaf = "fc2" if isinstance(layer, Mlp) else "proj"
+        for p, start in _writers(layer):
+            p[start : start + len(order)] = p[start : start + len(order)][order]
+        leaf = "proj" if isinstance(layer, Attention) else "fc2"
         rows.append(
             {"weight": f"{name}.{leaf}.weight", "kept_before": found.kept_before, "kept_after": found.kept_after}
         )

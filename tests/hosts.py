@@ -6,14 +6,23 @@ from functools import partial
 
 import torch
 from hypothesis import strategies as st
+from timm.layers import GluMlp, QuickGELU, SwiGLU, SwiGLUPacked
 from timm.layers import LayerNorm as TimmLayerNorm
-from timm.layers import QuickGELU
+from timm.layers.attention import Attention as TimmAttention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from nvit import adapters
 from nvit.masks import apply_
+
+
+class WideHeads:
+    """timm's attention with heads of another width than embed_dim // num_heads; its blocks ask for a class."""
+
+    def __new__(cls, *args, **kwargs):
+        return TimmAttention(*args, attn_head_dim=20, **kwargs)
+
 
 TINY = {
     "img_size": 16,
@@ -44,8 +53,14 @@ TINY_HOSTS: dict[str, dict] = {
     "odd_sizes": {"patch_size": (4, 14), "img_size": (12, 28), "embed_dim": 30, "num_heads": 2, "mlp_ratio": 1.9},
     "dynamic_size": {"dynamic_img_size": True},
     "no_qkv_bias": {"qkv_bias": False},
+    "qk_norm": {"qk_norm": True},
+    "qk_norm_no_bias": {"qk_norm": True, "qkv_bias": False, "norm_layer": partial(TimmLayerNorm, bias=False)},
     "no_proj_bias": {"proj_bias": False},
+    "wide_heads": {"attn_layer": WideHeads},
     "one_head": {"num_heads": 1, "embed_dim": 16},
+    "swiglu_packed": {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU, "init_values": 1e-2},
+    "swiglu": {"mlp_layer": SwiGLU, "act_layer": "silu", "proj_bias": False},
+    "glu": {"mlp_layer": GluMlp, "act_layer": "silu", "mlp_ratio": 1.6, "embed_dim": 30, "num_heads": 2},
     "relu": {"act_layer": "relu", "norm_layer": partial(TimmLayerNorm, eps=1e-3)},
     "three_blocks": {"depth": 3, "embed_dim": 32, "num_heads": 4},
     "one_channel": {"in_chans": 1},

@@ -25,9 +25,17 @@ def masked_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tens
 
 
 def masked_attention(
-    x: Tensor, w: dict[str, Tensor], heads: int, dense_head_dim: int, head: Tensor, qk: Tensor, v: Tensor
+    x: Tensor,
+    w: dict[str, Tensor],
+    heads: int,
+    dense_head_dim: int,
+    head: Tensor,
+    qk: Tensor,
+    v: Tensor,
+    eps: float = 1e-6,
 ) -> Tensor:
-    """Head by head, with the dense model's logit scale; `w` holds qkv.weight, qkv.bias, proj.weight, proj.bias."""
+    """Head by head, with the dense model's logit scale; `w` holds qkv.weight, qkv.bias, proj.weight, proj.bias, and
+    q_norm.weight and so on where queries and keys are normalised, over kept dims, by one norm for all heads."""
     d = dense_head_dim
     wq, wk, wv = w["qkv.weight"].split(heads * d)
     bq, bk, bv = (None,) * 3 if w.get("qkv.bias") is None else w["qkv.bias"].split(heads * d)
@@ -36,10 +44,18 @@ def masked_attention(
         rows = slice(h * d, (h + 1) * d)
         query = F.linear(x, wq[rows], None if bq is None else bq[rows]) * qk.to(x)
         key = F.linear(x, wk[rows], None if bk is None else bk[rows]) * qk.to(x)
+        if "q_norm.weight" in w:
+            query = masked_layer_norm(query, w["q_norm.weight"], w.get("q_norm.bias"), qk, eps)
+            key = masked_layer_norm(key, w["k_norm.weight"], w.get("k_norm.bias"), qk, eps)
         value = F.linear(x, wv[rows], None if bv is None else bv[rows]) * v.to(x)
         weights = (query @ key.transpose(-1, -2) / math.sqrt(d)).softmax(-1)
         outs.append(weights @ value * head[h].to(x))
     return F.linear(torch.cat(outs, -1), w["proj.weight"], w.get("proj.bias"))
+
+
+def _first(w: dict[str, Tensor], block: str) -> list[str]:
+    """The layers of an MLP before its activation: fc1, with a gate perhaps in two halves, or the gate and the value."""
+    return [f"{block}mlp.{n}" for n in ("fc1", "fc1_g", "fc1_x") if f"{block}mlp.{n}.weight" in w]
 
 
 def masked_vit(host, images: Tensor, masks: dict[str, Tensor]) -> Tensor:
@@ -69,9 +85,17 @@ def masked_vit(host, images: Tensor, masks: dict[str, Tensor]) -> Tensor:
         b = f"blocks.{i}."
         mine = {n.removeprefix(f"{b}attn."): p for n, p in w.items() if n.startswith(f"{b}attn.")}
         keeps = [masks[b + kind] for kind in ("heads", "qk_dim", "v_dim")]
-        y = masked_attention(norm(f"{b}norm1", x), mine, block.attn.num_heads, block.attn.head_dim, *keeps)
+        y = masked_attention(norm(f"{b}norm1", x), mine, block.attn.num_heads, block.attn.head_dim, *keeps, eps)
         x = x + y * w.get(f"{b}ls1.gamma", 1.0) * e
-        hidden = block.mlp.act(F.linear(norm(f"{b}norm2", x), w[f"{b}mlp.fc1.weight"], w.get(f"{b}mlp.fc1.bias")))
+        parts = [
+            part
+            for name in _first(w, b)
+            for part in F.linear(norm(f"{b}norm2", x), w[f"{name}.weight"], w.get(f"{name}.bias")).split(
+                w[f"{b}mlp.fc2.weight"].shape[1], dim=-1
+            )
+        ]
+        gate = parts.pop() if getattr(block.mlp, "gate_last", False) else parts.pop(0)
+        hidden = block.mlp.act(gate) * (parts[0] if parts else 1)
         y = F.linear(hidden * masks[f"{b}mlp"].to(x), w[f"{b}mlp.fc2.weight"], w.get(f"{b}mlp.fc2.bias"))
         x = x + y * w.get(f"{b}ls2.gamma", 1.0) * e
     if "norm.weight" in w:
@@ -99,11 +123,13 @@ def gate_hessian(w: dict[str, Tensor], g: dict[str, Tensor], depth: int, heads: 
     """Sum of grad · weight where each unit leaves the network, unit by unit.
 
     mlp: fc2 columns. heads: proj columns of the head. v_dim: proj columns of that dim in every head. qk_dim: Q rows
-    with bias. emb: columns of every reader of the stream: qkv, fc1, the classifiers.
+    with bias, or weight and bias of the query norm. emb: columns of every reader of the stream: qkv, fc1, the
+    classifiers.
     """
     out: dict[str, Tensor] = {}
     emb = w["blocks.0.attn.qkv.weight"].shape[1]
-    readers = [f"blocks.{i}.{layer}.weight" for i in range(depth) for layer in ("attn.qkv", "mlp.fc1")]
+    readers = [f"blocks.{i}.attn.qkv.weight" for i in range(depth)]
+    readers += [f"{name}.weight" for i in range(depth) for name in _first(w, f"blocks.{i}.")]
     readers += [name for name in ("head.weight", "head_dist.weight") if name in w]
     products = {name: _product(w, g, name) for name in readers}
     out["emb"] = torch.stack([sum(p[:, c].sum() for p in products.values()) for c in range(emb)])
@@ -117,6 +143,10 @@ def gate_hessian(w: dict[str, Tensor], g: dict[str, Tensor], depth: int, heads: 
         qk = []
         for u in range(dim):
             rows = [h * dim + u for h in range(heads)]
+            norm = [_product(w, g, f"{b}attn.q_norm.{leaf}") for leaf in ("weight", "bias")]
+            if norm[0] is not None:
+                qk.append(sum(p[u] for p in norm if p is not None))
+                continue
             qk.append(sum(qkv[r].sum() for r in rows) + (0 if bias is None else sum(bias[r] for r in rows)))
         out[f"{b}qk_dim"] = torch.stack(qk)
     return out
@@ -149,14 +179,21 @@ def gate_nvit(w: dict[str, Tensor], g: dict[str, Tensor], depth: int, heads: int
         out[f"{b}v_dim"] = torch.stack(
             [rows(f"{b}attn.qkv", [2 * n + h * dim + u for h in range(heads)]) / 2 for u in range(dim)]
         )
-        out[f"{b}mlp"] = torch.stack([rows(f"{b}mlp.fc1", [j]) for j in range(w[f"{b}mlp.fc1.weight"].shape[0])])
+        hidden = w[f"{b}mlp.fc2.weight"].shape[1]
+        out[f"{b}mlp"] = torch.stack(
+            [
+                sum(rows(name, list(range(j, w[f"{name}.weight"].shape[0], hidden))) for name in _first(w, b))
+                for j in range(hidden)
+            ]
+        )
     emb = []
     for c in range(w["blocks.0.attn.qkv.weight"].shape[1]):
         total = rows("patch_embed.proj", [c])
         for i in range(depth):
             b = f"blocks.{i}."
             total = total + _product(w, g, f"{b}attn.qkv.weight")[:, c].sum() + rows(f"{b}attn.proj", [c])
-            total = total + _product(w, g, f"{b}mlp.fc1.weight")[:, c].sum() + rows(f"{b}mlp.fc2", [c])
+            total = total + sum(_product(w, g, f"{name}.weight")[:, c].sum() for name in _first(w, b))
+            total = total + rows(f"{b}mlp.fc2", [c])
         emb.append(total / depth)
     out["emb"] = torch.stack(emb)
     return out
@@ -197,7 +234,8 @@ def _weights_of(w: dict[str, Tensor], values: dict[str, Tensor], depth: int, hea
         if f"{b}attn.qkv.bias" in values:
             bias = values[f"{b}attn.qkv.bias"][: heads * dim].view(heads, dim)
             entries = [torch.cat([e, bias[:, u]]) for u, e in enumerate(entries)]
-        out[f"{b}qk_dim"] = torch.stack(entries)
+        norm = [values[n] for leaf in ("weight", "bias") if (n := f"{b}attn.q_norm.{leaf}") in values]
+        out[f"{b}qk_dim"] = torch.stack(norm, 1) if norm else torch.stack(entries)
     return out
 
 

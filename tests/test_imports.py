@@ -17,7 +17,7 @@ ORDER = [
     {"saliency", "latency"},
     {"selection"},
     {"snapshot"},
-    {"config", "distributed", "analysis"},
+    {"config", "distributed", "analysis", "zoo"},
     {"data", "distill", "evaluate"},
     {"training"},
     {"finetune", "pruner", "export", "sparse24"},

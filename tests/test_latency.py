@@ -221,3 +221,8 @@ def test_unsupported_models_are_refused_with_the_reason():
     with pytest.raises(ValueError, match=r"Linear is not supported.*Supported families"):
         LatencyTable.analytic(torch.nn.Linear(2, 2))
     assert adapters.FAMILIES
+
+
+def test_analytic_counts_the_three_matrices_of_a_gated_mlp():
+    model, _ = prepared("swiglu_packed")
+    assert LatencyTable.analytic(model).dense_ms == pytest.approx(macs(model, (3, 16, 16)) / 1e9, rel=1e-9)

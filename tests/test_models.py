@@ -66,6 +66,7 @@ def test_the_page_is_current():
         "deit_base_distilled_patch16_224",
         "deit3_small_patch16_224",
         "vit_small_patch14_dinov2",
+        "vit_giant_patch14_dinov2",
         "vit_small_patch14_reg4_dinov2",
         "vit_base_patch16_clip_224",
         "vit_tiny_patch16_224",
@@ -81,7 +82,7 @@ def test_what_the_readme_promises_is_supported(name):
         ("vit_base_patch16_siglip_224", "attention pooling"),
         ("vit_base_r26_s32_224", "patch embedding"),
         ("vit_base_patch16_rpn_224", "block|norm"),
-        ("vit_giant_patch14_dinov2", "MLP"),
+        ("beit3_base_patch16_224", "norm"),
     ],
 )
 def test_what_is_unknown_is_refused_with_its_reason(name, reason):

@@ -8,6 +8,7 @@ import torch
 import nvit
 from nvit import cli, snapshot, sparse24
 from nvit_kernels.sparse24 import mask_2to4
+from tests.hosts import images, prepared
 
 
 def digits(dtype=torch.float32):
@@ -101,3 +102,14 @@ def test_sparse_tensor_cores_compute_the_same(tmp_path):
         exact = x.double() @ weight.double().T
         got = torch.nn.functional.linear(x, sparse24.compressed(weight, backend)).double()
         assert float((got - exact).norm() / exact.norm()) < 2e-3
+
+
+@pytest.mark.parametrize("host", ["swiglu_packed", "swiglu", "glu"])
+def test_permuting_a_gated_mlp_moves_gate_and_value_together(host):
+    model, _ = prepared(host, embed_dim=32, num_heads=2, mlp_ratio=2.0)
+    x = images(model)
+    with torch.no_grad():
+        before = model(x)
+        rows = sparse24.permute_(model, seconds=1.0)
+        torch.testing.assert_close(model(x), before, rtol=0, atol=1e-5 * float(before.abs().max()))
+    assert len(rows) == 4 and any(r["kept_after"] > r["kept_before"] for r in rows)

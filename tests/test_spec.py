@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nvit.spec import BUNDLE_SIZES, KINDS, BlockWidths, Slice, ViTSpec, block_widths
-from tests.hosts import TINY_HOSTS, prepared
+from tests.hosts import TINY_HOSTS, make, prepared
 
 
 @pytest.mark.parametrize("host", TINY_HOSTS)
@@ -20,10 +20,10 @@ def test_groups_are_named_sized_and_ordered(host):
     sizes = {
         "emb": model.embed_dim,
         "heads": heads,
-        "qk_dim": model.embed_dim // heads,
-        "v_dim": model.embed_dim // heads,
+        "qk_dim": make(host).blocks[0].attn.head_dim,
+        "v_dim": make(host).blocks[0].attn.head_dim,
     }
-    assert all(g.size == sizes.get(g.kind, model.blocks[0].mlp.fc1.out_features) for g in groups)
+    assert all(g.size == sizes.get(g.kind, model.blocks[0].mlp.fc2.in_features) for g in groups)
 
 
 @pytest.mark.parametrize("host", TINY_HOSTS)

@@ -14,6 +14,7 @@ An adapter is a module with these functions; nothing outside `adapters/` knows a
 | `preprocess(model)` | input size, mean, std, crop: how images are prepared for it |
 | `tokens(model)` | tokens in the residual stream |
 | `part(model, name)` | one part of a one-block model as a function, for the latency table |
+| `mlp_projections(model)` | matrices of hidden × stream width in an MLP |
 | `rest_macs_per_channel(model)` | multiply-accumulates outside the blocks, per channel of the stream |
 """
 

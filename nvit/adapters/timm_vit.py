@@ -1,5 +1,5 @@
-"""timm's VisionTransformer and VisionTransformerDistilled: plain, DeiT, LayerScale, registers, pre-norm, any
-pooling but attention."""
+"""timm's VisionTransformer and VisionTransformerDistilled: plain, DeiT, LayerScale, registers, pre-norm,
+q/k norm, SwiGLU, any pooling but attention."""
 
 from __future__ import annotations
 
@@ -9,21 +9,39 @@ from typing import Any
 
 import torch
 from timm.data import resolve_data_config
+from timm.layers import GluMlp, PatchEmbed, QuickGELU, SwiGLU
 from timm.layers import LayerNorm as TimmLayerNorm
 from timm.layers import LayerScale as TimmLayerScale
 from timm.layers import Mlp as TimmMlp
-from timm.layers import PatchEmbed, QuickGELU
 from timm.layers.activations import GELUTanh
 from timm.layers.attention import Attention as TimmAttention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from ..modules import Attention, Classifier, LayerNorm, LayerScale, Mlp, Prunable, StreamEntry, prunable_layers
+from ..modules import (
+    Attention,
+    Classifier,
+    GatedMlp,
+    HeadNorm,
+    LayerNorm,
+    LayerScale,
+    Mlp,
+    Prunable,
+    StreamEntry,
+    prunable_layers,
+)
 from ..spec import BUNDLE_SIZES, BlockWidths, Group, Slice, ViTSpec
 
 ARCHITECTURES = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled)}
 ACTIVATIONS = {"gelu": nn.GELU, "gelu_tanh": GELUTanh, "quick_gelu": QuickGELU, "relu": nn.ReLU, "silu": nn.SiLU}
+MLPS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": TimmMlp,
+    "glu": GluMlp,
+    "glu_gate_first": partial(GluMlp, gate_last=False),
+    "swiglu": SwiGLU,
+}
+"""How timm's MLPs are named in a spec; `glu_gate_first` with SiLU is the packed SwiGLU of DINOv2's giant."""
 PUBLISHED_HEAD_DIVISOR, PUBLISHED_DIM_DIVISOR = 12.0, 2.0
 
 
@@ -38,14 +56,15 @@ def _block_refusal(block: nn.Module) -> str | None:
     if not isinstance(attn, Attention):
         if type(attn) is not TimmAttention:
             return f"attention type {type(attn).__name__}"
-        if not isinstance(attn.q_norm, nn.Identity) or not isinstance(attn.k_norm, nn.Identity):
-            return "q/k norm in attention"
+        for norm in (attn.q_norm, attn.k_norm):
+            if not (isinstance(norm, nn.Identity) or _is_norm(norm)):
+                return f"q/k norm type {type(norm).__name__} in attention"
         if not isinstance(attn.norm, nn.Identity):
             return "a norm on the attention output"
         if attn.gate is not None:
             return "gated attention output"
-    if not isinstance(mlp, Mlp):
-        if type(mlp) is not TimmMlp or not isinstance(mlp.fc1, nn.Linear):
+    if not isinstance(mlp, (Mlp, GatedMlp)):
+        if type(mlp) not in (TimmMlp, GluMlp, SwiGLU) or not isinstance(mlp.fc2, nn.Linear):
             return f"MLP type {type(mlp).__name__}"
         if not isinstance(mlp.norm, nn.Identity):
             return "a norm inside the MLP"
@@ -93,6 +112,12 @@ def _head(host: nn.Module) -> nn.Module:
     return _layer({"emb": "emb"}, Classifier(host.weight, host.bias), host)
 
 
+def _head_norm(host: nn.Module, axes: Mapping[str, str]) -> Prunable | None:
+    if isinstance(host, nn.Identity):
+        return None
+    return _layer({"qk_dim": axes["qk_dim"]}, HeadNorm(host.weight, host.bias, host.eps), host)
+
+
 def _attention(host: TimmAttention, axes: Mapping[str, str]) -> Prunable:
     layer = Attention(
         host.qkv,
@@ -101,10 +126,27 @@ def _attention(host: TimmAttention, axes: Mapping[str, str]) -> Prunable:
         qk_dim=host.head_dim,
         v_dim=host.head_dim,
         scale=host.scale,
+        q_norm=_head_norm(host.q_norm, axes),
+        k_norm=_head_norm(host.k_norm, axes),
         attn_drop=host.attn_drop.p,
         proj_drop=host.proj_drop.p,
     )
     return _layer(axes, layer, host)
+
+
+def _mlp(host: nn.Module, axes: Mapping[str, str]) -> Prunable:
+    if type(host) is TimmMlp:
+        return _layer(axes, Mlp(host.fc1, host.fc2, host.act, host.drop2.p), host)
+    first = {n: getattr(host, n) for n in ("fc1", "fc1_g", "fc1_x") if hasattr(host, n)}
+    gate_last = getattr(host, "gate_last", False)
+    return _layer(axes, GatedMlp(first, host.fc2, host.act, host.drop2.p, gate_last), host)
+
+
+def _mlp_name(mlp: nn.Module) -> str:
+    """The key of `MLPS` for a timm MLP that is not yet prepared."""
+    if type(mlp) is GluMlp:
+        return "glu" if mlp.gate_last else "glu_gate_first"
+    return "swiglu" if type(mlp) is SwiGLU else "mlp"
 
 
 def prepare(model: nn.Module) -> nn.Module:
@@ -125,8 +167,7 @@ def prepare(model: nn.Module) -> nn.Module:
         block.norm1, block.norm2 = _norm(block.norm1), _norm(block.norm2)
         attn_axes = emb | {kind: f"blocks.{i}.{kind}" for kind in ("heads", "qk_dim", "v_dim")}
         block.attn = _attention(block.attn, attn_axes)
-        mlp = Mlp(block.mlp.fc1, block.mlp.fc2, block.mlp.act, block.mlp.drop2.p)
-        block.mlp = _layer(emb | {"mlp": f"blocks.{i}.mlp"}, mlp, block.mlp)
+        block.mlp = _mlp(block.mlp, emb | {"mlp": f"blocks.{i}.mlp"})
         for name in ("ls1", "ls2"):
             if isinstance(getattr(block, name), TimmLayerScale):
                 scale = getattr(block, name)
@@ -165,7 +206,8 @@ def _emb_group(model: nn.Module, multiple: int) -> Group:
         add(f"{b}attn.qkv.weight", 1, published=True)
         add(f"{b}attn.proj.weight", 0, published=True)
         add(f"{b}attn.proj.bias", 0, published=True)
-        add(f"{b}mlp.fc1.weight", 1, published=True)
+        for first in ("fc1", "fc1_g", "fc1_x"):
+            add(f"{b}mlp.{first}.weight", 1, published=True)
         add(f"{b}mlp.fc2.weight", 0, published=True)
         add(f"{b}mlp.fc2.bias", 0, published=True)
         add(f"{b}ls1.gamma", 0)
@@ -191,26 +233,41 @@ def _attention_groups(i: int, attn: Attention, sizes: Mapping[str, int]) -> list
         weight = Slice(f"{qkv}.weight", (heads, units[part], emb), axis, spans[part], **marks)
         return [weight] + ([Slice(f"{qkv}.bias", (heads, units[part]), axis, spans[part], **marks)] if bias else [])
 
+    def norm(part: str, **marks: bool) -> list[Slice]:
+        """The weight and bias of the query or key norm, if there is one."""
+        layer = getattr(attn, f"{part}_norm")
+        found = dict(layer.named_parameters()) if layer is not None else {}
+        return [Slice(f"blocks.{i}.attn.{part}_norm.{leaf}", (qk,), 0, **marks) for leaf in found]
+
     def out(axis: int) -> Slice:
         return Slice(f"{proj}.weight", (attn.proj.out_features, heads, v), axis, scored=True)
 
     def group(kind: str, size: int, slices: Sequence[Slice], divisor: float) -> Group:
         return Group(f"blocks.{i}.{kind}", kind, size, sizes[kind], tuple(slices), (i,), divisor)
 
+    # The gate of a qk_dim unit sits on the queries that meet the keys: behind their norm where they have one.
+    normed = norm("q", scored=True)
+    qk_slices = rows("q", 1, scored=not normed, published=True) + rows("k", 1) + normed + norm("k")
     qkv_heads = [s for part in "qkv" for s in rows(part, 0, published=True)]
     return [
         group("heads", heads, [*qkv_heads, out(1)], PUBLISHED_HEAD_DIVISOR),
-        group("qk_dim", qk, rows("q", 1, scored=True, published=True) + rows("k", 1), PUBLISHED_DIM_DIVISOR),
+        group("qk_dim", qk, qk_slices, PUBLISHED_DIM_DIVISOR),
         group("v_dim", v, [*rows("v", 1, published=True), out(2)], PUBLISHED_DIM_DIVISOR),
     ]
 
 
-def _mlp_group(i: int, mlp: Mlp, multiple: int) -> Group:
-    name, hidden = f"blocks.{i}.mlp", mlp.fc1.out_features
-    slices = [Slice(f"{name}.fc1.weight", (hidden, mlp.fc1.in_features), 0, published=True)]
-    if mlp.fc1.bias is not None:
-        slices.append(Slice(f"{name}.fc1.bias", (hidden,), 0, published=True))
-    slices.append(Slice(f"{name}.fc2.weight", (mlp.fc2.out_features, hidden), 1, scored=True))
+def _mlp_group(i: int, mlp: Mlp | GatedMlp, multiple: int) -> Group:
+    name, (out, hidden) = f"blocks.{i}.mlp", mlp.fc2.weight.shape
+    slices = []
+    for leaf in mlp.first_names if isinstance(mlp, GatedMlp) else ("fc1",):
+        layer = getattr(mlp, leaf)
+        # Packed, a unit has a row in each half: its gate's and its value's.
+        halves = (2,) if layer.weight.shape[0] == 2 * hidden else ()
+        view = (*halves, hidden)
+        slices.append(Slice(f"{name}.{leaf}.weight", (*view, layer.weight.shape[1]), len(halves), published=True))
+        if layer.bias is not None:
+            slices.append(Slice(f"{name}.{leaf}.bias", view, len(halves), published=True))
+    slices.append(Slice(f"{name}.fc2.weight", (out, hidden), 1, scored=True))
     return Group(name, "mlp", hidden, multiple, tuple(slices), (i,))
 
 
@@ -223,9 +280,16 @@ def groups(model: nn.Module, bundle_sizes: Mapping[str, int] = BUNDLE_SIZES) -> 
     return found
 
 
+def _ratio(emb: int, hidden: int) -> float:
+    """`mlp_ratio` from which timm's `int(emb * ratio)` gets `hidden` back."""
+    ratio = hidden / emb
+    return ratio if int(emb * ratio) == hidden else (hidden + 0.5) / emb
+
+
 def _config(model: nn.Module) -> dict[str, Any]:
     """Constructor arguments that rebuild a timm model, read off the model, so that ones built by hand work as well."""
     block, embed = model.blocks[0], model.patch_embed
+    first = getattr(block.mlp, "fc1", None) or block.mlp.fc1_g
     norm_like = next(m for m in (model.norm, model.fc_norm) if _is_norm(m))
     config = {
         "img_size": list(embed.img_size) if embed.img_size else None,
@@ -236,8 +300,9 @@ def _config(model: nn.Module) -> dict[str, Any]:
         "embed_dim": model.embed_dim,
         "depth": len(model.blocks),
         "num_heads": block.attn.num_heads,
-        "mlp_ratio": block.mlp.fc1.out_features / model.embed_dim,
+        "mlp_ratio": _ratio(model.embed_dim, first.out_features),
         "qkv_bias": block.attn.qkv.bias is not None,
+        "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
         "proj_bias": block.attn.proj.bias is not None,
         "init_values": None if isinstance(block.ls1, nn.Identity) else 1.0,
         "class_token": model.has_class_token,
@@ -252,6 +317,12 @@ def _config(model: nn.Module) -> dict[str, Any]:
         "act_layer": next(name for name, cls in ACTIVATIONS.items() if type(block.mlp.act) is cls),
         "norm_eps": norm_like.eps,
     }
+    if (mlp := _mlp_name(block.mlp)) != "mlp":
+        config["mlp_layer"] = mlp
+    if norm_like.bias is None:
+        config["norm_bias"] = False
+    if block.attn.head_dim != model.embed_dim // block.attn.num_heads:
+        config["head_dim"] = block.attn.head_dim
     return config
 
 
@@ -271,6 +342,13 @@ def spec(model: nn.Module, blocks: Sequence[BlockWidths]) -> ViTSpec:
     return ViTSpec("timm_vit", type(model).__name__, model.dense_config, tuple(blocks), plain, name)
 
 
+def _attention_of(head_dim: int) -> type:
+    """timm's attention with a head width of its own, as the class that timm's blocks ask for."""
+    return type(
+        "Attention", (), {"__new__": lambda cls, *args, **more: TimmAttention(*args, attn_head_dim=head_dim, **more)}
+    )
+
+
 def build(spec: ViTSpec, device: str = "meta") -> nn.Module:
     """The prepared dense model of `spec`: on the meta device its structure alone, elsewhere freshly initialised.
 
@@ -284,7 +362,12 @@ def build(spec: ViTSpec, device: str = "meta") -> nn.Module:
     if config.get("act_layer") not in ACTIVATIONS:
         raise ValueError(f"act_layer {config.get('act_layer')!r} is unknown; expected one of {', '.join(ACTIVATIONS)}")
     config["act_layer"] = ACTIVATIONS[config["act_layer"]]
-    norm = partial(TimmLayerNorm, eps=eps)
+    norm = partial(TimmLayerNorm, eps=eps, bias=config.pop("norm_bias", True))
+    if (mlp := config.pop("mlp_layer", "mlp")) not in MLPS:
+        raise ValueError(f"mlp_layer {mlp!r} is unknown; expected one of {', '.join(MLPS)}")
+    config["mlp_layer"] = MLPS[mlp]
+    if head_dim := config.pop("head_dim", None):
+        config["attn_layer"] = _attention_of(head_dim)
     try:
         with torch.device(device):
             model = ARCHITECTURES[spec.architecture](**config, norm_layer=norm)
@@ -341,6 +424,11 @@ def part(model: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
         return lambda x: x + block.ls2(block.mlp(block.norm2(x)))
     model.blocks = nn.Sequential()
     return model
+
+
+def mlp_projections(model: nn.Module) -> int:
+    """Matrices of hidden × stream width in an MLP: fc1 and fc2, or with a gate three."""
+    return 3 if isinstance(model.blocks[0].mlp, GatedMlp) else 2
 
 
 def rest_macs_per_channel(model: nn.Module) -> float:

@@ -1,0 +1,136 @@
+"""ReViT (arXiv:2110.04869, section 5.4, Table 6): new transformers of the widths that pruning tends to.
+
+Two sets of widths go by that name. `revit_widths` is the paper's *rule*, for any width and depth. `PUBLISHED` holds the
+*published* widths of the two models it trained, which are not the rule's: rounding happens before the middle blocks are
+doubled, and the first and the last block have 10 heads and twice the query/key width. The registered models are the
+published ones; no pretrained weights exist for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from timm.models import register_model
+from torch import nn
+
+from .snapshot import fresh
+from .spec import BlockWidths, ViTSpec
+
+V_DIM = 64
+
+
+def _to_multiple(value: float, of: int) -> int:
+    """The nearest positive multiple, halves upwards."""
+    return max(1, int(value / of + 0.5)) * of
+
+
+def revit_widths(emb: int, depth: int = 12) -> tuple[BlockWidths, ...]:
+    """The ReViT rule: twice the heads, query/key dims and hidden units in the middle half of the blocks.
+
+    With ε = 2 in the middle half (blocks 4 to 9 of 12) and 1 elsewhere: heads = ε·emb/100 to the nearest even number,
+    qk_dim = ε·emb/20 to the nearest multiple of 8, v_dim = 64, mlp = 3·ε·emb. For a Swin model, once per stage.
+
+    Raises:
+        ValueError: a width or depth below 1.
+    """
+    if emb < 1 or depth < 1:
+        raise ValueError(f"emb {emb} and depth {depth} make no transformer; both have to be at least 1")
+    blocks = []
+    for i in range(depth):
+        e = 2 if depth // 4 <= i < depth - depth // 4 else 1
+        heads, qk_dim = _to_multiple(e * emb / 100, 2), _to_multiple(e * emb / 20, 8)
+        blocks.append(BlockWidths(emb, heads, qk_dim, V_DIM, 3 * e * emb))
+    return tuple(blocks)
+
+
+def _blocks(emb: int, heads: Sequence[int], qk_dim: Sequence[int], mlp: Sequence[int]) -> tuple[BlockWidths, ...]:
+    return tuple(BlockWidths(emb, h, q, V_DIM, m) for h, q, m in zip(heads, qk_dim, mlp, strict=True))
+
+
+PUBLISHED: dict[str, tuple[BlockWidths, ...]] = {
+    "small": _blocks(
+        384,
+        heads=(10, 4, 4, *(8,) * 6, 4, 4, 10),
+        qk_dim=(32, 16, 16, *(32,) * 6, 16, 16, 32),
+        mlp=(*(1152,) * 3, *(2304,) * 6, *(1152,) * 3),
+    ),
+    "tiny": _blocks(
+        176,
+        heads=(10, 2, 2, *(4,) * 6, 2, 2, 10),
+        qk_dim=(16, 8, 8, *(16,) * 6, 8, 8, 16),
+        mlp=(*(528,) * 3, *(1056,) * 6, *(528,) * 3),
+    ),
+}
+"""Widths of the two published models, block by block."""
+
+IMAGENET = {
+    "input_size": [3, 224, 224],
+    "interpolation": "bicubic",
+    "mean": [0.485, 0.456, 0.406],
+    "std": [0.229, 0.224, 0.225],
+    "crop_pct": 0.9,
+    "crop_mode": "center",
+}
+
+
+def revit(widths: Sequence[BlockWidths], *, distilled: bool = False, name: str = "revit", **config: Any) -> nn.Module:
+    """A newly initialised transformer of these widths, ready to train, save and prune further.
+
+    It is cut out of a dense timm model as wide as its widest block, so that attention keeps that model's logit scale,
+    1/√64, in every block whatever its query/key width: the scale of a pruned DeiT, and the one a snapshot restores.
+
+    Args:
+        widths: of each block; `emb` the same in all.
+        distilled: with a distillation token and its classifier.
+        config: further arguments of timm's VisionTransformer, as `num_classes`, `img_size` or `drop_path_rate`.
+
+    Raises:
+        ValueError: blocks whose `emb` differ, or an argument that timm does not take.
+    """
+    if len({b.emb for b in widths}) != 1:
+        raise ValueError(f"blocks have emb {[b.emb for b in widths]}; one residual stream has one width")
+    emb = widths[0].emb
+    dense = {
+        "patch_size": 16,
+        "embed_dim": emb,
+        "depth": len(widths),
+        "num_heads": max(b.heads for b in widths),
+        "head_dim": max(V_DIM, *(max(b.qk_dim, b.v_dim) for b in widths)),
+        "mlp_ratio": max(b.mlp for b in widths) / emb,
+        "act_layer": "gelu",
+    }
+    architecture = "VisionTransformerDistilled" if distilled else "VisionTransformer"
+    return fresh(ViTSpec("timm_vit", architecture, dense | config, tuple(widths), IMAGENET, name))
+
+
+def _published(size: str, distilled: bool, pretrained: bool, config: dict[str, Any]) -> nn.Module:
+    name = f"revit_{size}_{'distilled_' if distilled else ''}patch16_224"
+    if pretrained:
+        raise ValueError(f"{name} has no pretrained weights; train it with `nvit finetune {name} --scratch`")
+    passed = {k: v for k, v in config.items() if not k.startswith("pretrained_") and k != "cache_dir"}
+    return revit(PUBLISHED[size], distilled=distilled, name=name, **passed)
+
+
+@register_model
+def revit_small_patch16_224(pretrained: bool = False, **config: Any) -> nn.Module:
+    """ReViT-S: published widths at emb 384."""
+    return _published("small", False, pretrained, config)
+
+
+@register_model
+def revit_tiny_patch16_224(pretrained: bool = False, **config: Any) -> nn.Module:
+    """ReViT-T: published widths at emb 176."""
+    return _published("tiny", False, pretrained, config)
+
+
+@register_model
+def revit_small_distilled_patch16_224(pretrained: bool = False, **config: Any) -> nn.Module:
+    """ReViT-S with a distillation token: 23.12 M parameters, 4.705 GMAC."""
+    return _published("small", True, pretrained, config)
+
+
+@register_model
+def revit_tiny_distilled_patch16_224(pretrained: bool = False, **config: Any) -> nn.Module:
+    """ReViT-T with a distillation token: 5.34 M parameters, 1.135 GMAC."""
+    return _published("tiny", True, pretrained, config)
