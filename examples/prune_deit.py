@@ -1,5 +1,6 @@
-import nvit
 import timm
+
+import nvit
 
 model = timm.create_model("deit_tiny_patch16_224", pretrained=True)
 loader = nvit.image_folder("imagenet/train", model, batch_size=64)
