@@ -96,10 +96,9 @@ def _keep_freed_memory() -> None:
 
 
 def time_each(calls: Sequence[Callable[[], object]], device: torch.device | str, seconds: float) -> list[float]:
-    """Milliseconds of each call, all of them in turn, round after round, so that drift meets all alike.
+    """Median milliseconds of each call, all of them in turn, round after round, so that drift meets all alike.
 
-    The first round is a warm-up. At least one more follows, then as many as fit in `seconds`. What else the machine
-    does only ever adds time, so the lower quartile over the rounds is taken: on a quiet machine it is the median.
+    The first round is a warm-up. At least one more follows, then as many as fit in `seconds`.
     """
     device = torch.device(device)
     if device.type == "cpu":
@@ -113,12 +112,12 @@ def time_each(calls: Sequence[Callable[[], object]], device: torch.device | str,
             call()
             row.append((_now(device) - start) * 1e3)
         rounds.append(row)
-    return np.quantile(rounds[1:], 0.25, axis=0).tolist()
+    return np.median(rounds[1:], axis=0).tolist()
 
 
 @torch.inference_mode()
 def time_models(models: Sequence[nn.Module], images: Tensor, seconds: float = 10.0) -> list[float]:
-    """Milliseconds of a forward pass of each model on `images`, measured in turn."""
+    """Median milliseconds of a forward pass of each model on `images`, measured in turn."""
     was = [m.training for m in models]
     times = time_each([partial(m.eval(), images) for m in models], images.device, seconds)
     for m, training in zip(models, was, strict=True):
