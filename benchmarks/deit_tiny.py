@@ -1,6 +1,6 @@
 """DeiT-Ti at several latencies in one run on this machine, from real weights and a thousand real images.
 
-    NVIT_DATA=FOLDER python -m benchmarks.deit_tiny [--out RUN]
+    NVIT_DATA=FOLDER python -m benchmarks.deit_tiny [--out RUN]      # a finished run in RUN is only read again
 
 Runs `nvit prune recipes/deit_tiny_cpu.toml` and `nvit compare` on its snapshots, and writes
 benchmarks/results/deit_tiny_cpu.csv and deit_tiny_cpu.png from what they found.
@@ -26,6 +26,18 @@ def data_flags(data: Path) -> list[str]:
     return [*weights, "--data", f"{data}/imagenet_sample1000", *evaluation, "--no-resize", "--device", "cpu"]
 
 
+def measure(out: Path) -> int:
+    """Prune, then compare; 0 or the exit code of what failed."""
+    if "NVIT_DATA" not in os.environ:
+        sys.exit("NVIT_DATA is not set: this needs DeiT-Ti's weights and the image samples")
+    flags = data_flags(Path(os.environ["NVIT_DATA"]))
+    if code := cli.main(["prune", str(ROOT / "recipes/deit_tiny_cpu.toml"), *flags, "--out", str(out)]):
+        return code
+    snapshots = [s["path"] for s in json.loads((out / "result.json").read_text())["snapshots"]]
+    compare = ["compare", "deit_tiny_patch16_224", *snapshots, *flags, "--latency-batch", "16"]
+    return cli.main([*compare, "--table", str(out / "latency_table.json"), "--out", str(out / "compare")])
+
+
 def plot(rows: list[dict]) -> None:
     """Accuracy against measured milliseconds."""
     import matplotlib
@@ -46,23 +58,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/deit_tiny_cpu"), help="folder of the run")
     out = parser.parse_args().out
-    if "NVIT_DATA" not in os.environ:
-        sys.exit("NVIT_DATA is not set: this needs DeiT-Ti's weights and the image samples")
-    data = Path(os.environ["NVIT_DATA"])
-    flags = data_flags(data)
-    if code := cli.main(["prune", str(ROOT / "recipes/deit_tiny_cpu.toml"), *flags, "--out", str(out)]):
+    if not (out / "compare" / "result.json").exists() and (code := measure(out)):
         return code
     run = json.loads((out / "result.json").read_text())
-    snapshots = [s["path"] for s in run["snapshots"]]
-    compare = ["compare", "deit_tiny_patch16_224", *snapshots, *flags, "--latency-batch", "16"]
-    if code := cli.main([*compare, "--table", str(out / "latency_table.json"), "--out", str(out / "compare")]):
-        return code
     memory = [m["peak_memory"] for m in json.loads((out / "compare" / "result.json").read_text())["models"]]
     rows = [{"target": 1.0, "predicted_ratio": 1.0, "measured_ratio": 1.0} | run["dense"], *run["snapshots"]]
     records = Records("deit_tiny")
     for row, peak in zip(rows, memory, strict=True):
         keys = ("predicted_ratio", "measured_ratio", "latency_ms", "params", "macs", "top1")
-        records.add(f"target {row['target']:g}", peak_memory=peak, seconds=run["seconds"], **{k: row[k] for k in keys})
+        records.add(
+            case=f"target {row['target']:g}", peak_memory=peak, seconds=run["seconds"], **{k: row[k] for k in keys}
+        )
     records.save()
     plot(rows)
     return 0
