@@ -341,17 +341,17 @@ def _measure_grids(adapter, spec, axes, setting, device, dtype, seconds):
     stream = torch.randn(setting.batch_size * setting.tokens * dense["emb"], device=device, dtype=dtype)
     images = torch.randn(setting.batch_size, *spec.preprocess["input_size"], device=device, dtype=dtype)
 
-    def fill(model: nn.Module, blocks: Sequence[BlockWidths]) -> nn.Module:
+    def fill(model: nn.Module) -> nn.Module:
         params = {n: weights[: p.numel()].view(p.shape) for n, p in model.named_parameters()}
-        return adapter.resize(model, params, blocks)
+        return adapter.resize(model, params, full_masks(adapter.groups(model)))
 
-    fill(whole, spec.blocks)
+    fill(whole)
     calls, index = [lambda: whole(images)], {}
     for part, kinds in PARTS.items():
         for point in np.stack(np.meshgrid(*(axes[k] for k in kinds), indexing="ij"), -1).reshape(-1, len(kinds)):
             point = tuple(int(v) for v in point)
             block = BlockWidths(**(dense | dict(zip(kinds, point, strict=True))))
-            run = adapter.part(fill(_narrow(adapter, one_block(block)), (block,)), part)
+            run = adapter.part(fill(_narrow(adapter, one_block(block))), part)
             x = stream[: setting.batch_size * setting.tokens * point[0]].view(setting.batch_size, -1, point[0])
             index[part, point] = len(calls)
             calls.append(lambda run=run, x=images if part == "rest" else x: run(x))

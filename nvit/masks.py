@@ -137,4 +137,4 @@ def compact(model: nn.Module, groups: Sequence[Group], masks: Mapping[str, Tenso
     weights = cut(params, weight_masks(params, groups, masks))
     twin = meta_copy(model)
     twin.sparse24 = ()  # neighbours are others now
-    return adapters.find(twin).resize(twin, weights, widths(groups, masks))
+    return adapters.find(twin).resize(twin, weights, masks)

@@ -45,7 +45,7 @@ def test_an_entrypoint_is_pruned_or_refused(name):
     images = torch.empty(1, model.patch_embed.proj.in_channels, *model.patch_embed.img_size, device="meta")
     assert small.eval()(images).shape == model.eval()(images).shape or model.num_classes == 0
     spec = ViTSpec.from_json(adapter.spec(model, widths(groups, masks)).to_json())
-    rebuilt, shapes = snapshot._skeleton(spec)
+    rebuilt, _, shapes = snapshot._skeleton(spec)
     assert {n: p.shape for n, p in rebuilt.state_dict().items()} == before
     assert shapes == {n: p.shape for n, p in small.named_parameters()}
 

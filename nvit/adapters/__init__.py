@@ -9,7 +9,7 @@ An adapter is a module with these functions; nothing outside `adapters/` knows a
 | `groups(model, bundle_sizes)` | the prunable widths and their slices |
 | `spec(model, blocks)` | the `ViTSpec` of the model with these block widths |
 | `build(spec, device)` | the prepared dense model, a skeleton on the meta device unless told otherwise |
-| `resize(model, params, blocks)` | gives a prepared model cut parameters and narrower widths, in place |
+| `resize(model, params, masks)` | gives a prepared model cut parameters and the widths that masks leave, in place |
 | `logits(model, images)` | `(class token's, distillation token's or None)` in any mode |
 | `preprocess(model)` | input size, mean, std, crop: how images are prepared for it |
 | `tokens(model)` | tokens in the residual stream |

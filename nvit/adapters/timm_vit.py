@@ -19,19 +19,18 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from ..modules import (
-    Attention,
-    Classifier,
-    GatedMlp,
-    HeadNorm,
-    LayerNorm,
-    LayerScale,
-    Mlp,
-    Prunable,
-    StreamEntry,
-    prunable_layers,
+from ..modules import Attention, GatedMlp, LayerScale, Layout, Linear, Mlp, Norm, Prunable, StreamEntry
+from ..spec import BUNDLE_SIZES, BlockWidths, Group, ViTSpec
+from .declare import (
+    Width,
+    block_axes,
+    block_widths,
+    collect,
+    embedding_slices,
+    norm,
+    resize_layers,
+    with_axes,
 )
-from ..spec import BUNDLE_SIZES, BlockWidths, Group, Slice, ViTSpec
 
 ARCHITECTURES = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled)}
 ACTIVATIONS = {"gelu": nn.GELU, "gelu_tanh": GELUTanh, "quick_gelu": QuickGELU, "relu": nn.ReLU, "silu": nn.SiLU}
@@ -42,11 +41,11 @@ MLPS: dict[str, Callable[..., nn.Module]] = {
     "swiglu": SwiGLU,
 }
 """How timm's MLPs are named in a spec; `glu_gate_first` with SiLU is the packed SwiGLU of DINOv2's giant."""
-PUBLISHED_HEAD_DIVISOR, PUBLISHED_DIM_DIVISOR = 12.0, 2.0
+EMB = {"emb": "emb"}
 
 
 def _is_norm(m: nn.Module) -> bool:
-    return type(m) in (nn.LayerNorm, TimmLayerNorm, LayerNorm) and m.weight is not None
+    return type(m) in (nn.LayerNorm, TimmLayerNorm, Norm) and m.weight is not None
 
 
 def _block_refusal(block: nn.Module) -> str | None:
@@ -95,51 +94,41 @@ def refusal(model: nn.Module) -> str | None:
     return next((r for r in map(_block_refusal, model.blocks) if r), None)
 
 
-def _layer(axes: Mapping[str, str], layer: Prunable, host: nn.Module) -> Prunable:
-    layer.axes = dict(axes)
-    return layer.train(host.training)
-
-
 def _norm(host: nn.Module, entry: bool = False) -> nn.Module:
-    if isinstance(host, nn.Identity):
-        return host
-    return _layer({"emb": "emb"}, LayerNorm(host.weight, host.bias, host.eps, entry=entry), host)
+    return host if isinstance(host, nn.Identity) else norm(host, EMB, entry=entry)
 
 
 def _head(host: nn.Module) -> nn.Module:
     if not isinstance(host, nn.Linear):
         return host
-    return _layer({"emb": "emb"}, Classifier(host.weight, host.bias), host)
-
-
-def _head_norm(host: nn.Module, axes: Mapping[str, str]) -> Prunable | None:
-    if isinstance(host, nn.Identity):
-        return None
-    return _layer({"qk_dim": axes["qk_dim"]}, HeadNorm(host.weight, host.bias, host.eps), host)
+    return with_axes(EMB, Linear(host, inputs=Layout.of("emb", host.in_features)), host)
 
 
 def _attention(host: TimmAttention, axes: Mapping[str, str]) -> Prunable:
+    def head_norm(m: nn.Module, scored: bool) -> Norm | None:
+        return None if isinstance(m, nn.Identity) else norm(m, {}, layout=dims, scored=scored)
+
+    dims = Layout.of("qk_dim", host.head_dim)
     layer = Attention(
-        host.qkv,
-        host.proj,
+        host,
         heads=host.num_heads,
         qk_dim=host.head_dim,
         v_dim=host.head_dim,
         scale=host.scale,
-        q_norm=_head_norm(host.q_norm, axes),
-        k_norm=_head_norm(host.k_norm, axes),
+        q_norm=head_norm(host.q_norm, scored=True),
+        k_norm=head_norm(host.k_norm, scored=False),
         attn_drop=host.attn_drop.p,
         proj_drop=host.proj_drop.p,
     )
-    return _layer(axes, layer, host)
+    return with_axes(axes, layer, host)
 
 
 def _mlp(host: nn.Module, axes: Mapping[str, str]) -> Prunable:
     if type(host) is TimmMlp:
-        return _layer(axes, Mlp(host.fc1, host.fc2, host.act, host.drop2.p), host)
-    first = {n: getattr(host, n) for n in ("fc1", "fc1_g", "fc1_x") if hasattr(host, n)}
+        return with_axes(axes, Mlp(host, host.act, drop=host.drop2.p), host)
+    first = [n for n in ("fc1", "fc1_g", "fc1_x") if hasattr(host, n)]
     gate_last = getattr(host, "gate_last", False)
-    return _layer(axes, GatedMlp(first, host.fc2, host.act, host.drop2.p, gate_last), host)
+    return with_axes(axes, GatedMlp(host, host.act, first=first, drop=host.drop2.p, gate_last=gate_last), host)
 
 
 def _mlp_name(mlp: nn.Module) -> str:
@@ -160,18 +149,16 @@ def prepare(model: nn.Module) -> nn.Module:
     if hasattr(model, "dense_config"):
         return model
     model.dense_config = _config(model)
-    emb = {"emb": "emb"}
     entry = model.norm_pre
-    model.norm_pre = _norm(entry, entry=True) if _is_norm(entry) else _layer(emb, StreamEntry(), entry)
+    model.norm_pre = _norm(entry, entry=True) if _is_norm(entry) else with_axes(EMB, StreamEntry(), entry)
     for i, block in enumerate(model.blocks):
         block.norm1, block.norm2 = _norm(block.norm1), _norm(block.norm2)
-        attn_axes = emb | {kind: f"blocks.{i}.{kind}" for kind in ("heads", "qk_dim", "v_dim")}
-        block.attn = _attention(block.attn, attn_axes)
-        block.mlp = _mlp(block.mlp, emb | {"mlp": f"blocks.{i}.mlp"})
+        attention_axes, mlp_axes = block_axes(f"blocks.{i}")
+        block.attn, block.mlp = _attention(block.attn, attention_axes), _mlp(block.mlp, mlp_axes)
         for name in ("ls1", "ls2"):
             if isinstance(getattr(block, name), TimmLayerScale):
                 scale = getattr(block, name)
-                setattr(block, name, _layer(emb, LayerScale(scale.gamma), scale))
+                setattr(block, name, with_axes(EMB, LayerScale(scale.gamma), scale))
     model.norm, model.fc_norm = _norm(model.norm), _norm(model.fc_norm)
     model.head = _head(model.head)
     if isinstance(model, VisionTransformerDistilled):
@@ -179,105 +166,19 @@ def prepare(model: nn.Module) -> nn.Module:
     return model
 
 
-def _emb_group(model: nn.Module, multiple: int) -> Group:
-    """The residual stream: its writers (embeddings, proj, fc2) and its readers (qkv, fc1, classifiers).
-
-    The gate sits on what every reader sees. A LayerNorm feeds exactly one reader (or the classifiers together), so
-    the gate gradients of its weight and bias add up to the readers' columns at a fraction of the cost.
-    """
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    emb, slices = model.blocks[0].norm1.weight.shape[0], []
-
-    def add(name: str, axis: int, **marks: bool) -> None:
-        if name in shapes:
-            slices.append(Slice(name, view=shapes[name], axis=axis, **marks))
-
-    for name in ("cls_token", "dist_token", "reg_token", "pos_embed"):
-        add(name, 2)
-    add("patch_embed.proj.weight", 0, published=True)
-    add("patch_embed.proj.bias", 0, published=True)
-    for name in ("norm_pre.weight", "norm_pre.bias"):
-        add(name, 0)
-    for i in range(len(model.blocks)):
-        b = f"blocks.{i}."
-        for norm in ("norm1", "norm2"):
-            add(f"{b}{norm}.weight", 0, scored=True)
-            add(f"{b}{norm}.bias", 0, scored=True)
-        add(f"{b}attn.qkv.weight", 1, published=True)
-        add(f"{b}attn.proj.weight", 0, published=True)
-        add(f"{b}attn.proj.bias", 0, published=True)
-        for first in ("fc1", "fc1_g", "fc1_x"):
-            add(f"{b}mlp.{first}.weight", 1, published=True)
-        add(f"{b}mlp.fc2.weight", 0, published=True)
-        add(f"{b}mlp.fc2.bias", 0, published=True)
-        add(f"{b}ls1.gamma", 0)
-        add(f"{b}ls2.gamma", 0)
-    for norm in ("norm", "fc_norm"):
-        add(f"{norm}.weight", 0, scored=True)
-        add(f"{norm}.bias", 0, scored=True)
-    add("head.weight", 1)
-    add("head_dist.weight", 1)
-    depth = len(model.blocks)
-    return Group("emb", "emb", emb, multiple, tuple(slices), tuple(range(depth)), divisor=float(depth))
-
-
-def _attention_groups(i: int, attn: Attention, sizes: Mapping[str, int]) -> list[Group]:
-    heads, qk, v, emb = attn.heads, attn.qk_dim, attn.v_dim, attn.qkv.in_features
-    qkv, proj = f"blocks.{i}.attn.qkv", f"blocks.{i}.attn.proj"
-    spans = {"q": (0, heads * qk), "k": (heads * qk, 2 * heads * qk), "v": (2 * heads * qk, heads * (2 * qk + v))}
-    units = {"q": qk, "k": qk, "v": v}
-    bias = attn.qkv.bias is not None
-
-    def rows(part: str, axis: int, **marks: bool) -> list[Slice]:
-        """The weight and bias rows of queries, keys or values as (head, dim)."""
-        weight = Slice(f"{qkv}.weight", (heads, units[part], emb), axis, spans[part], **marks)
-        return [weight] + ([Slice(f"{qkv}.bias", (heads, units[part]), axis, spans[part], **marks)] if bias else [])
-
-    def norm(part: str, **marks: bool) -> list[Slice]:
-        """The weight and bias of the query or key norm, if there is one."""
-        layer = getattr(attn, f"{part}_norm")
-        found = dict(layer.named_parameters()) if layer is not None else {}
-        return [Slice(f"blocks.{i}.attn.{part}_norm.{leaf}", (qk,), 0, **marks) for leaf in found]
-
-    def out(axis: int) -> Slice:
-        return Slice(f"{proj}.weight", (attn.proj.out_features, heads, v), axis, scored=True)
-
-    def group(kind: str, size: int, slices: Sequence[Slice], divisor: float) -> Group:
-        return Group(f"blocks.{i}.{kind}", kind, size, sizes[kind], tuple(slices), (i,), divisor)
-
-    # The gate of a qk_dim unit sits on the queries that meet the keys: behind their norm where they have one.
-    normed = norm("q", scored=True)
-    qk_slices = rows("q", 1, scored=not normed, published=True) + rows("k", 1) + normed + norm("k")
-    qkv_heads = [s for part in "qkv" for s in rows(part, 0, published=True)]
-    return [
-        group("heads", heads, [*qkv_heads, out(1)], PUBLISHED_HEAD_DIVISOR),
-        group("qk_dim", qk, qk_slices, PUBLISHED_DIM_DIVISOR),
-        group("v_dim", v, [*rows("v", 1, published=True), out(2)], PUBLISHED_DIM_DIVISOR),
-    ]
-
-
-def _mlp_group(i: int, mlp: Mlp | GatedMlp, multiple: int) -> Group:
-    name, (out, hidden) = f"blocks.{i}.mlp", mlp.fc2.weight.shape
-    slices = []
-    for leaf in mlp.first_names if isinstance(mlp, GatedMlp) else ("fc1",):
-        layer = getattr(mlp, leaf)
-        # Packed, a unit has a row in each half: its gate's and its value's.
-        halves = (2,) if layer.weight.shape[0] == 2 * hidden else ()
-        view = (*halves, hidden)
-        slices.append(Slice(f"{name}.{leaf}.weight", (*view, layer.weight.shape[1]), len(halves), published=True))
-        if layer.bias is not None:
-            slices.append(Slice(f"{name}.{leaf}.bias", view, len(halves), published=True))
-    slices.append(Slice(f"{name}.fc2.weight", (out, hidden), 1, scored=True))
-    return Group(name, "mlp", hidden, multiple, tuple(slices), (i,))
-
-
 def groups(model: nn.Module, bundle_sizes: Mapping[str, int] = BUNDLE_SIZES) -> list[Group]:
-    """Every prunable width of a prepared model: `emb`, then `heads`, `qk_dim`, `v_dim` and `mlp` block by block."""
-    found = [_emb_group(model, bundle_sizes["emb"])]
-    for i, block in enumerate(model.blocks):
-        found += _attention_groups(i, block.attn, bundle_sizes)
-        found.append(_mlp_group(i, block.mlp, bundle_sizes["mlp"]))
-    return found
+    """Every prunable width of a prepared model: `emb`, then `heads`, `qk_dim`, `v_dim` and `mlp` block by block.
+
+    The gate of a stream's unit sits on what every reader sees. A norm feeds exactly one reader (or the classifiers
+    together), so the gate gradients of its weight and bias add up to the readers' columns at a fraction of the cost.
+    """
+    depth = len(model.blocks)
+    widths = [Width("emb", "emb", tuple(range(depth)))]
+    for i in range(depth):
+        widths += block_widths(f"blocks.{i}", i)
+    patches = {"patch_embed.proj.weight": 0, "patch_embed.proj.bias": 0}
+    tokens = dict.fromkeys(("cls_token", "dist_token", "reg_token", "pos_embed"), 2)
+    return collect(model, widths, {"emb": embedding_slices(model, tokens | patches, patches)}, bundle_sizes)
 
 
 def _ratio(emb: int, hidden: int) -> float:
@@ -379,21 +280,10 @@ def build(spec: ViTSpec, device: str = "meta") -> nn.Module:
     return prepare(model)
 
 
-def resize(model: nn.Module, params: Mapping[str, Tensor], blocks: Sequence[BlockWidths]) -> nn.Module:
-    """Give a prepared model these parameters and widths, in place; what was masked away is gone afterwards."""
-    modules = dict(model.named_modules())
-    for name, tensor in params.items():
-        owner, _, leaf = name.rpartition(".")
-        trainable = getattr(modules[owner], leaf).requires_grad
-        setattr(modules[owner], leaf, nn.Parameter(tensor.detach(), requires_grad=trainable))
-        if isinstance(modules[owner], nn.Linear) and leaf == "weight":
-            modules[owner].out_features, modules[owner].in_features = tensor.shape
-    for block, widths in zip(model.blocks, blocks, strict=True):
-        block.attn.resize_(widths.heads, widths.qk_dim, widths.v_dim)
-    for layer in prunable_layers(model).values():
-        layer.keep_all_()
-        layer.tap = None  # the model it was copied from may be under observation
-    emb = blocks[0].emb
+def resize(model: nn.Module, params: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> nn.Module:
+    """Give a prepared model these parameters and the widths that `masks` leaves, in place."""
+    resize_layers(model, params, masks)
+    emb = int(masks["emb"].sum())
     model.embed_dim = model.num_features = model.head_hidden_size = emb
     model.patch_embed.proj.out_channels = emb
     for info in model.feature_info:
