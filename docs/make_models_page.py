@@ -47,8 +47,7 @@ def skeleton(name: str) -> nn.Module:
 
 def refusal(model: nn.Module) -> str | None:
     """Why no adapter takes the model, or None."""
-    reasons = [adapter.refusal(model) for adapter in adapters.FAMILIES.values()]
-    return None if None in reasons else "; ".join(reasons)
+    return adapters.refusal(model)
 
 
 def rows() -> Iterator[tuple[str, str | None]]:

@@ -89,21 +89,23 @@ class Norm(Prunable):
 
 
 class LayerScale(Prunable):
-    """The stream's channels times `gamma`, a parameter `(emb,)`, kept under the host's name for it."""
+    """The stream's channels times a parameter `(emb,)`, kept under the host's name for it."""
 
-    def __init__(self, gamma: nn.Parameter) -> None:
+    def __init__(self, gamma: nn.Parameter, name: str = "gamma") -> None:
         super().__init__()
-        self.gamma = gamma
+        self.name = name
+        self.register_parameter(name, gamma)
         self._index("emb", None)
 
     def keep_(self, keeps: Mapping[str, Tensor]) -> None:
         self._index("emb", index(keeps["emb"]))
 
     def slices(self) -> Iterator[tuple[str, Slice]]:
-        yield from dim_slices("gamma", tuple(self.gamma.shape), 0, Layout.of("emb", self.gamma.numel()))
+        gamma = getattr(self, self.name)
+        yield from dim_slices(self.name, tuple(gamma.shape), 0, Layout.of("emb", gamma.numel()))
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.layer_scale(x, self.gamma, self.emb)
+        return functional.layer_scale(x, getattr(self, self.name), self.emb)
 
 
 class Linear(Prunable):
