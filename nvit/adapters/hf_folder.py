@@ -89,22 +89,26 @@ def open_folder(path: str | Path, *, weights: bool = True) -> nn.Module:
         raise ValueError(f"{path} holds {architecture}, which is not supported; expected {', '.join(ARCHITECTURES)}")
     transformers = library()
     model = _load(transformers, architecture, path) if weights else dense(architecture, config, "cpu")
+    model.config.name_or_path = path.resolve().name
     if (path / PROCESSOR).is_file():
         model.preprocess = of_processor(_read(path / PROCESSOR), model.config.num_channels)
     return model
 
 
 def _load(transformers: ModuleType, architecture: str, path: Path) -> nn.Module:
-    options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+    options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
+    reports = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # it is said below, in one line
     try:
         with _quiet(transformers):
-            model, report = getattr(transformers, architecture).from_pretrained(path, **options)
+            model, report = getattr(transformers, architecture).from_pretrained(path, **options, **reports)
     except Exception as e:  # as many classes as there are ways to fail
-        why = " ".join(str(e).split())
+        raise ValueError(f"{path} does not load as a {architecture}: {' '.join(str(e).split())}") from None
+    if odd := sorted(report["mismatched_keys"]):
+        name, found, expected = odd[0]
         raise ValueError(
-            f"{path} does not load as a {architecture}: {why}; a pruned model is no such folder, save it with "
-            "nvit's result.save and open that"
-        ) from None
+            f"{path}: {name} is {tuple(found)}, expected {tuple(expected)} from {CONFIG}. save_pretrained cannot hold a "
+            "pruned model: save it with nvit.snapshot.save or result.save, and open that folder"
+        )
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{path}: its weights lack {', '.join(missing[:3])}; save a model that is trained to classify")
     return model
