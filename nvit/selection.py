@@ -118,7 +118,7 @@ def _moves(owner: np.ndarray) -> _Moves:
 
 
 def _independent(state: _State) -> list[list[int]]:
-    """Queues of one kind that share no piece of any part, in as few lists as taking them in order gives.
+    """Queues of one kind that share no piece of any part, in as few lists as taking them block by block gives.
 
     The choice of one does not change what the others' choices save, so that they may all choose at once.
     """
@@ -127,17 +127,17 @@ def _independent(state: _State) -> list[list[int]]:
         for i, piece in zip(moves.queue.tolist(), moves.piece.tolist(), strict=True):
             pieces[i].add((name, piece))
     found: list[list[int]] = []
+    in_order = sorted(range(len(state.queues)), key=lambda i: state.queues[i].group.blocks)
     for kind in KINDS:
-        taken: list[set[tuple[str, int]]] = []
-        first = len(found)
-        for i, q in enumerate(state.queues):
-            if q.group.kind == kind:
-                free = next((n for n, t in enumerate(taken) if t.isdisjoint(pieces[i])), len(taken))
-                if free == len(taken):
-                    taken.append(set())
-                    found.append([])
-                taken[free] |= pieces[i]
-                found[first + free].append(i)
+        mine: list[tuple[list[int], set[tuple[str, int]]]] = []
+        for i in in_order:
+            if state.queues[i].group.kind == kind:
+                queues, taken = next((m for m in mine if m[1].isdisjoint(pieces[i])), ([], set()))
+                if not queues:
+                    mine.append((queues, taken))
+                queues.append(i)
+                taken |= pieces[i]
+        found += [sorted(queues) for queues, _ in mine]
     return found
 
 
