@@ -4,6 +4,7 @@ attention and MLP, SwiGLU, RMSNorm, any pooling of tokens and pooling by a laten
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,9 +18,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ..modules import Attention, GatedMlp, LayerScale, Layout, Prunable, StreamEntry
-from ..spec import BUNDLE_SIZES, BlockWidths, Group, ViTSpec
+from ..spec import BUNDLE_SIZES, KINDS, BlockWidths, Group, Part, ViTSpec
 from .declare import Width, block_axes, block_widths, collect, embedding_slices, norm, resize_layers, with_axes
-from .pooling import LatentPool, latent_pool, pool_refusal
+from .pooling import LatentPool, latent_pool, pool_macs, pool_refusal
 from .timm_layers import (
     ACTIVATIONS,
     MLPS,
@@ -264,25 +265,48 @@ def tokens(model: nn.Module) -> int:
     return model.patch_embed.num_patches + model.num_prefix_tokens
 
 
-def part(model: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
-    """`attention` or `mlp` of the first block with its norm and residual, stream to stream; or the `rest`, images to
-    logits with no block in between."""
-    block = model.blocks[0]
-    if name == "attention":
-        return lambda x: x + block.ls1(block.attn(block.norm1(x)))
-    if name == "mlp":
-        return lambda x: x + block.ls2(block.mlp(block.norm2(x)))
-    model.blocks = nn.Sequential()
-    return model
+def parts(model: nn.Module) -> tuple[Part, ...]:
+    """The attention and the MLP of every block, each with its norm and residual, and the rest of the model."""
+    every = range(len(model.blocks))
+    return (
+        Part("attention", ("emb", "heads", "qk_dim", "v_dim"), tuple((i,) * 4 for i in every)),
+        Part("mlp", ("emb", "mlp"), tuple((i, i) for i in every)),
+        Part("rest", ("emb",), ((0,),)),
+    )
 
 
-def mlp_projections(model: nn.Module) -> int:
-    """Matrices of hidden × stream width in an MLP: fc1 and fc2, or with a gate three."""
-    return 3 if isinstance(model.blocks[0].mlp, GatedMlp) else 2
-
-
-def rest_macs_per_channel(model: nn.Module) -> float:
-    """Multiply-accumulates an image outside the blocks, per channel of the stream: patch embedding and classifiers."""
+def part_macs(model: nn.Module, part: Part) -> Callable[..., int]:
+    """Multiply-accumulates an image of one piece of `part`, as a function of its widths."""
+    length = tokens(model)
+    if part.name == "attention":
+        return lambda emb, heads, qk, v: length * heads * (emb * (2 * qk + v) + v * emb + length * (qk + v))
+    if part.name == "mlp":
+        matrices = 3 if isinstance(model.blocks[0].mlp, GatedMlp) else 2
+        return lambda emb, hidden: length * matrices * emb * hidden
     conv = model.patch_embed.proj.weight[0].numel() * model.patch_embed.num_patches
-    heads = 2 if isinstance(model, VisionTransformerDistilled) else 1
-    return conv + heads * model.num_classes
+    if isinstance(model.attn_pool, LatentPool):
+        pooled = length if model.pool_include_prefix else model.patch_embed.num_patches
+        per_channel, fixed = pool_macs(model.attn_pool, pooled)
+        head = model.attn_pool.out_features * model.num_classes
+        return lambda emb: (conv + per_channel) * emb + fixed + head
+    classifiers = 2 if isinstance(model, VisionTransformerDistilled) else 1
+    return lambda emb: (conv + classifiers * model.num_classes) * emb
+
+
+def sample_spec(spec: ViTSpec, part: Part, widths: Sequence[int]) -> ViTSpec:
+    """One block that has `widths` along the axes of `part`, and elsewhere the widest of the model."""
+    widest = BlockWidths(**{kind: max(getattr(b, kind) for b in spec.blocks) for kind in KINDS})
+    block = replace(widest, **dict(zip(part.kinds, widths, strict=True)))
+    return replace(spec, config={**spec.config, "depth": 1}, blocks=(block,))
+
+
+def piece(model: nn.Module, part: Part) -> tuple[Callable[[Tensor], Tensor], tuple[int, ...]]:
+    """`attention` or `mlp` of the first block with its norm and residual, stream to stream; or the `rest`, images to
+    logits with no block in between, for which `model` loses its blocks."""
+    block, stream = model.blocks[0], (tokens(model), model.embed_dim)
+    if part.name == "attention":
+        return lambda x: x + block.ls1(block.attn(block.norm1(x))), stream
+    if part.name == "mlp":
+        return lambda x: x + block.ls2(block.mlp(block.norm2(x))), stream
+    model.blocks = nn.Sequential()
+    return model, preprocess(model)["input_size"]
