@@ -106,7 +106,7 @@ def _load(transformers: ModuleType, architecture: str, path: Path) -> nn.Module:
     if odd := sorted(report["mismatched_keys"]):
         name, found, expected = odd[0]
         raise ValueError(
-            f"{path}: {name} is {tuple(found)}, expected {tuple(expected)} from {CONFIG}. save_pretrained cannot hold a "
+            f"{path}: {name} is {tuple(found)}, but {tuple(expected)} by {CONFIG}. save_pretrained cannot hold a "
             "pruned model: save it with nvit.snapshot.save or result.save, and open that folder"
         )
     if missing := sorted(report["missing_keys"]):

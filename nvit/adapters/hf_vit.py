@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import Attention, GatedMlp, LayerScale, Layout, Linear, Mlp, Prunable, StreamEntry
-from ..spec import BUNDLE_SIZES, BlockWidths, Group, ViTSpec
+from ..spec import BUNDLE_SIZES, BlockWidths, Group, Part, ViTSpec
+from . import plain
 from .declare import Width, block_axes, block_widths, collect, embedding_slices, norm, resize_layers, with_axes
 
 OLDEST = (5, 18)
@@ -120,13 +121,15 @@ def _is_plain(m: nn.Module) -> bool:
     return not own or type(m) in (nn.Linear, nn.LayerNorm) or type(m).__name__.endswith("LayerScale")
 
 
+def knows(model: nn.Module) -> bool:
+    """Whether the model is one of transformers' own; a subclass may compute anything."""
+    return type(model).__module__.startswith("transformers.models.")
+
+
 def refusal(model: nn.Module) -> str | None:
-    """Why `model` is not one that this adapter knows, or None."""
-    name = type(model).__name__
-    if not type(model).__module__.startswith("transformers.models."):
-        return f"model class {name}"
-    if name not in ARCHITECTURES:
-        return f"of transformers' classes, {', '.join(ARCHITECTURES)} are known, not {name}"
+    """Why a model of transformers is not one that this adapter takes, or None."""
+    if type(model).__name__ not in ARCHITECTURES:
+        return f"of transformers' classes it has to be one of {', '.join(ARCHITECTURES)}"
     if hasattr(model, "dense_config"):
         return None
     if reason := _version(sys.modules["transformers"]):
@@ -302,3 +305,40 @@ def tokens(model: nn.Module) -> int:
 def _patches(model: nn.Module) -> int:
     (_, height, width), (down, across) = preprocess(model)["input_size"], _pair(model.config.patch_size)
     return (height // down) * (width // across)
+
+
+def parts(model: nn.Module) -> tuple[Part, ...]:
+    """The attention and the MLP of every block, each with its norm and residual, and the rest of the model."""
+    return plain.parts(len(_layers(model)))
+
+
+def part_macs(model: nn.Module, part: Part) -> Callable[..., int]:
+    """Multiply-accumulates an image of one piece of `part`, as a function of its widths."""
+    if part.name == "attention":
+        return plain.attention_macs(tokens(model))
+    if part.name == "mlp":
+        return plain.mlp_macs(tokens(model), 3 if isinstance(_layers(model)[0].mlp, GatedMlp) else 2)
+    host, conv = _host(model), model.base_model.embeddings.patch_embeddings.projection.weight[0].numel()
+    outputs = len(host.classifiers) * host.reads * model.num_labels
+    return lambda emb: (conv * _patches(model) + outputs) * emb
+
+
+def sample_spec(spec: ViTSpec, part: Part, widths: Sequence[int]) -> ViTSpec:
+    """One block that has `widths` along the axes of `part`, and elsewhere the widest of the model."""
+    return plain.sample_spec(spec, part, widths, num_hidden_layers=1)
+
+
+def piece(model: nn.Module, part: Part) -> tuple[Callable[[Tensor], Tensor], tuple[int, ...]]:
+    """`attention` or `mlp` of the first block with its norm and residual, stream to stream; or the `rest`, images to
+    logits with no block in between, for which `model` loses its blocks."""
+    host, layers = _host(model), _layers(model)
+    if part.name == "rest":
+        del layers[:]
+        return model, preprocess(model)["input_size"]
+    block, second = layers[0], part.name == "mlp"
+    before = getattr(block, host.norms[second])
+    scale = getattr(block, host.scales[second]) if host.scales else nn.Identity()
+    stream = (tokens(model), model.base_model.layernorm.weight.numel())
+    if second:
+        return lambda x: x + scale(block.mlp(before(x))), stream
+    return lambda x: x + scale(block.attention(before(x))[0]), stream
