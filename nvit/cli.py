@@ -213,7 +213,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return _say(e, BAD_USAGE)
     except BrokenPipeError:
         return FAILED
-    except (ValueError, FloatingPointError, OSError) as e:
+    except (ValueError, FloatingPointError, OSError, ModuleNotFoundError) as e:
         return _say(e, FAILED)
     except KeyboardInterrupt:
         again = "; the same command with --resume goes on" if hasattr(config, "resume") else ""
