@@ -157,7 +157,7 @@ def _help() -> str:
     ]
     for name, command in COMMANDS.items():
         lines.append(f"  nvit {name} {command.words}".ljust(52) + command.config.__doc__.splitlines()[0])
-    lines += ["", f"MODEL is a timm name, a snapshot folder, or {DIGITS!r}. Every command has --help."]
+    lines += ["", f"MODEL is a timm name, a snapshot or Hugging Face folder, or {DIGITS!r}. Every command has --help."]
     return "\n".join(lines)
 
 
