@@ -160,6 +160,11 @@ def test_the_command_line_prunes_a_folder(folder, tmp_path, capsys):
     assert type(small) is transformers.Dinov2ForImageClassification
     assert adapters.preprocess(small)["mean"] == (0.4, 0.5, 0.6)
     assert snapshot.load_spec(row["path"]).name == "my_dinov2"
+    tune = ["finetune", row["path"], "--teacher", str(folder), "--epochs", "1", "--batch-size", "4", "--amp", "bf16"]
+    assert cli.main([*tune, "--data", str(data), "--out", str(tmp_path / "f"), "--device", "cpu"]) == 0
+    sparse = ["sparsify", str(folder), "--permute-seconds", "0.1", "--latency-batch", "2", "--device", "cpu"]
+    assert cli.main([*sparse, "--out", str(tmp_path / "s")]) == 0
+    assert len(nvit.load(tmp_path / "s").sparse24) == 2 * 6
     names = ["compare", str(folder), row["path"], "--seconds", "0.2", "--data", str(data), *QUICK]
     assert cli.main([*names, "--out", str(tmp_path / "c")]) == 0
     dense, other = json.loads((tmp_path / "c" / "result.json").read_text())["models"]
