@@ -146,7 +146,8 @@ class Linear(Prunable):
             yield from dim_slices("weight", tuple(self.weight.shape), 1, self.inputs)
         if self.outputs is not None:
             for name, p in self.named_parameters():
-                yield from dim_slices(name, tuple(p.shape), 0, self.outputs)
+                for axis, s in dim_slices(name, tuple(p.shape), 0, self.outputs):
+                    yield axis, replace(s, published=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight, self.bias, self.rows, self.cols)
