@@ -25,9 +25,9 @@ from typing import Any
 
 from torch import nn
 
-from . import timm_swin, timm_vit
+from . import timm_vit
 
-FAMILIES: dict[str, ModuleType] = {"timm_vit": timm_vit, "timm_swin": timm_swin}
+FAMILIES: dict[str, ModuleType] = {"timm_vit": timm_vit}
 
 
 def find(model: nn.Module) -> ModuleType:
@@ -43,8 +43,7 @@ def find(model: nn.Module) -> ModuleType:
     reason = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise ValueError(
         f"{type(model).__name__} is not supported ({reason}). Supported families: timm's VisionTransformer and "
-        "VisionTransformerDistilled (ViT, DeiT, DeiT-III, AugReg, DINO, DINOv2 and alike), SwinTransformer (Swin, S3); "
-        "docs/models.md lists them."
+        "VisionTransformerDistilled (ViT, DeiT, DeiT-III, AugReg, DINO, DINOv2 and alike); docs/models.md lists them."
     )
 
 

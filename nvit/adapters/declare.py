@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from timm.layers import LayerNorm as TimmLayerNorm
 from torch import Tensor, nn
 
 from ..modules import Layout, Norm, Prunable, prunable_layers
@@ -65,17 +64,6 @@ def norm(
         host.weight, getattr(host, "bias", None), eps, layout=layout, rms=is_rms(host), entry=entry, scored=scored
     )
     return with_axes(axes, layer, host)
-
-
-def is_layer_norm(m: nn.Module) -> bool:
-    """Whether a layer is a LayerNorm of torch or timm with weights, or the prunable form of one."""
-    return type(m) in (nn.LayerNorm, TimmLayerNorm, Norm) and m.weight is not None
-
-
-def mlp_ratio(emb: int, hidden: int) -> float:
-    """The ratio from which timm's `int(emb * ratio)` gets `hidden` back."""
-    ratio = hidden / emb
-    return ratio if int(emb * ratio) == hidden else (hidden + 0.5) / emb
 
 
 def is_rms(host: nn.Module) -> bool:

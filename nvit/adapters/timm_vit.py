@@ -27,8 +27,6 @@ from .declare import (
     block_widths,
     collect,
     embedding_slices,
-    is_layer_norm,
-    mlp_ratio,
     norm,
     resize_layers,
     with_axes,
@@ -46,6 +44,10 @@ MLPS: dict[str, Callable[..., nn.Module]] = {
 EMB = {"emb": "emb"}
 
 
+def _is_norm(m: nn.Module) -> bool:
+    return type(m) in (nn.LayerNorm, TimmLayerNorm, Norm) and m.weight is not None
+
+
 def _block_refusal(block: nn.Module) -> str | None:
     if type(block) is not Block:
         return f"block type {type(block).__name__}; only the pre-norm Block is known"
@@ -54,7 +56,7 @@ def _block_refusal(block: nn.Module) -> str | None:
         if type(attn) is not TimmAttention:
             return f"attention type {type(attn).__name__}"
         for norm in (attn.q_norm, attn.k_norm):
-            if not (isinstance(norm, nn.Identity) or is_layer_norm(norm)):
+            if not (isinstance(norm, nn.Identity) or _is_norm(norm)):
                 return f"q/k norm type {type(norm).__name__} in attention"
         if not isinstance(attn.norm, nn.Identity):
             return "a norm on the attention output"
@@ -67,7 +69,7 @@ def _block_refusal(block: nn.Module) -> str | None:
             return "a norm inside the MLP"
         if type(mlp.act) not in ACTIVATIONS.values():
             return f"activation {type(mlp.act).__name__}"
-    if not (is_layer_norm(block.norm1) and is_layer_norm(block.norm2)):
+    if not (_is_norm(block.norm1) and _is_norm(block.norm2)):
         return f"norm type {type(block.norm1).__name__}"
     return None
 
@@ -82,10 +84,10 @@ def refusal(model: nn.Module) -> str | None:
         return f"patch embedding type {type(model.patch_embed).__name__}"
     if not isinstance(model.patch_embed.norm, nn.Identity):
         return "a norm in the patch embedding"
-    if not (isinstance(model.norm_pre, (nn.Identity, StreamEntry)) or is_layer_norm(model.norm_pre)):
+    if not (isinstance(model.norm_pre, (nn.Identity, StreamEntry)) or _is_norm(model.norm_pre)):
         return f"norm type {type(model.norm_pre).__name__} before the blocks"
     last = model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
-    if not is_layer_norm(last):
+    if not _is_norm(last):
         return "no LayerNorm after the blocks"
     if len(model.blocks) == 0:
         return "no blocks"
@@ -148,7 +150,7 @@ def prepare(model: nn.Module) -> nn.Module:
         return model
     model.dense_config = _config(model)
     entry = model.norm_pre
-    model.norm_pre = _norm(entry, entry=True) if is_layer_norm(entry) else with_axes(EMB, StreamEntry(), entry)
+    model.norm_pre = _norm(entry, entry=True) if _is_norm(entry) else with_axes(EMB, StreamEntry(), entry)
     for i, block in enumerate(model.blocks):
         block.norm1, block.norm2 = _norm(block.norm1), _norm(block.norm2)
         attention_axes, mlp_axes = block_axes(f"blocks.{i}")
@@ -179,11 +181,17 @@ def groups(model: nn.Module, bundle_sizes: Mapping[str, int] = BUNDLE_SIZES) -> 
     return collect(model, widths, {"emb": embedding_slices(model, tokens | patches, patches)}, bundle_sizes)
 
 
+def _ratio(emb: int, hidden: int) -> float:
+    """`mlp_ratio` from which timm's `int(emb * ratio)` gets `hidden` back."""
+    ratio = hidden / emb
+    return ratio if int(emb * ratio) == hidden else (hidden + 0.5) / emb
+
+
 def _config(model: nn.Module) -> dict[str, Any]:
     """Constructor arguments that rebuild a timm model, read off the model, so that ones built by hand work as well."""
     block, embed = model.blocks[0], model.patch_embed
     first = getattr(block.mlp, "fc1", None) or block.mlp.fc1_g
-    norm_like = next(m for m in (model.norm, model.fc_norm) if is_layer_norm(m))
+    norm_like = next(m for m in (model.norm, model.fc_norm) if _is_norm(m))
     config = {
         "img_size": list(embed.img_size) if embed.img_size else None,
         "patch_size": list(embed.patch_size),
@@ -193,7 +201,7 @@ def _config(model: nn.Module) -> dict[str, Any]:
         "embed_dim": model.embed_dim,
         "depth": len(model.blocks),
         "num_heads": block.attn.num_heads,
-        "mlp_ratio": mlp_ratio(model.embed_dim, first.out_features),
+        "mlp_ratio": _ratio(model.embed_dim, first.out_features),
         "qkv_bias": block.attn.qkv.bias is not None,
         "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
         "proj_bias": block.attn.proj.bias is not None,
@@ -202,8 +210,8 @@ def _config(model: nn.Module) -> dict[str, Any]:
         "pos_embed": "none" if model.pos_embed is None else "learn",
         "no_embed_class": model.no_embed_class,
         "reg_tokens": model.num_reg_tokens,
-        "pre_norm": is_layer_norm(model.norm_pre),
-        "fc_norm": is_layer_norm(model.fc_norm),
+        "pre_norm": _is_norm(model.norm_pre),
+        "fc_norm": _is_norm(model.fc_norm),
         "pool_include_prefix": model.pool_include_prefix,
         "dynamic_img_size": model.dynamic_img_size,
         "dynamic_img_pad": embed.dynamic_img_pad,
