@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..modules import Layout, Norm, Prunable, prunable_layers
+from ..modules import EmbeddingNorm, Layout, Norm, Prunable, prunable_layers
 from ..spec import Group, Slice
 
 PUBLISHED_HEAD_DIVISOR, PUBLISHED_DIM_DIVISOR = 12.0, 2.0
@@ -55,14 +55,18 @@ def norm(
     axes: Mapping[str, str],
     *,
     layout: Layout | None = None,
-    entry: bool = False,
-    scored: bool | None = None,
+    embedding: bool = False,
+    **more: bool | None,
 ) -> Norm:
-    """The prunable form of a LayerNorm or RMSNorm of torch or timm."""
+    """The prunable form of a LayerNorm or RMSNorm of torch or timm.
+
+    Args:
+        embedding: it is part of the patch embedding, see `EmbeddingNorm`.
+        more: as `Norm` takes them.
+    """
     eps = host.eps if host.eps is not None else torch.finfo(host.weight.dtype).eps
-    layer = Norm(
-        host.weight, getattr(host, "bias", None), eps, layout=layout, rms=is_rms(host), entry=entry, scored=scored
-    )
+    make = EmbeddingNorm if embedding else Norm
+    layer = make(host.weight, getattr(host, "bias", None), eps, layout=layout, rms=is_rms(host), **more)
     return with_axes(axes, layer, host)
 
 

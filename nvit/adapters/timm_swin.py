@@ -7,15 +7,15 @@ all stages.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 from timm.data import resolve_data_config
 from timm.layers import ClassifierHead, PatchEmbed
-from timm.layers import LayerNorm as TimmLayerNorm
-from timm.layers import Mlp as TimmMlp
 from timm.models.swin_transformer import (
     PatchMerging,
     SwinTransformer,
@@ -26,20 +26,10 @@ from timm.models.swin_transformer import (
 from timm.models.swin_transformer import WindowAttention as TimmWindowAttention
 from torch import Tensor, nn
 
-from ..modules import Attention, Layout, Linear, Mlp, StreamEntry
-from ..spec import BUNDLE_SIZES, BlockWidths, Group, ViTSpec
-from .declare import (
-    Width,
-    block_axes,
-    block_widths,
-    collect,
-    embedding_slices,
-    is_layer_norm,
-    mlp_ratio,
-    norm,
-    resize_layers,
-    with_axes,
-)
+from ..modules import Attention, Layout, Linear, StreamEntry
+from ..spec import BUNDLE_SIZES, KINDS, BlockWidths, Group, Part, ViTSpec
+from .declare import Width, block_axes, block_widths, collect, embedding_slices, norm, resize_layers, with_axes
+from .timm_layers import NORMS, is_norm, is_norm_or_none, known, mlp, mlp_ratio, mlp_refusal, name_in
 
 NEIGHBOURS = 4
 """Tokens that patch merging joins to one; a channel of the stream is in each."""
@@ -88,15 +78,10 @@ def _block_refusal(block: nn.Module, place: int) -> str | None:
         return f"block type {type(block).__name__}"
     if type(block.attn) not in (TimmWindowAttention, WindowAttention):
         return f"attention type {type(block.attn).__name__}"
-    if type(block.mlp) is TimmMlp:
-        if not (isinstance(block.mlp.fc2, nn.Linear) and isinstance(block.mlp.norm, nn.Identity)):
-            return "a norm or a convolution inside the MLP"
-    elif type(block.mlp) is not Mlp:
-        return f"MLP type {type(block.mlp).__name__}"
-    if type(block.mlp.act) is not nn.GELU:
-        return f"activation {type(block.mlp.act).__name__}"
-    if not (is_layer_norm(block.norm1) and is_layer_norm(block.norm2)):
+    if not (is_norm(block.norm1) and is_norm(block.norm2)):
         return f"norm type {type(block.norm1).__name__}"
+    if (reason := mlp_refusal(block.mlp)) is not None:
+        return reason
     if tuple(block.shift_size) != _shift(block, place):
         return f"windows shifted by {tuple(block.shift_size)} instead of {_shift(block, place)} in block {place}"
     return None
@@ -106,25 +91,28 @@ def _stage_refusal(stage: nn.Module, place: int) -> str | None:
     if type(stage) is not SwinTransformerStage:
         return f"stage type {type(stage).__name__}"
     merge = stage.downsample
-    if place and not (type(merge) is PatchMerging and is_layer_norm(merge.norm)):
+    if place and not (type(merge) is PatchMerging and is_norm(merge.norm)):
         return f"{type(merge).__name__} instead of patch merging before stage {place}"
     if len(stage.blocks) == 0:
         return f"no blocks in stage {place}"
     return next((r for i, block in enumerate(stage.blocks) if (r := _block_refusal(block, i))), None)
 
 
+def knows(model: nn.Module) -> bool:
+    """Whether `model` is of this class; a subclass may compute something else."""
+    return type(model) is SwinTransformer
+
+
 def refusal(model: nn.Module) -> str | None:
-    """Why `model` is not one that this adapter knows, or None."""
-    if type(model) is not SwinTransformer:
-        return f"model class {type(model).__name__}"
+    """Why a model of this family is not supported, or None."""
     if model.dynamic_img_size:
         return "images of varying size (strict_img_size=False)"
     if type(model.patch_embed) is not PatchEmbed:
         return f"patch embedding type {type(model.patch_embed).__name__}"
     entry = model.patch_embed.norm
-    if not (isinstance(entry, (nn.Identity, StreamEntry)) or is_layer_norm(entry)):
+    if not (isinstance(entry, StreamEntry) or is_norm_or_none(entry)):
         return f"norm type {type(entry).__name__} in the patch embedding"
-    if not is_layer_norm(model.norm):
+    if not is_norm(model.norm):
         return "no LayerNorm after the blocks"
     if type(model.head) is not ClassifierHead:
         return f"classifier type {type(model.head).__name__}"
@@ -142,25 +130,24 @@ def _blocks(model: nn.Module) -> Iterator[tuple[int, int, str, SwinTransformerBl
         yield s, index, f"layers.{s}.blocks.{i}", block
 
 
+def _spans(depths: Sequence[int]) -> list[range]:
+    """Indices in the whole model of the blocks of each stage."""
+    return [range(end - depth, end) for depth, end in zip(depths, accumulate(depths), strict=True)]
+
+
 def _windows(block: SwinTransformerBlock) -> int:
     """Windows of an image, padded ones included."""
     return math.prod(math.ceil(r / w) for r, w in zip(block.input_resolution, block.window_size, strict=True))
 
 
 def prepare(model: nn.Module) -> nn.Module:
-    """Swap timm's layers for prunable ones, in place. Outputs, parameters and their names stay as they are.
-
-    Raises:
-        ValueError: a model this adapter does not know, with the reason.
-    """
-    if reason := refusal(model):
-        raise ValueError(f"{type(model).__name__} is not supported: {reason}")
+    """Swap timm's layers for prunable ones, in place. Outputs, parameters and their names stay as they are."""
     if hasattr(model, "dense_config"):
         return model
     model.dense_config = _config(model)
     first, entry = {"emb": _emb(0)}, model.patch_embed.norm
     model.patch_embed.norm = (
-        norm(entry, first, entry=True) if is_layer_norm(entry) else with_axes(first, StreamEntry(), entry)
+        norm(entry, first, entry=True) if is_norm(entry) else with_axes(first, StreamEntry(), entry)
     )
     for s, stage in enumerate(model.layers):
         if s:
@@ -170,7 +157,7 @@ def prepare(model: nn.Module) -> nn.Module:
         attention_axes, mlp_axes = block_axes(name, _emb(s))
         block.norm1, block.norm2 = norm(block.norm1, stream), norm(block.norm2, stream)
         block.attn = with_axes(attention_axes, WindowAttention(block.attn, _windows(block)), block.attn)
-        block.mlp = with_axes(mlp_axes, Mlp(block.mlp, block.mlp.act, drop=block.mlp.drop2.p), block.mlp)
+        block.mlp = mlp(block.mlp, mlp_axes)
         if block.attn_mask is not None and block.attn_mask.is_meta:
             mask = block.get_attn_mask(device="cpu", dtype=torch.float32)
             block.register_buffer("attn_mask", mask, persistent=False)
@@ -227,11 +214,12 @@ def _config(model: nn.Module) -> dict[str, Any]:
         "always_partition": firsts[0].always_partition,
         "mlp_ratio": [mlp_ratio(e, block.mlp.fc1.out_features) for e, block in zip(emb, firsts, strict=True)],
         "qkv_bias": firsts[0].attn.qkv.bias is not None,
+        "norm_layer": name_in(NORMS, model.norm),
         "norm_eps": model.norm.eps,
     }
-    if model.norm.bias is None:
+    if getattr(model.norm, "bias", None) is None and config["norm_layer"] == "layernorm":
         config["norm_bias"] = False
-    if not is_layer_norm(embed.norm):
+    if not is_norm(embed.norm):
         config["patch_norm"] = False
     return config
 
@@ -258,11 +246,12 @@ def build(spec: ViTSpec, device: str = "meta") -> nn.Module:
     if spec.architecture != SwinTransformer.__name__:
         raise ValueError(f"architecture {spec.architecture!r} is unknown; expected {SwinTransformer.__name__}")
     config = {"drop_path_rate": 0.0} | dict(spec.config)
-    layer_norm = partial(TimmLayerNorm, eps=config.pop("norm_eps", 1e-5), bias=config.pop("norm_bias", True))
+    norm_args = {"eps": config.pop("norm_eps", 1e-5)} | ({} if config.pop("norm_bias", True) else {"bias": False})
+    layer = partial(known(config, "norm_layer", NORMS, "layernorm"), **norm_args)
     patch_norm = config.pop("patch_norm", True)
     try:
         with torch.device(device):
-            model = SwinTransformer(**config, norm_layer=layer_norm)
+            model = SwinTransformer(**config, norm_layer=layer)
     except (TypeError, AssertionError) as e:
         raise ValueError(f"its config does not build a {spec.architecture}: {e}") from None
     if not patch_norm:
@@ -298,3 +287,77 @@ def logits(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
 def tokens(model: nn.Module) -> int:
     """Tokens in the first stage's residual stream at the model's input size."""
     return model.patch_embed.num_patches
+
+
+def parts(model: nn.Module) -> tuple[Part, ...]:
+    """Of each stage its attentions, those in shifted windows, and its MLPs, each with norm and residual; the merges
+    between stages; the patch embedding (`stem`), and what follows the last block (`head`)."""
+    spans, found = _spans([len(stage.blocks) for stage in model.layers]), [Part("stem", ("emb",), ((0,),))]
+    for s, (stage, span) in enumerate(zip(model.layers, spans, strict=True)):
+        if s:
+            found.append(Part(f"merge.{s}", ("emb", "emb"), ((spans[s - 1][-1], span[0]),)))
+        shifted = [any(block.shift_size) for block in stage.blocks]
+        for name, which in (("attention", False), ("shifted", True)):
+            mine = tuple((i,) * 4 for i, shift in zip(span, shifted, strict=True) if shift is which)
+            if mine:
+                found.append(Part(f"{name}.{s}", ("emb", "heads", "qk_dim", "v_dim"), mine))
+        found.append(Part(f"mlp.{s}", ("emb", "mlp"), tuple((i, i) for i in span)))
+    return (*found, Part("head", ("emb",), ((spans[-1][-1],),)))
+
+
+def part_macs(model: nn.Module, part: Part) -> Callable[..., int]:
+    """Multiply-accumulates an image of one piece of `part`, as a function of its widths."""
+    name, _, stage = part.name.partition(".")
+    if name == "stem":
+        conv = model.patch_embed.proj.weight[0].numel() * model.patch_embed.num_patches
+        return lambda emb: conv * emb
+    if name == "head":
+        pooled = model.head.global_pool.feat_mult() * model.num_classes
+        unpooled = math.prod(model.layers[-1].output_resolution) if model.head.global_pool.is_identity() else 1
+        return lambda emb: pooled * unpooled * emb
+    block, length = model.layers[int(stage)].blocks[0], math.prod(model.layers[int(stage)].output_resolution)
+    if name == "merge":
+        return lambda before, after: length * NEIGHBOURS * before * after
+    if name == "mlp":
+        return lambda emb, hidden: length * 2 * emb * hidden
+    area = math.prod(block.window_size)
+    padded = _windows(block) * area
+    return lambda emb, heads, qk, v: padded * heads * (emb * (2 * qk + v) + v * emb + area * (qk + v))
+
+
+def sample_spec(spec: ViTSpec, part: Part, widths: Sequence[int]) -> ViTSpec:
+    """The stage of `part`, or for a merge the two it joins, with one block of `widths` along the axes of `part` and
+    elsewhere the widest of its stage; with two such blocks where the shifted one is meant."""
+    config, (name, _, stage) = spec.config, part.name.partition(".")
+    last = {"stem": 0, "head": len(config["depths"]) - 1}.get(name) if not stage else int(stage)
+    first, depth = last - (name == "merge"), 2 if name == "shifted" else 1
+    grid = [side // patch for side, patch in zip(config["img_size"], config["patch_size"], strict=True)]
+    grid = [math.ceil(side / 2**first) for side in grid]
+    mine = {key: config[key][first : last + 1] for key in ("num_heads", "head_dim", "window_size", "mlp_ratio")}
+    mine |= {"embed_dim": config["embed_dim"] * 2**first, "depths": [depth] * (last + 1 - first)}
+    mine["img_size"] = [side * patch for side, patch in zip(grid, config["patch_size"], strict=True)]
+    blocks = []
+    for span in _spans(config["depths"])[first : last + 1]:
+        here = {kind: max(getattr(spec.blocks[i], kind) for i in span) for kind in KINDS}
+        blocks += [BlockWidths(**here)] * depth
+    if name == "merge":
+        blocks = [replace(block, emb=emb) for block, emb in zip(blocks, widths, strict=True)]
+    else:
+        blocks = [replace(block, **dict(zip(part.kinds, widths, strict=True))) for block in blocks]
+    return replace(spec, config={**config, **mine}, blocks=tuple(blocks))
+
+
+def piece(model: nn.Module, part: Part) -> tuple[Callable[[Tensor], Tensor], tuple[int, ...]]:
+    """The last block's attention or MLP with norm and residual, patch merging, the patch embedding, or what follows the
+    last block."""
+    name, stage = part.name.partition(".")[0], model.layers[-1]
+    if name == "stem":
+        return model.patch_embed, preprocess(model)["input_size"]
+    if name == "merge":
+        return stage.downsample, (*model.layers[0].output_resolution, model.embed_dim)
+    block, tokens_of_it = stage.blocks[-1], (*stage.output_resolution, model.num_features)
+    if name == "head":
+        return lambda x: model.forward_head(model.norm(x)), tokens_of_it
+    if name == "mlp":
+        return lambda x: x + block.mlp(block.norm2(x)), (math.prod(tokens_of_it[:-1]), model.num_features)
+    return lambda x: x + block._attn(block.norm1(x)), tokens_of_it

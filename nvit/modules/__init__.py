@@ -8,10 +8,11 @@ model's.
 from .attention import Attention
 from .base import Layout, Prunable, keep_, prunable_layers
 from .mlp import GatedMlp, Mlp
-from .stream import LayerScale, Linear, Norm, StreamEntry
+from .stream import EmbeddingNorm, LayerScale, Linear, Norm, StreamEntry
 
 __all__ = [
     "Attention",
+    "EmbeddingNorm",
     "GatedMlp",
     "LayerScale",
     "Layout",

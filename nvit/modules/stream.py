@@ -88,6 +88,18 @@ class Norm(Prunable):
         return self.tap("emb", y.unflatten(-1, (neighbours, -1)), -1).flatten(-2)
 
 
+class EmbeddingNorm(Norm):
+    """A norm of the patch embedding, before position embeddings are added and the stream is entered: statistics over
+    kept channels, its output dense, zero where channels are pruned."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, eps: float, **more) -> None:
+        super().__init__(weight, bias, eps, entry=True, **more)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if self.kept is None else y.new_zeros(x.shape).index_copy_(-1, self.kept, y)
+
+
 class LayerScale(Prunable):
     """The stream's channels times `gamma`, a parameter `(emb,)`, kept under the host's name for it."""
 
@@ -112,13 +124,21 @@ class Linear(Prunable):
     Args:
         host: its weight `(out, in)` and bias are taken over.
         inputs, outputs: layouts of both sides; None for a side that stays.
+        reads_stream: no norm stands before it, so that the gate of a stream's unit sits on its inputs.
     """
 
-    def __init__(self, host: nn.Linear, inputs: Layout | None = None, outputs: Layout | None = None) -> None:
+    def __init__(
+        self,
+        host: nn.Linear,
+        inputs: Layout | None = None,
+        outputs: Layout | None = None,
+        *,
+        reads_stream: bool = False,
+    ) -> None:
         super().__init__()
         self.adopt(host)
         self.register_parameter("bias", host.bias)
-        self.inputs, self.outputs = inputs, outputs
+        self.inputs, self.outputs, self.reads_stream = inputs, outputs, reads_stream
         for name in ("rows", "cols"):
             self._index(name, None)
 
@@ -143,11 +163,14 @@ class Linear(Prunable):
 
     def slices(self) -> Iterator[tuple[str, Slice]]:
         if self.inputs is not None:
-            yield from dim_slices("weight", tuple(self.weight.shape), 1, self.inputs)
+            for axis, s in dim_slices("weight", tuple(self.weight.shape), 1, self.inputs):
+                yield axis, replace(s, scored=self.reads_stream)
         if self.outputs is not None:
             for name, p in self.named_parameters():
                 for axis, s in dim_slices(name, tuple(p.shape), 0, self.outputs):
                     yield axis, replace(s, published=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.tap is not None and self.reads_stream:
+            x = self.tap("emb", x, -1)
         return functional.linear(x, self.weight, self.bias, self.rows, self.cols)
