@@ -26,9 +26,9 @@ from typing import Any
 
 from torch import nn
 
-from . import timm_vit
+from . import timm_beit, timm_eva, timm_vit
 
-FAMILIES: dict[str, ModuleType] = {"timm_vit": timm_vit}
+FAMILIES: dict[str, ModuleType] = {"timm_vit": timm_vit, "timm_eva": timm_eva, "timm_beit": timm_beit}
 
 SUPPORTED = "timm's VisionTransformer (ViT, DeiT, DINOv2, CLIP, SigLIP and alike); docs/models.md lists them."
 
