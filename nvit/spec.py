@@ -91,6 +91,23 @@ def block_widths(groups: Sequence[Group], counts: Mapping[str, int]) -> tuple[Bl
 
 
 @dataclass(frozen=True)
+class Part:
+    """Pieces of a model that cost the same at the same widths: the attention of every block of one stage, say.
+
+    Attributes:
+        name: as `attention`, `mlp`, `rest`; in a hierarchical model `attention.0`, `merge.1`.
+        kinds: the kind of width along each axis. One may come twice: patch merging is `("emb", "emb")`, of the stage
+            before and of its own.
+        pieces: for every occurrence in the model, the block whose width each axis is. The attention of a ViT of two
+            blocks is `((0, 0, 0, 0), (1, 1, 1, 1))`. A group is the width along one axis of a piece at most.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    pieces: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
 class ViTSpec:
     """Everything needed to rebuild a compact model without its training code, except the weights.
 

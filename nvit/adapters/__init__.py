@@ -14,9 +14,10 @@ An adapter is a module with these functions; nothing outside `adapters/` knows a
 | `logits(model, images)` | `(class token's, distillation token's or None)` in any mode |
 | `preprocess(model)` | input size, mean, std, crop: how images are prepared for it |
 | `tokens(model)` | tokens in the residual stream |
-| `part(model, name)` | one part of a one-block model as a function, for the latency table |
-| `mlp_projections(model)` | matrices of hidden × stream width in an MLP |
-| `rest_macs_per_channel(model)` | multiply-accumulates outside the blocks, per channel of the stream |
+| `parts(model)` | the `Part`s whose latencies add up to a prepared model's |
+| `part_macs(model, part)` | a function of a part's widths: multiply-accumulates an image of one piece, multilinear |
+| `sample_spec(spec, part, widths)` | the spec of the smallest model that holds one piece of `part` at these widths |
+| `piece(model, part)` | that piece of such a model as a function, and the shape of its input without the batch |
 """
 
 from __future__ import annotations

@@ -43,7 +43,12 @@ class ScaledBlock(Prunable):
 
     def forward(self, x: Tensor, **attention: Any) -> Tensor:
         """One block's step along the stream `(batch, tokens, kept emb)`; `attention` is what the host's gets."""
-        x = x + self.drop_path1(self._scaled(self.gamma_1, self.attn(self.norm1(x), **attention)))
+        return self.mlp_step(self.attention_step(x, **attention))
+
+    def attention_step(self, x: Tensor, **attention: Any) -> Tensor:
+        return x + self.drop_path1(self._scaled(self.gamma_1, self.attn(self.norm1(x), **attention)))
+
+    def mlp_step(self, x: Tensor) -> Tensor:
         return x + self.drop_path2(self._scaled(self.gamma_2, self.mlp(self.norm2(x))))
 
     def _scaled(self, gamma: Tensor | None, x: Tensor) -> Tensor:

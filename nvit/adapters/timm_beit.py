@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,14 +12,16 @@ from timm.models.beit import Beit, Block, gen_relative_position_index
 from torch import Tensor, nn
 
 from ..modules import Attention, Prunable, StreamEntry
-from ..spec import BUNDLE_SIZES, BlockWidths, Group, ViTSpec
+from ..spec import BUNDLE_SIZES, BlockWidths, Group, Part, ViTSpec
 from . import timm_plain
 from .declare import fill_buffers_, with_axes
 from .scaled_block import ScaledBlock, block_refusal, scaled_block
 from .timm_layers import is_norm, mlp_ratio
 from .timm_plain import EMB, embedding_config, norm_config, norm_layer, prepare_output
+from .timm_plain import parts as parts
 from .timm_plain import preprocess as preprocess
 from .timm_plain import resize as resize
+from .timm_plain import sample_spec as sample_spec
 from .timm_plain import tokens as tokens
 
 ARCHITECTURES = {"Beit": Beit}
@@ -132,3 +134,16 @@ def build(spec: ViTSpec, device: str = "meta") -> nn.Module:
 def logits(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
     """`(batch, classes)` and no distillation token's."""
     return model(images), None
+
+
+def part_macs(model: nn.Module, part: Part) -> Callable[..., int]:
+    """Multiply-accumulates an image of one piece of `part`, as a function of its widths."""
+    return timm_plain.part_macs(model, part)
+
+
+def piece(model: nn.Module, part: Part) -> tuple[Callable[[Tensor], Tensor], tuple[int, ...]]:
+    """A part of a one-block model as a function, see `timm_plain.piece`."""
+    block = model.blocks[0]
+    shared = None if model.rel_pos_bias is None else model.rel_pos_bias()
+    attention = partial(block.attention_step, shared_rel_pos_bias=shared)
+    return timm_plain.piece(model, part, attention, block.mlp_step)

@@ -3,7 +3,8 @@ that are axial, learned or absent, and any pooling."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 
 from ..functional import Rotary
 from ..modules import Attention, Layout, Prunable, StreamEntry, head_layout
-from ..spec import BUNDLE_SIZES, BlockWidths, Group, ViTSpec
+from ..spec import BUNDLE_SIZES, BlockWidths, Group, Part, ViTSpec
 from . import timm_plain
 from .declare import fill_buffers_, with_axes
 from .scaled_block import ScaledBlock, block_refusal, scaled_block
 from .timm_layers import inner_norm, is_norm, is_norm_or_none, known, mlp_ratio
 from .timm_plain import EMB, embedding_config, norm_config, norm_layer, prepare_output, stream_norm
+from .timm_plain import parts as parts
 from .timm_plain import preprocess as preprocess
 from .timm_plain import resize as resize
 from .timm_plain import tokens as tokens
@@ -206,3 +208,24 @@ def build(spec: ViTSpec, device: str = "meta") -> nn.Module:
 def logits(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
     """`(batch, classes)` and no distillation token's."""
     return model(images), None
+
+
+def part_macs(model: nn.Module, part: Part) -> Callable[..., int]:
+    """Multiply-accumulates an image of one piece of `part`, as a function of its widths."""
+    return timm_plain.part_macs(model, part)
+
+
+def sample_spec(spec: ViTSpec, part: Part, widths: Sequence[int]) -> ViTSpec:
+    """The smallest model that holds one piece of `part` at these widths, see `timm_plain.sample_spec`."""
+    if part.name == "rest" and spec.config.get("rope_type") == "mixed":  # computes the angles of all blocks
+        return replace(spec, blocks=tuple(replace(b, emb=widths[0]) for b in spec.blocks))
+    return timm_plain.sample_spec(spec, part, widths)
+
+
+def piece(model: nn.Module, part: Part) -> tuple[Callable[[Tensor], Tensor], tuple[int, ...]]:
+    """A part of such a model as a function, see `timm_plain.piece`."""
+    block, rope = model.blocks[0], None
+    if model.rope is not None:
+        rope = model.rope.get_embed(shape=model.patch_embed.grid_size)
+        rope = rope[0] if isinstance(model.rope, RotaryEmbeddingMixed) else rope
+    return timm_plain.piece(model, part, partial(block.attention_step, rope=rope), block.mlp_step)

@@ -4,6 +4,7 @@ classifiers behind them."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,10 +13,10 @@ from timm.data import resolve_data_config
 from timm.layers import AttentionPoolLatent, PatchEmbed
 from torch import Tensor, nn
 
-from ..modules import StreamEntry
-from ..spec import BlockWidths, Group, ViTSpec
+from ..modules import GatedMlp, StreamEntry
+from ..spec import KINDS, BlockWidths, Group, Part, ViTSpec
 from .declare import Width, block_widths, collect, embedding_slices, norm, resize_layers
-from .pooling import LatentPool, latent_pool, pool_refusal
+from .pooling import LatentPool, latent_pool, pool_macs, pool_refusal
 from .timm_layers import NORMS, classifier, is_norm, is_norm_or_none, known, name_in
 
 EMB = {"emb": "emb"}
@@ -155,3 +156,53 @@ def resize(model: nn.Module, params: Mapping[str, Tensor], masks: Mapping[str, T
 def tokens(model: nn.Module) -> int:
     """Tokens in the residual stream at the model's own input size."""
     return model.patch_embed.num_patches + model.num_prefix_tokens
+
+
+def parts(model: nn.Module) -> tuple[Part, ...]:
+    """The attention and the MLP of every block, each with its norm and residual, and the rest of the model."""
+    every = range(len(model.blocks))
+    return (
+        Part("attention", ("emb", "heads", "qk_dim", "v_dim"), tuple((i,) * 4 for i in every)),
+        Part("mlp", ("emb", "mlp"), tuple((i, i) for i in every)),
+        Part("rest", ("emb",), ((0,),)),
+    )
+
+
+def part_macs(model: nn.Module, part: Part, *, pooled: int | None = None, classifiers: int = 1) -> Callable[..., int]:
+    """Multiply-accumulates an image of one piece of `part`, as a function of its widths.
+
+    Args:
+        pooled: tokens that attention pooling reads; None for all.
+        classifiers: how many read the stream.
+    """
+    length, block = tokens(model), model.blocks[0]
+    if part.name == "attention":
+        dims = block.attn.span("qk_dim")
+        return lambda emb, heads, qk, v: length * heads * (2 * emb + length) * (dims * qk + v)
+    if part.name == "mlp":
+        matrices = 3 if isinstance(block.mlp, GatedMlp) else 2
+        return lambda emb, hidden: length * matrices * emb * hidden
+    conv = model.patch_embed.proj.weight[0].numel() * model.patch_embed.num_patches
+    if isinstance(pool := getattr(model, "attn_pool", None), LatentPool):
+        per_channel, fixed = pool_macs(pool, pooled or length)
+        return lambda emb: (conv + per_channel) * emb + fixed + pool.out_features * model.num_classes
+    return lambda emb: (conv + classifiers * model.num_classes) * emb
+
+
+def sample_spec(spec: ViTSpec, part: Part, widths: Sequence[int]) -> ViTSpec:
+    """One block that has `widths` along the axes of `part`, and elsewhere the widest of the model."""
+    widest = BlockWidths(**{kind: max(getattr(b, kind) for b in spec.blocks) for kind in KINDS})
+    block = replace(widest, **dict(zip(part.kinds, widths, strict=True)))
+    return replace(spec, config={**spec.config, "depth": 1}, blocks=(block,))
+
+
+def piece(
+    model: nn.Module, part: Part, attention: Callable[[Tensor], Tensor], mlp: Callable[[Tensor], Tensor]
+) -> tuple[Callable[[Tensor], Tensor], tuple[int, ...]]:
+    """A part of a one-block model as a function, and the shape of its input: the first block's `attention` or `mlp`
+    with its norm and residual, stream to stream; or the `rest`, images to logits with no block in between, for which
+    `model` loses its blocks."""
+    if part.name != "rest":
+        return {"attention": attention, "mlp": mlp}[part.name], (tokens(model), model.embed_dim)
+    model.blocks = nn.Sequential()
+    return model, preprocess(model)["input_size"]

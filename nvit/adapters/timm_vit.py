@@ -13,8 +13,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from ..modules import Attention, GatedMlp, LayerScale, Layout, Prunable, StreamEntry
-from ..spec import BUNDLE_SIZES, BlockWidths, Group, ViTSpec
+from ..modules import Attention, LayerScale, Layout, Prunable, StreamEntry
+from ..spec import BUNDLE_SIZES, BlockWidths, Group, Part, ViTSpec
 from . import timm_plain
 from .declare import block_axes, with_axes
 from .timm_layers import (
@@ -33,8 +33,10 @@ from .timm_layers import (
     name_in,
 )
 from .timm_plain import EMB, embedding_config, norm_config, norm_layer, prepare_output, stream_norm
+from .timm_plain import parts as parts
 from .timm_plain import preprocess as preprocess
 from .timm_plain import resize as resize
+from .timm_plain import sample_spec as sample_spec
 from .timm_plain import tokens as tokens
 
 ARCHITECTURES = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled)}
@@ -179,25 +181,19 @@ def logits(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
     return model.head(model.head_drop(x[:, 0])), model.head_dist(model.head_drop(x[:, 1]))
 
 
-def part(model: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
-    """`attention` or `mlp` of the first block with its norm and residual, stream to stream; or the `rest`, images to
-    logits with no block in between."""
+def part_macs(model: nn.Module, part: Part) -> Callable[..., int]:
+    """Multiply-accumulates an image of one piece of `part`, as a function of its widths."""
+    pooled = tokens(model) if model.pool_include_prefix else model.patch_embed.num_patches
+    classifiers = 2 if isinstance(model, VisionTransformerDistilled) else 1
+    return timm_plain.part_macs(model, part, pooled=pooled, classifiers=classifiers)
+
+
+def piece(model: nn.Module, part: Part) -> tuple[Callable[[Tensor], Tensor], tuple[int, ...]]:
+    """A part of a one-block model as a function, see `timm_plain.piece`."""
     block = model.blocks[0]
-    if name == "attention":
-        return lambda x: x + block.ls1(block.attn(block.norm1(x)))
-    if name == "mlp":
-        return lambda x: x + block.ls2(block.mlp(block.norm2(x)))
-    model.blocks = nn.Sequential()
-    return model
-
-
-def mlp_projections(model: nn.Module) -> int:
-    """Matrices of hidden × stream width in an MLP: fc1 and fc2, or with a gate three."""
-    return 3 if isinstance(model.blocks[0].mlp, GatedMlp) else 2
-
-
-def rest_macs_per_channel(model: nn.Module) -> float:
-    """Multiply-accumulates an image outside the blocks, per channel of the stream: patch embedding and classifiers."""
-    conv = model.patch_embed.proj.weight[0].numel() * model.patch_embed.num_patches
-    heads = 2 if isinstance(model, VisionTransformerDistilled) else 1
-    return conv + heads * model.num_classes
+    return timm_plain.piece(
+        model,
+        part,
+        attention=lambda x: x + block.ls1(block.attn(block.norm1(x))),
+        mlp=lambda x: x + block.ls2(block.mlp(block.norm2(x))),
+    )
