@@ -4,7 +4,6 @@ classifiers behind them."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,8 @@ from timm.layers import AttentionPoolLatent, PatchEmbed
 from torch import Tensor, nn
 
 from ..modules import GatedMlp, StreamEntry
-from ..spec import KINDS, BlockWidths, Group, Part, ViTSpec
+from ..spec import BlockWidths, Group, Part, ViTSpec
+from . import plain
 from .declare import Width, block_widths, collect, embedding_slices, norm, resize_layers
 from .pooling import LatentPool, latent_pool, pool_macs, pool_refusal
 from .timm_layers import NORMS, classifier, is_norm, is_norm_or_none, known, name_in
@@ -160,12 +160,7 @@ def tokens(model: nn.Module) -> int:
 
 def parts(model: nn.Module) -> tuple[Part, ...]:
     """The attention and the MLP of every block, each with its norm and residual, and the rest of the model."""
-    every = range(len(model.blocks))
-    return (
-        Part("attention", ("emb", "heads", "qk_dim", "v_dim"), tuple((i,) * 4 for i in every)),
-        Part("mlp", ("emb", "mlp"), tuple((i, i) for i in every)),
-        Part("rest", ("emb",), ((0,),)),
-    )
+    return plain.parts(len(model.blocks))
 
 
 def part_macs(model: nn.Module, part: Part, *, pooled: int | None = None, classifiers: int = 1) -> Callable[..., int]:
@@ -177,11 +172,10 @@ def part_macs(model: nn.Module, part: Part, *, pooled: int | None = None, classi
     """
     length, block = tokens(model), model.blocks[0]
     if part.name == "attention":
-        dims = block.attn.span("qk_dim")
-        return lambda emb, heads, qk, v: length * heads * (2 * emb + length) * (dims * qk + v)
+        macs, dims = plain.attention_macs(length), block.attn.span("qk_dim")
+        return lambda emb, heads, qk, v: macs(emb, heads, dims * qk, v)
     if part.name == "mlp":
-        matrices = 3 if isinstance(block.mlp, GatedMlp) else 2
-        return lambda emb, hidden: length * matrices * emb * hidden
+        return plain.mlp_macs(length, 3 if isinstance(block.mlp, GatedMlp) else 2)
     conv = model.patch_embed.proj.weight[0].numel() * model.patch_embed.num_patches
     if isinstance(pool := getattr(model, "attn_pool", None), LatentPool):
         per_channel, fixed = pool_macs(pool, pooled or length)
@@ -191,9 +185,7 @@ def part_macs(model: nn.Module, part: Part, *, pooled: int | None = None, classi
 
 def sample_spec(spec: ViTSpec, part: Part, widths: Sequence[int]) -> ViTSpec:
     """One block that has `widths` along the axes of `part`, and elsewhere the widest of the model."""
-    widest = BlockWidths(**{kind: max(getattr(b, kind) for b in spec.blocks) for kind in KINDS})
-    block = replace(widest, **dict(zip(part.kinds, widths, strict=True)))
-    return replace(spec, config={**spec.config, "depth": 1}, blocks=(block,))
+    return plain.sample_spec(spec, part, widths, depth=1)
 
 
 def piece(
