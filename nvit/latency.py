@@ -367,7 +367,7 @@ def _measure_parts(adapter, spec, parts, axes, batch_size, device, dtype, second
     weights.mul_(0.02)
     for model in models:
         params = {n: weights[: p.numel()].view(p.shape) for n, p in model.named_parameters()}
-        adapter.resize(model, params, full_masks(adapter.groups(model)))
+        adapter.resize(model, params, full_masks(adapter.groups(model))).to(dtype)
     runs = [(models[0], spec.preprocess["input_size"])]
     runs += [adapter.piece(model, part) for model, (part, _) in zip(models[1:], points, strict=True)]
     inputs = torch.randn(batch_size * max(math.prod(shape) for _, shape in runs), device=device, dtype=dtype)
