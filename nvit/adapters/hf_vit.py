@@ -94,6 +94,7 @@ def _version(transformers: ModuleType) -> str | None:
 
 
 def library() -> ModuleType:
+    """transformers itself, imported now; errors as in `build`."""
     try:
         import transformers
     except ModuleNotFoundError:
