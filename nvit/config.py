@@ -81,6 +81,9 @@ class PruneConfig(TrainingConfig):
     ] = "true"
     only: Annotated[tuple[str, ...], _help(f"kinds to prune, of {', '.join(KINDS)}; all if empty")] = ()
     freeze: Annotated[tuple[str, ...], _help("groups to leave alone, as 'blocks.0.*'")] = ()
+    stages: Annotated[
+        tuple[int, ...], _help("stages of a hierarchical model to prune, from 0, as 2 for Swin's longest; all if empty")
+    ] = ()
     bundle_emb: Annotated[int, _help("channels of the stream that leave together")] = BUNDLE_SIZES["emb"]
     bundle_heads: Annotated[int, _help("heads that leave together")] = BUNDLE_SIZES["heads"]
     bundle_qk: Annotated[int, _help("query/key dims that leave together")] = BUNDLE_SIZES["qk_dim"]

@@ -64,7 +64,7 @@ def macs(model: nn.Module, input_size: tuple[int, ...]) -> int:
     """Multiply-accumulates of one image, by torch's FLOP counter on the meta device."""
     with FlopCounterMode(display=False) as counter:
         # Frozen: the counter's hooks stumble over a parameter that goes into a module as its input.
-        meta_copy(model).eval().requires_grad_(False)(torch.empty(1, *input_size, device="meta"))
+        meta_copy(model).to("meta").eval().requires_grad_(False)(torch.empty(1, *input_size, device="meta"))
     return counter.get_total_flops() // 2
 
 

@@ -27,13 +27,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import hf_vit, timm_vit
+from . import hf_vit, timm_beit, timm_eva, timm_swin, timm_vit
 
-FAMILIES: dict[str, ModuleType] = {"timm_vit": timm_vit, "hf_vit": hf_vit}
+FAMILIES: dict[str, ModuleType] = {
+    "timm_vit": timm_vit,
+    "timm_swin": timm_swin,
+    "timm_eva": timm_eva,
+    "timm_beit": timm_beit,
+    "hf_vit": hf_vit,
+}
 
 SUPPORTED = (
-    "timm's VisionTransformer (ViT, DeiT, DINOv2, CLIP, SigLIP and alike); Hugging Face's ViT, DeiT and DINOv2 for "
-    "image classification; docs/models.md lists them."
+    "timm's VisionTransformer (ViT, DeiT, DINOv2, CLIP, SigLIP and alike), SwinTransformer, Eva (EVA02, DINOv3, PE and "
+    "alike) and Beit; Hugging Face's ViT, DeiT and DINOv2 for image classification; docs/models.md lists them."
 )
 
 

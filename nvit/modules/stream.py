@@ -169,7 +169,8 @@ class Linear(Prunable):
                 yield axis, replace(s, scored=self.reads_stream)
         if self.outputs is not None:
             for name, p in self.named_parameters():
-                yield from dim_slices(name, tuple(p.shape), 0, self.outputs)
+                for axis, s in dim_slices(name, tuple(p.shape), 0, self.outputs):
+                    yield axis, replace(s, published=True)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.tap is not None and self.reads_stream:
