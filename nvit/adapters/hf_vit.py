@@ -94,6 +94,7 @@ def _version(transformers: ModuleType) -> str | None:
 
 
 def library() -> ModuleType:
+    """transformers itself, imported now; errors as in `build`."""
     try:
         import transformers
     except ModuleNotFoundError:
@@ -227,9 +228,9 @@ def groups(model: nn.Module, bundle_sizes: Mapping[str, int] = BUNDLE_SIZES) -> 
 
 def _config(model: nn.Module) -> dict[str, Any]:
     """The model's config as its JSON file holds it, without what follows from the rest."""
-    plain = json.loads(model.config.to_json_string())
+    saved = json.loads(model.config.to_json_string())
     derived = ("architectures", "dtype", "out_features", "out_indices", "stage_names", "transformers_version")
-    return {key: value for key, value in plain.items() if key not in derived}
+    return {key: value for key, value in saved.items() if key not in derived}
 
 
 def preprocess(model: nn.Module) -> dict[str, Any]:
@@ -250,10 +251,10 @@ def preprocess(model: nn.Module) -> dict[str, Any]:
 
 def spec(model: nn.Module, blocks: Sequence[BlockWidths]) -> ViTSpec:
     """The spec of a prepared model at these widths."""
-    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in preprocess(model).items()}
+    images = {k: list(v) if isinstance(v, tuple) else v for k, v in preprocess(model).items()}
     architecture = type(model).__name__
     name = model.config.name_or_path or architecture
-    return ViTSpec("hf_vit", architecture, model.dense_config, tuple(blocks), plain, name)
+    return ViTSpec("hf_vit", architecture, model.dense_config, tuple(blocks), images, name)
 
 
 def dense(architecture: str, config: Mapping[str, Any], device: str) -> nn.Module:
