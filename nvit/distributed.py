@@ -9,11 +9,12 @@ from __future__ import annotations
 import copy
 import math
 import os
+import re
 import signal
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -58,10 +59,12 @@ def leave() -> None:
     """Wait for rank 0, which may still be evaluating, and part."""
     if not dist.is_initialized() or _store is None:
         return
-    if rank() == 0:
-        _store.set("nvit/end", "1")
-    else:
-        _store.wait(["nvit/end"], LAST_WAIT)
+    with suppress(RuntimeError):  # whoever is gone already has ended as well
+        if main():
+            _store.set("nvit/end", "1")
+        else:
+            _store.wait(["nvit/end"], LAST_WAIT)
+        dist.all_reduce(torch.zeros(1))  # rank 0 may be keeping the store that the others have just read
     dist.destroy_process_group()
 
 
@@ -352,12 +355,13 @@ def watch() -> Iterator[None]:
     try:
         yield
     except RuntimeError as e:
-        text = str(e).lower()
-        if world() == 1 or not (isinstance(e, dist.DistError) or any(word in text for word in _LOSS)):
+        text = str(e)
+        if world() == 1 or not (isinstance(e, dist.DistError) or any(word in text.lower() for word in _LOSS)):
             raise
+        cause = re.sub(r"^\[[^]]*\] *", "", text.splitlines()[0]).partition(". ")[0]
         raise RankLost(
-            f"rank {rank()} lost another of {world()} ranks; the same command with --resume goes on, with any number "
-            f"of ranks ({text.splitlines()[0][:120]})"
+            f"rank {rank()} lost another of {world()} ranks ({cause}); the same command with --resume goes on, with "
+            "any number of ranks"
         ) from e
 
 

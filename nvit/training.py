@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -59,7 +60,9 @@ class Trainer:
         decay = {"lr": self.base_lr, "weight_decay": config.weight_decay}
         optimizer = create_optimizer_v2(self.call.model, opt=config.optimizer, **decay)
         # Accelerate shards on GPUs alone; ours are shards already.
-        self.network = self.call if self.sharded else self.accelerator.prepare(self.call)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 has another word for broadcast_buffers
+            self.network = self.call if self.sharded else self.accelerator.prepare(self.call)
         self.optimizer = self.accelerator.prepare(optimizer)
         self._ending = distributed.Ending()
         self.mixup = None
