@@ -43,8 +43,8 @@ VARIANTS = {
 """Recipes that must decide alike on any number of ranks; in fp64, so that the order of a sum decides nothing."""
 PLAYED = {
     1: [f"{v}-copies" for v in VARIANTS],
-    2: [f"{v}-{w}" for v in VARIANTS for w in ("copies", "shards")],
-    4: ["train-copies", "train-shards", "frozen-copies", "shot_hessian-shards"],
+    2: [f"{v}-copies" for v in VARIANTS] + [f"{v}-shards" for v in VARIANTS if v not in ("frozen", "shot_abs")],
+    4: ["train-copies", "train-shards", "frozen-copies"],
 }
 """By number of ranks, the variants played, with a copy of the weights on each rank or with shards."""
 
