@@ -2,13 +2,12 @@
 
     python docs/make_models_page.py
 
-Models are built without weights and two blocks deep: what an adapter looks at does not depend on depth.
+Models are built without weights and few blocks deep: what an adapter looks at does not depend on depth.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import timm
@@ -17,52 +16,51 @@ from torch import nn
 
 from nvit import adapters
 
-MODULES = ("deit", "vision_transformer")
-"""The modules under `timm.models` that the adapters were written for."""
+MODULES: dict[str, dict] = {
+    "deit": {"depth": 2},
+    "vision_transformer": {"depth": 2},
+}
+"""The modules under `timm.models` that the adapters were written for, and what makes their models shallow."""
 
 PAGE = Path(__file__).with_name("models.md")
 
 HEADER = """# Supported models
 
-Every entrypoint of `timm.models.{modules}` in timm {timm}. {supported} of {total}
+Every entrypoint of {modules} in timm {timm}. {supported} of {total}
 can be pruned. The others are refused with the reason in the last column; so is any model of another family.
 Written by `docs/make_models_page.py`.
+"""
+TABLE = """
+## timm.models.{module}: {supported} of {total}
 
 | entrypoint | supported | reason |
 |---|---|---|
 """
 
 
-def entrypoints() -> list[str]:
-    """Names of all models of `MODULES`, without their pretrained tags."""
-    return sorted({name for module in MODULES for name in timm.list_models(module=module)})
+def entrypoints() -> dict[str, str]:
+    """Names of all models of `MODULES`, without their pretrained tags, and the module of each."""
+    return {name: module for module in MODULES for name in sorted(set(timm.list_models(module=module)))}
 
 
-def skeleton(name: str) -> nn.Module:
-    """A timm model of two blocks without weights."""
+def skeleton(name: str, **more) -> nn.Module:
+    """A shallow timm model without weights."""
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return timm.create_model(name, depth=2)
+        return timm.create_model(name, **MODULES[entrypoints()[name]] | more)
 
 
-def refusal(model: nn.Module) -> str | None:
-    """Why no adapter takes the model, or None."""
-    reasons = [adapter.refusal(model) for adapter in adapters.FAMILIES.values()]
-    return None if None in reasons else "; ".join(reasons)
-
-
-def rows() -> Iterator[tuple[str, str | None]]:
-    """Entrypoint and refusal."""
-    for name in entrypoints():
-        yield name, refusal(skeleton(name))
-
-
-def page(found: list[tuple[str, str | None]]) -> str:
-    supported = sum(reason is None for _, reason in found)
-    modules = "` and `timm.models.".join(MODULES)
-    text = HEADER.format(modules=modules, timm=timm.__version__, supported=supported, total=len(found))
-    return text + "".join(f"| `{name}` | {'no' if reason else 'yes'} | {reason or ''} |\n" for name, reason in found)
+def page(refusals: dict[str, str | None]) -> str:
+    """The page for these refusals by entrypoint, None for a supported one."""
+    modules = entrypoints()
+    counts = {"supported": sum(reason is None for reason in refusals.values()), "total": len(refusals)}
+    text = HEADER.format(modules=", ".join(f"`timm.models.{m}`" for m in MODULES), timm=timm.__version__, **counts)
+    for module in MODULES:
+        mine = {name: reason for name, reason in refusals.items() if modules[name] == module}
+        text += TABLE.format(module=module, supported=sum(r is None for r in mine.values()), total=len(mine))
+        text += "".join(f"| `{n}` | {'no' if reason else 'yes'} | {reason or ''} |\n" for n, reason in mine.items())
+    return text
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(list(rows())))
+    PAGE.write_text(page({name: adapters.refusal(skeleton(name)) for name in entrypoints()}))

@@ -62,7 +62,8 @@ def parameters(model: nn.Module) -> int:
 def macs(model: nn.Module, input_size: tuple[int, ...]) -> int:
     """Multiply-accumulates of one image, by torch's FLOP counter on the meta device."""
     with FlopCounterMode(display=False) as counter:
-        meta_copy(model).eval()(torch.empty(1, *input_size, device="meta"))
+        # Frozen: the counter's hooks stumble over a parameter that goes into a module as its input.
+        meta_copy(model).eval().requires_grad_(False)(torch.empty(1, *input_size, device="meta"))
     return counter.get_total_flops() // 2
 
 

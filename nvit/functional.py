@@ -5,14 +5,16 @@ one dimension of a weight; `None` means all of it. Masked weights keep their den
 kept part and multiplies densely, so that its cost follows what is kept and its gradients are exactly zero elsewhere.
 The stream itself carries kept channels only, from `enter_stream` to the classifier.
 
-A tap, where one is given, is called as `tap(kind, activation)` on the activation where units of that kind leave the
-network and returns it unchanged; `nvit.saliency` uses it to read gate gradients in the backward pass.
+A tap, where one is given, is called as `tap(kind, activation, axis)` on the activation where units of that kind leave
+the network, units counted along `axis` (negative), and returns it unchanged; `nvit.saliency` uses it to read gate
+gradients in the backward pass. The first dimension is the image.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
 
@@ -20,7 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Tap = Callable[[str, Tensor], Tensor]
+Tap = Callable[[str, Tensor, int], Tensor]
+
+Projection = tuple[Tensor, Tensor | None, Tensor | None]
+"""Weight `(out, in)` and bias of a linear layer, and its kept rows."""
 
 _kernels_on = True
 
@@ -87,9 +92,19 @@ def enter_stream(x: Tensor, emb: Tensor | None) -> Tensor:
     return x if emb is None else x.index_select(-1, emb)
 
 
-def kept_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, emb: Tensor | None, eps: float) -> Tensor:
-    """LayerNorm whose statistics count kept channels only; `x` `(..., kept emb)`, `weight`, `bias` `(dense emb,)`."""
-    weight, bias = take(weight, emb), None if bias is None else take(bias, emb)
+def kept_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor | None, eps: float, *, rms: bool = False
+) -> Tensor:
+    """LayerNorm, or RMSNorm, whose statistics count kept channels only.
+
+    Args:
+        x: `(..., kept)`.
+        weight, bias: `(dense,)`.
+        kept: kept channels of the weight.
+    """
+    weight, bias = take(weight, kept), None if bias is None else take(bias, kept)
+    if rms:
+        return F.rms_norm(x, (x.shape[-1],), weight, eps)
     if kernels := _kernels(x):
         return kernels.kept_layer_norm(x, weight, bias, eps=eps)
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
@@ -100,10 +115,49 @@ def layer_scale(x: Tensor, gamma: Tensor, emb: Tensor | None) -> Tensor:
     return x * take(gamma, emb)
 
 
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary position embedding: dims come in pairs that turn by an angle of the token's place.
+
+    Attributes:
+        sin, cos: `(tokens, dims)` or broadcastable to `(batch, heads, tokens, dims)`, alike for both of a pair.
+        prefix: so many tokens at the front have no place.
+    """
+
+    sin: Tensor
+    cos: Tensor
+    prefix: int = 0
+
+    def of(self, dims: Tensor | None) -> Rotary:
+        """The same for kept dims; None keeps all."""
+        return self if dims is None else Rotary(self.sin[..., dims], self.cos[..., dims], self.prefix)
+
+    def __call__(self, x: Tensor, pairs: str) -> Tensor:
+        """Turn `x` `(batch, heads, tokens, dims)`; pairs are `interleaved` (neighbours) or `half` a head apart."""
+        still, x = x[..., : self.prefix, :], x[..., self.prefix :, :]
+        if pairs == "half":
+            first, second = x.chunk(2, dim=-1)
+            turned = torch.cat([-second, first], dim=-1)
+        else:
+            turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+        return torch.cat([still, (x * self.cos + turned * self.sin).to(x.dtype)], dim=-2)
+
+
+def tap_windows(tap: Tap, windows: int) -> Tap:
+    """A tap for activations of `(batch · windows, …)`: the first dimension is the image again."""
+    return lambda kind, x, axis: tap(kind, x.unflatten(0, (-1, windows)), axis).flatten(0, 1)
+
+
+def _tap_queries(tap: Tap, q: Tensor, pairs: str | None) -> Tensor:
+    if pairs is None:
+        return tap("qk_dim", q, -1)
+    shape, axis = ((2, -1), -1) if pairs == "half" else ((-1, 2), -2)
+    return tap("qk_dim", q.unflatten(-1, shape), axis).flatten(-2)
+
+
 def attention(
     x: Tensor,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
+    inputs: Sequence[Projection],
     proj_weight: Tensor,
     proj_bias: Tensor | None,
     *,
@@ -112,10 +166,13 @@ def attention(
     v_dim: int,
     scale: float,
     emb: Tensor | None = None,
-    qkv_rows: Tensor | None = None,
     proj_cols: Tensor | None = None,
     q_norm: Callable[[Tensor], Tensor] | None = None,
     k_norm: Callable[[Tensor], Tensor] | None = None,
+    norm: Callable[[Tensor], Tensor] | None = None,
+    gate: Projection | None = None,
+    rope: Rotary | None = None,
+    pairs: str | None = None,
     attn_mask: Tensor | None = None,
     dropout: float = 0.0,
     tap: Tap | None = None,
@@ -124,30 +181,40 @@ def attention(
 
     Args:
         x: `(batch, tokens, kept emb)`.
-        qkv_weight: `(heads·(2·qk + v), emb)` dense; rows are all queries, then keys, then values, head by head.
+        inputs: one projection to all queries, then keys, then values, head by head, `(heads·(2·qk + v), emb)` dense; or
+            one to each.
         proj_weight: `(emb, heads·v)` dense.
         heads, qk_dim, v_dim: how many are kept.
         scale: of the logits; the dense model's, whatever is kept.
-        emb, qkv_rows, proj_cols: kept channels, kept rows of qkv, kept columns of proj.
+        emb, proj_cols: kept channels, kept columns of proj.
         q_norm, k_norm: norms over the kept dims of every head, `(batch, tokens, heads, qk)` to the same shape. The
             tap sees queries after theirs, so that removing a unit is measured on what the keys meet.
+        norm: over all heads' outputs together, `(batch, tokens, heads·v)` to the same shape.
+        gate: a projection of `x` whose sigmoid multiplies the heads' outputs, after their norm.
+        rope, pairs: turn queries and keys, after their norms, see `Rotary`.
         attn_mask: additive or boolean, broadcastable to `(batch, heads, tokens, tokens)`.
 
     Returns:
         `(batch, tokens, kept emb)`.
     """
     batch, tokens, _ = x.shape
-    qkv = linear(x, qkv_weight, qkv_bias, qkv_rows, emb)
-    parts = qkv.split((heads * qk_dim, heads * qk_dim, heads * v_dim), dim=-1)
-    q, k, v = (p.view(batch, tokens, heads, -1) for p in parts)
+    parts = [linear(x, weight, bias, rows, emb) for weight, bias, rows in inputs]
+    if len(parts) == 1:
+        parts = parts[0].split((heads * qk_dim, heads * qk_dim, heads * v_dim), dim=-1)
+    q, k, v = (p.unflatten(-1, (heads, -1)) for p in parts)
     q, k = q if q_norm is None else q_norm(q), k if k_norm is None else k_norm(k)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if rope is not None:
+        q, k = rope(q, pairs), rope(k, pairs)
     if tap is not None:
-        q = tap("qk_dim", q)
-    out = _attend(q, k, v, scale, attn_mask, dropout)
+        q = _tap_queries(tap, q, pairs)
+    out = _attend(q, k, v, scale, attn_mask, dropout).transpose(1, 2).reshape(batch, tokens, heads * v_dim)
+    out = out if norm is None else norm(out)
+    if gate is not None:
+        weight, bias, rows = gate
+        out = out * linear(x, weight, bias, rows, emb).sigmoid()
     if tap is not None:
-        out = tap("v_dim", tap("heads", out))
-    out = out.transpose(1, 2).reshape(batch, tokens, heads * v_dim)
+        out = tap("v_dim", tap("heads", out.unflatten(-1, (heads, -1)), -2), -1).flatten(-2)
     return linear(out, proj_weight, proj_bias, emb, proj_cols)
 
 
@@ -198,6 +265,7 @@ def gated_mlp(
     emb: Tensor | None = None,
     first_rows: Tensor | None = None,
     hidden: Tensor | None = None,
+    norm: Callable[[Tensor], Tensor] | None = None,
     dropout: float = 0.0,
     tap: Tap | None = None,
 ) -> Tensor:
@@ -208,17 +276,24 @@ def gated_mlp(
         gate_last: the value is packed before the gate.
         first_rows: kept rows of each weight in `first`.
         hidden: kept columns of fc2.
+        norm: over the hidden units; the tap sees them after it.
     """
     parts = [linear(x, weight, bias, first_rows, emb) for weight, bias in first]
     gate, value = parts if len(parts) == 2 else parts[0].chunk(2, dim=-1)
     if gate_last:
         gate, value = value, gate
     h = act(gate) * value
+    return _last(h, fc2_weight, fc2_bias, emb, hidden, norm, dropout, tap)
+
+
+def _last(h, weight, bias, emb, hidden, norm, dropout, tap) -> Tensor:
+    """From kept hidden units back to the stream."""
     if dropout:
         h = F.dropout(h, dropout)
+    h = h if norm is None else norm(h)
     if tap is not None:
-        h = tap("mlp", h)
-    return linear(h, fc2_weight, fc2_bias, emb, hidden)
+        h = tap("mlp", h, -1)
+    return linear(h, weight, bias, emb, hidden)
 
 
 def _is_exact_gelu(act: Callable[[Tensor], Tensor]) -> bool:
@@ -235,19 +310,16 @@ def mlp(
     *,
     emb: Tensor | None = None,
     hidden: Tensor | None = None,
+    norm: Callable[[Tensor], Tensor] | None = None,
     dropout: float = 0.0,
     tap: Tap | None = None,
 ) -> Tensor:
     """fc1, activation, fc2 over kept hidden units: `(batch, tokens, kept emb)` to the same shape."""
-    if tap is None and not dropout and _is_exact_gelu(act):
+    if tap is None and norm is None and not dropout and _is_exact_gelu(act):
         width = fc1_weight.shape[0] if hidden is None else len(hidden)
         if kernels := _kernels(x, x.shape[-1], width):
             first = take(fc1_weight, hidden, emb), None if fc1_bias is None else take(fc1_bias, hidden)
             second = take(fc2_weight, emb, hidden), None if fc2_bias is None else take(fc2_bias, emb)
             return kernels.mlp(x, *first, *second)
     h = act(linear(x, fc1_weight, fc1_bias, hidden, emb))
-    if dropout:
-        h = F.dropout(h, dropout)
-    if tap is not None:
-        h = tap("mlp", h)
-    return linear(h, fc2_weight, fc2_bias, emb, hidden)
+    return _last(h, fc2_weight, fc2_bias, emb, hidden, norm, dropout, tap)

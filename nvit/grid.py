@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.interpolate import RegularGridInterpolator
-
-from .spec import KINDS
 
 
 def made_monotone(values: np.ndarray) -> np.ndarray:
@@ -21,36 +19,42 @@ def made_monotone(values: np.ndarray) -> np.ndarray:
 
 
 class Grid:
-    """Values on a grid of widths, monotone along every axis, interpolated linearly between points."""
+    """Values on a grid of widths, monotone along every axis, interpolated linearly between points.
 
-    def __init__(self, axes: Mapping[str, Sequence[int]], values: np.ndarray) -> None:
-        self.axes, self.values = {k: [int(v) for v in a] for k, a in axes.items()}, np.asarray(values, dtype=float)
-        self.columns = [KINDS.index(kind) for kind in axes]
+    Args:
+        kinds: what each axis is the width of, for messages.
+        axes: ascending points of each axis.
+        values: one dimension an axis.
+    """
+
+    def __init__(self, kinds: Sequence[str], axes: Sequence[Sequence[int]], values: np.ndarray) -> None:
+        self.kinds, self.axes = tuple(kinds), [[int(v) for v in a] for a in axes]
+        self.values = np.asarray(values, dtype=float)
         monotone = self.monotone = made_monotone(self.values)
         # An axis with one point is constant there; the interpolator wants two.
-        points = [a if len(a) > 1 else [a[0], a[0] + 1] for a in self.axes.values()]
-        for d, a in enumerate(self.axes.values()):
+        points = [a if len(a) > 1 else [a[0], a[0] + 1] for a in self.axes]
+        for d, a in enumerate(self.axes):
             monotone = monotone if len(a) > 1 else np.repeat(monotone, 2, axis=d)
         self._at = RegularGridInterpolator(points, monotone, method="linear", bounds_error=True)
 
     def __call__(self, widths: np.ndarray) -> np.ndarray:
+        """Values at `widths` `(..., axes)`; returns `(...)`."""
         try:
-            return self._at(widths[..., self.columns])
+            return self._at(widths)
         except ValueError:
-            for kind, column in zip(self.axes, self.columns, strict=True):
-                low, high = self.axes[kind][0], self.axes[kind][-1]
-                found = widths[..., column]
-                if found.min() < low or found.max() > high:
+            for d, (kind, points) in enumerate(zip(self.kinds, self.axes, strict=True)):
+                found = widths[..., d]
+                if found.min() < points[0] or found.max() > points[-1]:
                     raise ValueError(
-                        f"{kind} width {found.min()}..{found.max()} lies outside the latency table's {low}..{high}. "
-                        "Measure a table for this model and these bundle sizes."
+                        f"{kind} width {found.min()}..{found.max()} lies outside the latency table's "
+                        f"{points[0]}..{points[-1]}. Measure a table for this model and these bundle sizes."
                     ) from None
             raise
 
-    def shares(self, kind: str, widths: np.ndarray) -> np.ndarray:
+    def shares(self, axis: int, widths: np.ndarray) -> np.ndarray:
         """How much each point of one axis counts at `widths` `(...)`: `(..., points)`, adding up to 1.
 
         Multilinear interpolation is the contraction of `monotone` with one such row per axis.
         """
-        points = self.axes[kind]
+        points = self.axes[axis]
         return np.stack([np.interp(widths, points, unit) for unit in np.eye(len(points))], -1)

@@ -1,9 +1,10 @@
 """Latency as a table of widths, measured on the user's device; the only stopwatch in nvit.
 
-A model is the sum of its blocks' attention parts (emb, heads, qk_dim, v_dim), their MLP parts (emb, mlp) and the rest
-(embedding, final norm, classifier: emb). Each is measured on a grid and interpolated multilinearly, as the work itself
-is multilinear in the widths. The whole dense model is timed in the same rounds, and all parts are scaled alike so that
-they add up to it: timed alone, a part pays for a launch that a model hides.
+A model is the sum of its parts' pieces: in a ViT the blocks' attentions (emb, heads, qk_dim, v_dim), their MLPs
+(emb, mlp) and the rest (embedding, final norm, classifier: emb). Each part is measured on a grid of its widths and
+interpolated multilinearly, as the work itself is multilinear in them. The whole dense model is timed in the same
+rounds, and all parts are scaled alike so that they add up to it: timed alone, a part pays for a launch that a model
+hides.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import math
 import os
 import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +32,7 @@ from . import adapters
 from .files import write_atomically
 from .grid import Grid
 from .masks import compact, full_masks, meta_copy, widths
-from .spec import BUNDLE_SIZES, KINDS, BlockWidths, ViTSpec
-
-PARTS = {"attention": ("emb", "heads", "qk_dim", "v_dim"), "mlp": ("emb", "mlp"), "rest": ("emb",)}
-"""The widths that the latency of each part depends on."""
-
-_PART_OF = {"emb": "rest", "heads": "attention", "qk_dim": "attention", "v_dim": "attention", "mlp": "mlp"}
+from .spec import BUNDLE_SIZES, KINDS, BlockWidths, Part, ViTSpec, block_widths
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
@@ -129,49 +127,61 @@ class LatencyTable:
     """Milliseconds by widths, for one setting.
 
     Attributes:
-        setting: device, dtype, batch, tokens, threads and versions it was measured with; None for an analytic table.
+        parts: what the model consists of.
+        grids: milliseconds of one piece by its widths, for every part by name.
+        at: where the widths of every piece are found in `widths.reshape(-1)`, `(pieces, axes)`, by part.
         dense: the blocks of the model it was made for.
         dense_ms: their latency by this table.
-        grids: a grid per part of `PARTS`.
+        setting: device, dtype, batch, tokens, threads and versions it was measured with; None for an analytic table.
+
+    Raises:
+        ValueError: parts that do not fit the blocks, or leave out a width.
     """
 
     def __init__(
         self,
-        grids: Mapping[str, tuple[Mapping[str, Sequence[int]], np.ndarray]],
+        parts: Sequence[Part],
+        grids: Mapping[str, Grid],
         dense: Sequence[BlockWidths],
         setting: Setting | None,
     ) -> None:
-        self.setting, self.dense = setting, tuple(dense)
-        self.grids = {part: Grid(*grids[part]) for part in PARTS}
+        self.parts, self.grids, self.dense, self.setting = tuple(parts), dict(grids), tuple(dense), setting
+        self.at = {part.name: _at(part, len(self.dense)) for part in self.parts}
+        left_out = set(range(len(self.dense) * len(KINDS))).difference(*(at.flat for at in self.at.values()))
+        if left_out:
+            block, kind = divmod(min(left_out), len(KINDS))
+            raise ValueError(f"no part of the latency table depends on {KINDS[kind]} of block {block}")
         self.dense_ms = self.model_ms(self.dense)
 
-    def block_ms(self, widths: np.ndarray) -> np.ndarray:
-        """Milliseconds of blocks with `widths` `(..., 5)` in the order of `KINDS`; returns `(...)`."""
-        return self.grids["attention"](widths) + self.grids["mlp"](widths)
-
-    def rest_ms(self, emb: np.ndarray) -> np.ndarray:
-        """Milliseconds of everything but the blocks, by stream width `(...)`."""
-        widths = np.zeros((*np.shape(emb), len(KINDS)), dtype=int)
-        widths[..., KINDS.index("emb")] = emb
-        return self.grids["rest"](widths)
+    def ms(self, widths: np.ndarray) -> float:
+        """Milliseconds of a model whose blocks have `widths` `(blocks, 5)`, in the order of `KINDS`."""
+        flat = widths.reshape(-1)
+        return float(sum(self.grids[name](flat[at]).sum() for name, at in self.at.items()))
 
     def model_ms(self, blocks: Sequence[BlockWidths]) -> float:
         """Milliseconds of a model with these blocks."""
-        widths = np.array([[getattr(b, kind) for kind in KINDS] for b in blocks])
-        return float(self.block_ms(widths).sum() + self.rest_ms(widths[:1, 0])[0])
+        return self.ms(width_array(blocks))
 
     def ratio(self, blocks: Sequence[BlockWidths]) -> float:
         """Predicted latency of `blocks` as a fraction of the dense model's."""
         return self.model_ms(blocks) / self.dense_ms
 
     def slopes(self) -> dict[str, float]:
-        """Milliseconds saved per unit of each kind, mean over the range, all blocks for `emb` (paper's Table 5)."""
-        found = {}
-        for kind in KINDS:
-            low = [replace(b, **{kind: self.grids[_PART_OF[kind]].axes[kind][0]}) for b in self.dense]
-            units = sum(getattr(b, kind) - getattr(s, kind) for b, s in zip(self.dense, low, strict=True))
-            per_unit = (self.dense_ms - self.model_ms(low)) / units if units else 0.0
-            found[f"ms_per_{kind}"] = per_unit * len(self.dense) if kind == "emb" else per_unit
+        """Milliseconds saved per unit of each kind, mean over the range (paper's Table 5).
+
+        A unit of `emb` leaves every block at once: where streams differ in width, the saving of all that can leave is
+        divided by their mean number over blocks.
+        """
+        dense, found = width_array(self.dense), {}
+        least = np.zeros_like(dense)
+        for name, at in self.at.items():
+            for places, points in zip(at.T, self.grids[name].axes, strict=True):
+                least.flat[places] = np.maximum(least.flat[places], points[0])
+        for column, kind in enumerate(KINDS):
+            low = dense.copy()
+            low[:, column] = least[:, column]
+            units = (dense - low).sum() / (len(dense) if kind == "emb" else 1)
+            found[f"ms_per_{kind}"] = (self.dense_ms - self.ms(low)) / units if units else 0.0
         return found
 
     def check(self, setting: Setting, dense: Sequence[BlockWidths]) -> None:
@@ -194,10 +204,13 @@ class LatencyTable:
             )
 
     def to_json(self) -> str:
-        grids = {p: {"axes": g.axes, "values": g.values.round(6).tolist()} for p, g in self.grids.items()}
+        parts = {
+            p.name: {"kinds": p.kinds, "pieces": p.pieces, "axes": g.axes, "values": g.values.round(6).tolist()}
+            for p, g in ((p, self.grids[p.name]) for p in self.parts)
+        }
         setting = None if self.setting is None else asdict(self.setting)
         dense = [asdict(b) for b in self.dense]
-        return json.dumps({"unit": "ms", "setting": setting, "dense": dense, "grids": grids}) + "\n"
+        return json.dumps({"unit": "ms", "setting": setting, "dense": dense, "parts": parts}) + "\n"
 
     def save(self, path: str | Path) -> None:
         write_atomically(Path(path), self.to_json().encode())
@@ -211,13 +224,15 @@ class LatencyTable:
         """
         try:
             raw = json.loads(Path(path).read_text())
-            grids = {p: (g["axes"], np.array(g["values"])) for p, g in raw["grids"].items()}
-            for axes, values in grids.values():
-                if not np.isfinite(values).all() or any(list(a) != sorted(set(a)) for a in axes.values()):
+            parts, grids = [], {}
+            for name, p in raw["parts"].items():
+                if not np.isfinite(p["values"]).all() or any(list(a) != sorted(set(a)) for a in p["axes"]):
                     raise ValueError("widths have to ascend and milliseconds to be finite")
+                parts.append(Part(name, tuple(p["kinds"]), tuple(map(tuple, p["pieces"]))))
+                grids[name] = Grid(p["kinds"], p["axes"], p["values"])
             setting = None if raw["setting"] is None else Setting(**raw["setting"])
-            return cls(grids, [BlockWidths(**b) for b in raw["dense"]], setting)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as e:
+            return cls(parts, grids, [BlockWidths(**b) for b in raw["dense"]], setting)
+        except (ValueError, LookupError, TypeError, AttributeError) as e:
             reason = f"{type(e).__name__}: {e}"
             raise ValueError(f"{path} is not a latency table ({reason}); make one with `nvit latency`") from None
 
@@ -227,18 +242,13 @@ class LatencyTable:
 
         MACs are multilinear in the widths, so two points an axis make it exact.
         """
-        adapter, skeleton, blocks = _skeleton(model)
-        tokens, fixed = adapter.tokens(skeleton), adapter.rest_macs_per_channel(skeleton)
-        matrices = adapter.mlp_projections(skeleton)
-        axes = {kind: sorted({points[0], points[-1]}) for kind, points in _levels(blocks, bundle_sizes).items()}
-
-        def macs(part: str, emb: int, *w: int) -> float:
-            if part == "attention":
-                heads, qk, v = w
-                return tokens * heads * (emb * (2 * qk + v) + v * emb + tokens * (qk + v))
-            return tokens * matrices * emb * w[0] if part == "mlp" else fixed * emb
-
-        return cls(_tabulate(axes, lambda part, w: macs(part, *w) / 1e9), blocks, None)
+        adapter, skeleton, blocks, bundles = _skeleton(model, bundle_sizes)
+        parts, grids = adapter.parts(skeleton), {}
+        for part in parts:
+            macs = adapter.part_macs(skeleton, part)
+            axes = [sorted({points[0], points[-1]}) for points in _levels(part, blocks, bundles)]
+            grids[part.name] = _grid(part, axes, [macs(*widths) / 1e9 for widths in product(*axes)])
+        return cls(parts, grids, blocks, None)
 
     @classmethod
     def measure(
@@ -260,16 +270,19 @@ class LatencyTable:
         """
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         device = torch.device(device)
-        adapter, skeleton, blocks = _skeleton(model)
+        adapter, skeleton, blocks, bundles = _skeleton(model, bundle_sizes)
         setting = current_setting(device, dtype, batch_size, adapter.tokens(skeleton))
         spec = adapter.spec(skeleton, blocks)
-        axes = _levels(blocks, bundle_sizes)
-        path = None if cache is None else cache / f"{_fingerprint(spec, setting, axes)}.json"
+        parts = adapter.parts(skeleton)
+        axes = [_levels(part, blocks, bundles) for part in parts]
+        path = None if cache is None else cache / f"{_fingerprint(spec, setting, parts, axes)}.json"
         if path is not None and path.exists():
             return cls.load(path)
-        grids, dense_ms = _measure_grids(adapter, spec, axes, setting, device, dtype, seconds)
-        scale = dense_ms / cls(grids, blocks, setting).dense_ms
-        table = cls({part: (mine, values * scale) for part, (mine, values) in grids.items()}, blocks, setting)
+        times, dense_ms = _measure_parts(adapter, spec, parts, axes, batch_size, device, dtype, seconds)
+        grids = {part.name: _grid(part, points, ms) for part, points, ms in zip(parts, axes, times, strict=True)}
+        scale = dense_ms / cls(parts, grids, blocks, setting).dense_ms
+        scaled = {name: Grid(g.kinds, g.axes, g.values * scale) for name, g in grids.items()}
+        table = cls(parts, scaled, blocks, setting)
         if path is not None:
             table.save(path)
         return table
@@ -281,38 +294,49 @@ def default_cache() -> Path:
     return Path(os.environ.get("NVIT_CACHE") or Path(base) / "nvit") / "latency"
 
 
-def _skeleton(model: nn.Module):
-    """Adapter, weightless prepared copy and widths of a model that is left as it is."""
+def _skeleton(model: nn.Module, bundle_sizes: Mapping[str, int]):
+    """Adapter, weightless prepared copy, widths, and units that leave each of them in one move, of a model that is left
+    as it is."""
     adapter = adapters.find(model)
     skeleton = adapter.prepare(meta_copy(model))
-    groups = adapter.groups(skeleton)
-    return adapter, skeleton, widths(groups, full_masks(groups))
+    groups = adapter.groups(skeleton, bundle_sizes)
+    bundles = block_widths(groups, {g.name: g.multiple for g in groups})
+    return adapter, skeleton, widths(groups, full_masks(groups)), bundles
 
 
-def _levels(blocks: Sequence[BlockWidths], bundle_sizes: Mapping[str, int]) -> dict[str, list[int]]:
-    """Grid points per width: evenly from the smallest that pruning can leave to the largest block's, on bundles."""
-    axes = {}
-    for kind in KINDS:
-        most, g = max(getattr(b, kind) for b in blocks), bundle_sizes[kind]
-        least = min(g, *(getattr(b, kind) for b in blocks))
+def width_array(blocks: Sequence[BlockWidths]) -> np.ndarray:
+    """Widths `(blocks, 5)` in the order of `KINDS`."""
+    return np.array([[getattr(b, kind) for kind in KINDS] for b in blocks])
+
+
+def _at(part: Part, depth: int) -> np.ndarray:
+    """Where the widths of each piece lie in a flat array of widths, `(pieces, axes)`."""
+    pieces = np.array(part.pieces, dtype=int)
+    if pieces.shape[1:] != (len(part.kinds),) or pieces.min() < 0 or pieces.max() >= depth:
+        raise ValueError(f"every piece of {part.name} has to name one of {depth} blocks per axis ({part.kinds})")
+    return pieces * len(KINDS) + [KINDS.index(kind) for kind in part.kinds]
+
+
+def _levels(part: Part, blocks: Sequence[BlockWidths], bundles: Sequence[BlockWidths]) -> list[list[int]]:
+    """Grid points along each axis: evenly from the smallest that pruning can leave to the widest piece, on bundles."""
+    axes = []
+    for kind, mine in zip(part.kinds, zip(*part.pieces, strict=True), strict=True):
+        found, g = [getattr(blocks[b], kind) for b in mine], min(getattr(bundles[b], kind) for b in mine)
+        least, most = min(g, *found), max(found)
         inner = [round(p / g) * g for p in np.linspace(least, most, LEVELS[kind])[1:-1]]
-        axes[kind] = sorted({least, most, *(p for p in inner if least < p < most)})
+        axes.append(sorted({least, most, *(p for p in inner if least < p < most)}))
     return axes
 
 
-def _tabulate(axes: Mapping[str, Sequence[int]], value: Callable[[str, tuple[int, ...]], float]):
-    grids = {}
-    for part, kinds in PARTS.items():
-        mine = {kind: axes[kind] for kind in kinds}
-        shape = tuple(len(a) for a in mine.values())
-        points = np.stack(np.meshgrid(*mine.values(), indexing="ij"), -1).reshape(-1, len(kinds))
-        grids[part] = (mine, np.array([value(part, tuple(int(v) for v in p)) for p in points]).reshape(shape))
-    return grids
+def _grid(part: Part, axes: Sequence[Sequence[int]], values: Sequence[float]) -> Grid:
+    """The grid of values in the order of `product(*axes)`."""
+    return Grid(part.kinds, axes, np.array(values).reshape([len(a) for a in axes]))
 
 
-def _fingerprint(spec: ViTSpec, setting: Setting, axes: Mapping) -> str:
+def _fingerprint(spec: ViTSpec, setting: Setting, parts: Sequence[Part], axes: Sequence) -> str:
     config = {k: v for k, v in spec.config.items() if k not in ("num_classes", "drop_rate")}
-    key = json.dumps([spec.family, spec.architecture, config, [asdict(b) for b in spec.blocks], asdict(setting), axes])
+    shape = [[asdict(b) for b in spec.blocks], [asdict(p) for p in parts], axes]
+    key = json.dumps([spec.family, spec.architecture, config, asdict(setting), *shape])
     return hashlib.sha256(f"{key}{scipy.__version__}".encode()).hexdigest()[:16]
 
 
@@ -325,35 +349,23 @@ def _narrow(adapter, spec: ViTSpec) -> nn.Module:
 
 
 @torch.inference_mode()
-def _measure_grids(adapter, spec, axes, setting, device, dtype, seconds):
-    """Grids, and milliseconds of the whole dense model, everything timed in turn.
+def _measure_parts(adapter, spec, parts, axes, batch_size, device, dtype, seconds):
+    """Milliseconds of every part at the points of its axes in turn, and of the whole dense model, all timed in turn.
 
-    All weights are views of one buffer, so that large models fit.
+    All weights are views of one buffer, and all inputs of another, so that large models fit.
     """
-    dense = {kind: points[-1] for kind, points in axes.items()}
-
-    def one_block(widths: BlockWidths) -> ViTSpec:
-        return replace(spec, config={**spec.config, "depth": 1}, blocks=(widths,))
-
-    whole = _narrow(adapter, spec)
-    largest = max(p.numel() for m in (whole, _narrow(adapter, one_block(BlockWidths(**dense)))) for p in m.parameters())
-    weights = torch.randn(largest, device=device, dtype=dtype).mul_(0.02)
-    stream = torch.randn(setting.batch_size * setting.tokens * dense["emb"], device=device, dtype=dtype)
-    images = torch.randn(setting.batch_size, *spec.preprocess["input_size"], device=device, dtype=dtype)
-
-    def fill(model: nn.Module, blocks: Sequence[BlockWidths]) -> nn.Module:
+    points = [(part, widths) for part, mine in zip(parts, axes, strict=True) for widths in product(*mine)]
+    specs = [spec, *(adapter.sample_spec(spec, part, widths) for part, widths in points)]
+    models = [_narrow(adapter, s) for s in specs]
+    weights = torch.randn(max(p.numel() for m in models for p in m.parameters()), device=device, dtype=dtype)
+    weights.mul_(0.02)
+    for model in models:
         params = {n: weights[: p.numel()].view(p.shape) for n, p in model.named_parameters()}
-        return adapter.resize(model, params, blocks)
-
-    fill(whole, spec.blocks)
-    calls, index = [lambda: whole(images)], {}
-    for part, kinds in PARTS.items():
-        for point in np.stack(np.meshgrid(*(axes[k] for k in kinds), indexing="ij"), -1).reshape(-1, len(kinds)):
-            point = tuple(int(v) for v in point)
-            block = BlockWidths(**(dense | dict(zip(kinds, point, strict=True))))
-            run = adapter.part(fill(_narrow(adapter, one_block(block)), (block,)), part)
-            x = stream[: setting.batch_size * setting.tokens * point[0]].view(setting.batch_size, -1, point[0])
-            index[part, point] = len(calls)
-            calls.append(lambda run=run, x=images if part == "rest" else x: run(x))
-    times = time_each(calls, device, seconds)
-    return _tabulate(axes, lambda part, point: times[index[part, point]]), times[0]
+        adapter.resize(model, params, full_masks(adapter.groups(model)))
+    runs = [(models[0], spec.preprocess["input_size"])]
+    runs += [adapter.piece(model, part) for model, (part, _) in zip(models[1:], points, strict=True)]
+    inputs = torch.randn(batch_size * max(math.prod(shape) for _, shape in runs), device=device, dtype=dtype)
+    calls = [partial(run, inputs[: batch_size * math.prod(shape)].view(batch_size, *shape)) for run, shape in runs]
+    dense_ms, *rest = time_each(calls, device, seconds)
+    rest = iter(rest)
+    return [list(islice(rest, math.prod(map(len, mine)))) for mine in axes], dense_ms

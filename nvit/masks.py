@@ -145,4 +145,4 @@ def compact(
     weights = cut(params if weights is None else weights, weight_masks(params, groups, masks))
     twin = meta_copy(model)
     twin.sparse24 = ()  # neighbours are others now
-    return adapters.find(twin).resize(twin, weights, widths(groups, masks))
+    return adapters.find(twin).resize(twin, weights, masks)

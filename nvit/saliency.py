@@ -96,9 +96,6 @@ class _Gate(torch.autograd.Function):
         return grad, None, None
 
 
-_PER_SAMPLE = {"heads": "bhnd,bhnd->bh", "qk_dim": "bhnd,bhnd->bd", "v_dim": "bhnd,bhnd->bd"}
-
-
 class GateRecorder:
     """Reads gate gradients of every group from activations, per sample, while it is open.
 
@@ -116,7 +113,7 @@ class GateRecorder:
 
     def __enter__(self) -> GateRecorder:
         for layer in self.layers:
-            kinds = {kind: name for kind, name in layer.axes.items() if name in self.groups}
+            kinds = {axis: name for axis, name in layer.axes.items() if name in self.groups}
             if kinds:
                 layer.tap = self._tap(kinds)
         return self
@@ -126,20 +123,18 @@ class GateRecorder:
             layer.tap = None
 
     def _tap(self, kinds: Mapping[str, str]):
-        def tap(kind: str, x: Tensor) -> Tensor:
+        def tap(kind: str, x: Tensor, axis: int) -> Tensor:
             if kind not in kinds or not torch.is_grad_enabled():
                 return x
             anchor = torch.zeros((), device=x.device, requires_grad=True)
-            return _Gate.apply(x, anchor, lambda act, grad: self._add(kind, kinds[kind], act, grad))
+            return _Gate.apply(x, anchor, lambda act, grad: self._add(kinds[kind], act, grad, axis))
 
         return tap
 
-    def _add(self, kind: str, name: str, act: Tensor, grad: Tensor) -> None:
-        act, grad = _wide(act), _wide(grad)
-        if kind in _PER_SAMPLE:
-            part = torch.einsum(_PER_SAMPLE[kind], act, grad)
-        else:
-            part = act * grad if act.dim() == 2 else torch.einsum("bnd,bnd->bd", act, grad)
+    def _add(self, name: str, act: Tensor, grad: Tensor, axis: int) -> None:
+        """Sum `act * grad` over everything but the image and the unit."""
+        letters = "abcdefgh"[: act.dim()]
+        part = torch.einsum(f"{letters},{letters}->a{letters[axis]}", _wide(act), _wide(grad))
         self.sums[name] = self.sums[name] + part if name in self.sums else part
 
     def pop(self) -> dict[str, Tensor]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from string import ascii_lowercase
 
 import numpy as np
 from torch import Tensor, from_numpy
 
-from .latency import PARTS, LatencyTable
+from .latency import LatencyTable, width_array
 from .masks import Masks, kept_counts
 from .spec import KINDS, Group, block_widths
 
@@ -40,40 +42,57 @@ def _queue(group: Group, score: Tensor, keep: Tensor) -> _Queue:
     return _Queue(group, kept[ascending], kept.size - ends, lost)
 
 
+@dataclass
+class _Moves:
+    """The axes of one part's pieces that queues prune: `queue[n]` prunes `axis[n]` of `piece[n]`."""
+
+    queue: np.ndarray
+    piece: np.ndarray
+    axis: np.ndarray
+
+
 class _State:
-    """Widths of all blocks while bundles leave, with the latency of each choice."""
+    """Widths of all blocks while bundles leave, with the latency of each choice.
+
+    Attributes:
+        widths: of every block, `(blocks, 5)`.
+        gone: bundles that have left each queue, `(queues,)`.
+        left, lost: the queues as rows, `(queues, choices)`; beyond the end of a queue its last entry.
+        choices: entries of each queue, `(queues,)`.
+        moves: by part.
+    """
 
     def __init__(self, scores: Mapping[str, Tensor], masks: Masks, groups: Sequence[Group], table: LatencyTable):
         self.table, self.masks = table, masks
-        every = block_widths(groups, kept_counts(masks))
-        self.widths = np.array([[getattr(b, kind) for kind in KINDS] for b in every])
+        self.widths = width_array(block_widths(groups, kept_counts(masks)))
         self.queues = [_queue(g, scores[g.name], masks[g.name]) for g in groups if g.name in scores]
         self.gone = np.zeros(len(self.queues), dtype=int)
+        self.choices = np.array([len(q.left) for q in self.queues], dtype=int)
+        # One entry more than the longest queue has, so that every choice has a next.
+        entry = np.minimum(np.arange(self.choices.max(initial=0) + 1), self.choices[:, None] - 1)
+        self.left = np.array([q.left[e] for q, e in zip(self.queues, entry, strict=True)])
+        self.lost = np.array([q.lost[e] for q, e in zip(self.queues, entry, strict=True)])
+        owner = np.full(self.widths.shape, -1)
+        for i, q in enumerate(self.queues):
+            owner[list(q.group.blocks), KINDS.index(q.group.kind)] = i
+        self.moves = {name: _moves(owner.reshape(-1)[at]) for name, at in table.at.items()}
 
     def next_saved(self) -> np.ndarray:
         """Latency saved by each group's next bundle, as a fraction of dense; 0 where only the last one is left."""
-        now, trials, owner, saved = self.table.block_ms(self.widths), [], [], np.zeros(len(self.queues))
-        for i, q in enumerate(self.queues):
-            if self.gone[i] + 1 < len(q.left):
-                blocks, kind = list(q.group.blocks), KINDS.index(q.group.kind)
-                trial = self.widths[blocks]
-                trial[:, kind] = q.left[self.gone[i] + 1]
-                trials.append(trial)
-                owner += [(i, b) for b in blocks]
-                if q.group.kind == "emb":
-                    before, after = self.table.rest_ms(np.array([self.widths[blocks[0], 0], trial[0, 0]]))
-                    saved[i] += before - after
-        if trials:
-            i, b = np.array(owner).T
-            np.add.at(saved, i, now[b] - self.table.block_ms(np.concatenate(trials)))
+        saved = np.zeros(len(self.queues))
+        following = self.left[np.arange(len(self.queues)), self.gone + 1]
+        for name, at in self.table.at.items():
+            moves, now = self.moves[name], self.widths.reshape(-1)[at]
+            trials = now[moves.piece]
+            trials[np.arange(len(trials)), moves.axis] = following[moves.queue]
+            ms = self.table.grids[name](np.concatenate([now, trials]))
+            np.add.at(saved, moves.queue, ms[moves.piece] - ms[len(now) :])
         return saved / self.table.dense_ms
 
     def next_lost(self) -> tuple[np.ndarray, np.ndarray]:
         """Saliency of each group's next bundle, and whether it may leave."""
-        open_ = np.array([self.gone[i] + 1 < len(q.left) for i, q in enumerate(self.queues)], dtype=bool)
-        ends = [min(k + 1, len(q.left) - 1) for k, q in zip(self.gone, self.queues, strict=True)]
-        lost = [q.lost[end] - q.lost[k] for q, k, end in zip(self.queues, self.gone, ends, strict=True)]
-        return np.array(lost), open_
+        each = np.arange(len(self.queues))
+        return self.lost[each, self.gone + 1] - self.lost[each, self.gone], self.gone + 1 < self.choices
 
     def set_gone(self, i: int, k: int) -> None:
         q = self.queues[i]
@@ -81,7 +100,7 @@ class _State:
         self.widths[list(q.group.blocks), KINDS.index(q.group.kind)] = q.left[k]
 
     def model_ms(self) -> float:
-        return float(self.table.block_ms(self.widths).sum() + self.table.rest_ms(self.widths[:1, 0])[0])
+        return self.table.ms(self.widths)
 
     def new_masks(self) -> Masks:
         masks = {name: keep.clone() for name, keep in self.masks.items()}
@@ -90,84 +109,140 @@ class _State:
         return masks
 
 
+def _moves(owner: np.ndarray) -> _Moves:
+    """From the queue that prunes each axis of each piece, `(pieces, axes)`, or -1 where none does."""
+    piece, axis = (owner >= 0).nonzero()
+    queue = owner[piece, axis]
+    assert len(set(zip(queue, piece, strict=True))) == len(queue), "a group is two axes of one piece"
+    return _Moves(queue, piece, axis)
+
+
+def _independent(state: _State) -> list[list[int]]:
+    """Queues of one kind that share no piece of any part, in as few lists as taking them block by block gives.
+
+    The choice of one does not change what the others' choices save, so that they may all choose at once.
+    """
+    pieces: list[set[tuple[str, int]]] = [set() for _ in state.queues]
+    for name, moves in state.moves.items():
+        for i, piece in zip(moves.queue.tolist(), moves.piece.tolist(), strict=True):
+            pieces[i].add((name, piece))
+    found: list[list[int]] = []
+    in_order = sorted(range(len(state.queues)), key=lambda i: state.queues[i].group.blocks)
+    for kind in KINDS:
+        mine: list[tuple[list[int], set[tuple[str, int]]]] = []
+        for i in in_order:
+            if state.queues[i].group.kind == kind:
+                queues, taken = next((m for m in mine if m[1].isdisjoint(pieces[i])), ([], set()))
+                if not queues:
+                    mine.append((queues, taken))
+                queues.append(i)
+                taken |= pieces[i]
+        found += [sorted(queues) for queues, _ in mine]
+    return found
+
+
+@dataclass
+class _Reach:
+    """The pieces of one part in which groups of a side are the width along one axis.
+
+    Attributes:
+        groups: of the side, those that are, `(groups,)`.
+        owner, piece: which of these is the width of which piece, one pair each, ordered by group.
+        first: each group's first pair, `(groups,)`.
+        shares: grid shares of every choice, `(groups, points, choices)`.
+    """
+
+    part: str
+    axis: int
+    groups: np.ndarray
+    owner: np.ndarray
+    piece: np.ndarray
+    first: np.ndarray
+    shares: np.ndarray
+
+
 class _Side:
-    """One kind of width in `_Descent`: the groups that prune it and the widths each may choose.
+    """Groups in `_Descent` that choose at once, and the widths each may choose.
 
     Attributes:
         queues: indices into the state's queues, `(groups,)`.
-        owner, block: which of these groups is the width of which block, one pair each, ordered by group.
         lost: saliency lost by every choice, `(groups, choices)`; infinite where a group has fewer.
-        shares: by part, grid shares of every choice, `(groups, choices, points)`.
+        reaches: where these widths matter.
     """
 
-    def __init__(self, state: _State, kind: str) -> None:
-        mine = [(i, q) for i, q in enumerate(state.queues) if q.group.kind == kind]
-        self.kind, self.queues = kind, np.array([i for i, _ in mine], dtype=int)
-        self.owner = np.array([g for g, (_, q) in enumerate(mine) for _ in q.group.blocks], dtype=int)
-        self.block = np.array([b for _, q in mine for b in q.group.blocks], dtype=int)
-        most = max(len(q.left) for _, q in mine)
-        left = np.array([np.pad(q.left, (0, most - len(q.left)), mode="edge") for _, q in mine])
-        self.lost = np.array([np.pad(q.lost, (0, most - len(q.lost)), constant_values=np.inf) for _, q in mine])
-        grids = state.table.grids
-        self.shares = {part: grids[part].shares(kind, left) for part, kinds in PARTS.items() if kind in kinds}
+    def __init__(self, state: _State, queues: Sequence[int]) -> None:
+        self.queues = np.array(queues, dtype=int)
+        choices = state.choices[self.queues]
+        left = state.left[self.queues, : choices.max()]
+        self.lost = np.where(
+            np.arange(choices.max()) < choices[:, None], state.lost[self.queues, : choices.max()], np.inf
+        )
+        self.reaches = []
+        for name, moves in state.moves.items():
+            for axis in range(state.table.at[name].shape[1]):
+                mine = ((moves.axis == axis) & np.isin(moves.queue, self.queues)).nonzero()[0]
+                if mine.size:
+                    mine = mine[np.argsort(moves.queue[mine], kind="stable")]
+                    met, first, owner = np.unique(moves.queue[mine], return_index=True, return_inverse=True)
+                    groups = np.searchsorted(self.queues, met)
+                    shares = state.table.grids[name].shares(axis, left[groups]).swapaxes(1, 2).copy()
+                    self.reaches.append(_Reach(name, axis, groups, owner, moves.piece[mine], first, shares))
 
 
 class _Descent:
-    """For a price of latency, the bundles to drop: coordinate descent, all groups of a kind at once.
+    """For a price of latency, the bundles to drop: coordinate descent, all groups that share no piece at once.
 
-    The table is multilinear, so a block's latency is a contraction of grid values with the shares of its widths, and
-    the latency of every choice of one width costs one contraction over the others. `shares[part, kind]` holds the
-    current ones, `(blocks, points)`.
+    The table is multilinear, so a piece's latency is a contraction of grid values with the shares of its widths, and
+    the latency of every choice of one width costs one contraction over the others. `shares[part][axis]` holds the
+    current ones, `(pieces, points)`.
     """
 
     def __init__(self, state: _State) -> None:
-        self.table, self.widths, self.queues = state.table, state.widths, len(state.queues)
-        self.sides = [_Side(state, kind) for kind in KINDS if any(q.group.kind == kind for q in state.queues)]
+        self.table, self.queues = state.table, len(state.queues)
+        self.sides = [_Side(state, queues) for queues in _independent(state)]
+        self.start = {
+            name: [self.table.grids[name].shares(axis, widths) for axis, widths in enumerate(state.widths.flat[at].T)]
+            for name, at in self.table.at.items()
+        }
 
     def at(self, eta: float) -> tuple[np.ndarray, float]:
         """Bundles gone from every queue, and milliseconds, where no group alone gains by another choice."""
-        grids = self.table.grids
-        self.shares = {
-            (part, kind): grids[part].shares(kind, self.widths[:, KINDS.index(kind)])
-            for part, kinds in PARTS.items()
-            for kind in kinds
-        }
+        self.shares = {name: [shares.copy() for shares in axes] for name, axes in self.start.items()}
         gone = np.zeros(self.queues, dtype=int)
         for _ in range(_SWEEPS):
             before = gone.copy()
             for side in self.sides:
                 best = (side.lost + eta / self.table.dense_ms * self._choices_ms(side)).argmin(1)
                 gone[side.queues] = best
-                for part, shares in side.shares.items():
-                    self.shares[part, side.kind][side.block] = shares[side.owner, best[side.owner]]
+                for r in side.reaches:
+                    self.shares[r.part][r.axis][r.piece] = r.shares[r.owner, :, best[r.groups][r.owner]]
             if (gone == before).all():
                 break
-        ms = self._contract("attention").sum() + self._contract("mlp").sum() + self._contract("rest")[0]
-        return gone, float(ms)
+        return gone, float(sum(self._contract(name).sum() for name in self.shares))
 
-    def _contract(self, part: str, keep: str | None = None) -> np.ndarray:
-        """Grid values by block at its current widths, `(blocks,)`; an axis `(blocks, points)` for the kind kept."""
-        letters = dict(zip(PARTS[part], "ijkl", strict=False))
-        others = [kind for kind in PARTS[part] if kind != keep]
-        terms = ",".join(["".join(letters.values()), *("b" + letters[kind] for kind in others)])
-        values = np.einsum(
-            f"{terms}->b{letters.get(keep, '')}",
-            self.table.grids[part].monotone,
-            *(self.shares[part, k] for k in others),
-        )
-        return values
+    def _contract(self, part: str, keep: int | None = None) -> np.ndarray:
+        """Grid values by piece at its current widths, `(pieces,)`; `(pieces, points)` with one axis kept."""
+        values, shares = self.table.grids[part].monotone, self.shares[part]
+        if keep is not None and len(shares) == 1:
+            return np.broadcast_to(values, shares[0].shape)
+        others = [s for axis, s in enumerate(shares) if axis != keep]
+        return np.einsum(_contraction(len(shares), keep), values, *others)
 
     def _choices_ms(self, side: _Side) -> np.ndarray:
-        """Milliseconds, up to a constant, of every choice of every group of one kind: `(groups, choices)`."""
+        """Milliseconds, up to a constant, of every choice of every group of a side: `(groups, choices)`."""
         total = np.zeros_like(side.lost)
-        for part, shares in side.shares.items():
-            if part == "rest":
-                total += shares @ self.table.grids[part].monotone
-                continue
-            by_group = np.zeros((len(side.queues), shares.shape[-1]))
-            np.add.at(by_group, side.owner, self._contract(part, side.kind)[side.block])
-            total += (shares @ by_group[:, :, None])[:, :, 0]
+        for r in side.reaches:
+            by_group = np.add.reduceat(self._contract(r.part, r.axis)[r.piece], r.first)
+            total[r.groups] += (by_group[:, None] @ r.shares)[:, 0]
         return total
+
+
+@cache
+def _contraction(axes: int, keep: int | None) -> str:
+    """einsum's subscripts, as `abc,za,zc->zb`: grid values and each other axis's shares to values by piece `z`."""
+    letters = ascii_lowercase[:axes]
+    others = [letter for axis, letter in enumerate(letters) if axis != keep]
+    return f"{','.join([letters, *(f'z{letter}' for letter in others)])}->z{'' if keep is None else letters[keep]}"
 
 
 def drop_cheapest(

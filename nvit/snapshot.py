@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import adapters
 from .files import write_atomically
 from .masks import Masks, compact, cut, full_masks, weight_masks, widths
+from .modules import Attention, prunable_layers
 from .spec import Group, ViTSpec
 
 BUNDLED = Path(__file__).parent / "bundled" / "digits_vit"
@@ -30,7 +31,12 @@ def spec_of(model: nn.Module) -> ViTSpec:
     adapter = adapters.find(model)
     groups = adapter.groups(model)
     spec = adapter.spec(model, widths(groups, full_masks(groups)))
-    return replace(spec, sparse=getattr(model, "sparse24", ()))
+    kept = {
+        layer.axes["qk_dim"]: layer.frequencies
+        for layer in prunable_layers(model).values()
+        if isinstance(layer, Attention) and layer.frequencies is not None
+    }
+    return replace(spec, sparse=getattr(model, "sparse24", ()), kept=kept)
 
 
 def save(path: str | Path, model: nn.Module, metrics: Mapping[str, Any] | None = None) -> Path:
@@ -96,7 +102,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
             raise ValueError(f"{path} is not a snapshot: {name} is missing (found {found})")
     spec = load_spec(path)
     try:
-        model, shapes = _skeleton(spec)
+        model, masks, shapes = _skeleton(spec)
     except (ValueError, TypeError, KeyError) as e:
         raise ValueError(f"{path / SPEC} is damaged or from another version: {e}") from None
     try:
@@ -105,7 +111,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
         raise ValueError(f"{path / WEIGHTS} is damaged: {e}") from None
     _check(path, shapes, weights, spec.sparse)
     adapter = adapters.FAMILIES[spec.family]
-    adapter.resize(model, weights, spec.blocks)
+    adapter.resize(model, weights, masks)
     model.sparse24 = spec.sparse
     return model.eval()
 
@@ -142,7 +148,8 @@ def fresh(spec: ViTSpec) -> nn.Module:
 
 
 def _kept(spec: ViTSpec, model: nn.Module) -> tuple[list[Group], Masks]:
-    """Masks on a spec's dense model that leave the first units of every group, as many as the spec says."""
+    """Masks on a spec's dense model that leave as many units of every group as the spec says: the ones it lists, or
+    the first."""
     groups = adapters.FAMILIES[spec.family].groups(model)
     depth = 1 + max(b for g in groups for b in g.blocks)
     if len(spec.blocks) != depth:
@@ -152,18 +159,22 @@ def _kept(spec: ViTSpec, model: nn.Module) -> tuple[list[Group], Masks]:
         found = {getattr(spec.blocks[b], g.kind) for b in g.blocks}
         if len(found) > 1 or max(found) > g.size:
             raise ValueError(f"{g.name} has widths {sorted(found)}; one width of at most {g.size} was expected")
-        masks[g.name] = torch.arange(g.size) < found.pop()
+        width = found.pop()
+        units = spec.kept.get(g.name, range(width))
+        if len(set(units)) != width or not all(type(u) is int and 0 <= u < g.size for u in units):
+            raise ValueError(f"{g.name} keeps the units {list(units)[:4]} …; {width} of {g.size} were expected")
+        masks[g.name] = torch.zeros(g.size, dtype=torch.bool).index_fill_(0, torch.tensor(units), True)
     return groups, masks
 
 
-def _skeleton(spec: ViTSpec) -> tuple[nn.Module, dict[str, torch.Size]]:
-    """The dense meta model of a spec, and the shapes its parameters have after the cut."""
+def _skeleton(spec: ViTSpec) -> tuple[nn.Module, Masks, dict[str, torch.Size]]:
+    """The dense meta model of a spec, what stays of it, and the shapes its parameters have after the cut."""
     if spec.family not in adapters.FAMILIES:
         raise ValueError(f"family {spec.family!r} is unknown; this version knows {', '.join(adapters.FAMILIES)}")
     model = adapters.FAMILIES[spec.family].build(spec)
     groups, masks = _kept(spec, model)
     params = dict(model.named_parameters())
-    return model, {n: t.shape for n, t in cut(params, weight_masks(params, groups, masks)).items()}
+    return model, masks, {n: t.shape for n, t in cut(params, weight_masks(params, groups, masks)).items()}
 
 
 def _check(path: Path, shapes: Mapping[str, torch.Size], weights: Mapping[str, Tensor], sparse: Sequence[str]) -> None:

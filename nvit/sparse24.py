@@ -6,7 +6,7 @@ tensor cores `accelerate_` replaces them by compressed ones, layer by layer, whe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -71,17 +71,15 @@ def apply_masks_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         found[name].weight.mul_(mask)
 
 
-def _writers(layer: Attention | Mlp | GatedMlp) -> Iterator[tuple[Tensor, int]]:
-    """Weights and biases whose rows, from the given one on, are the inputs of the layer's last projection."""
-    width = layer.proj.in_features if isinstance(layer, Attention) else layer.fc2.in_features
-    if isinstance(layer, Attention):
-        writers = [layer.qkv]
-    else:
-        writers = layer.first if isinstance(layer, GatedMlp) else [layer.fc1]
-    for writer in writers:
-        rows = writer.weight.shape[0]
-        starts = [rows - width] if isinstance(layer, Attention) else range(0, rows, width)
-        yield from ((p, start) for p in (writer.weight, writer.bias) if p is not None for start in starts)
+def _reorder_(layer: Attention | Mlp | GatedMlp, axis: str, order: Tensor) -> None:
+    """Reorder the units of `mlp`, or the dims of `v_dim` head by head, wherever the layer's parameters hold them."""
+    for inner in prunable_layers(layer).values():
+        params = dict(inner.named_parameters())
+        for mine, s in inner.slices():
+            if mine == axis:
+                part = s.of(params[s.name])
+                first = s.axis - (axis == "v_dim")  # the head stands before its dim
+                part.copy_(part.flatten(first, s.axis).index_select(first, order).view(part.shape))
 
 
 @torch.no_grad()
@@ -100,19 +98,14 @@ def permute_(model: nn.Module, seconds: float = 60.0, progress: Progress = silen
     layers = {n: m for n, m in prunable_layers(model).items() if isinstance(m, (Attention, Mlp, GatedMlp))}
     rows = []
     for done, (name, layer) in enumerate(layers.items(), start=1):
-        reader = layer.proj if isinstance(layer, Attention) else layer.fc2
+        reader, axis = layer.last, "v_dim" if isinstance(layer, Attention) else "mlp"
         span = layer.v_dim if isinstance(layer, Attention) else None
         if reader.in_features % 4 or (span or 4) % 4:
             continue
         found = search_channel_order(reader.weight.detach().cpu(), span=span, seconds=seconds / len(layers))
-        order = found.order.to(reader.weight.device)
-        reader.weight.copy_(reader.weight[:, order])
-        for p, start in _writers(layer):
-            p[start : start + len(order)] = p[start : start + len(order)][order]
-        leaf = "proj" if isinstance(layer, Attention) else "fc2"
-        rows.append(
-            {"weight": f"{name}.{leaf}.weight", "kept_before": found.kept_before, "kept_after": found.kept_after}
-        )
+        _reorder_(layer, axis, found.order.to(reader.weight.device))
+        kept = {"kept_before": found.kept_before, "kept_after": found.kept_after}
+        rows.append({"weight": f"{name}.{layer.last_name}.weight"} | kept)
         progress(done, len(layers), f"permute: {name} keeps {found.kept_after:.4f} of its magnitude")
     return rows
 

@@ -91,6 +91,23 @@ def block_widths(groups: Sequence[Group], counts: Mapping[str, int]) -> tuple[Bl
 
 
 @dataclass(frozen=True)
+class Part:
+    """Pieces of a model that cost the same at the same widths: the attention of every block of one stage, say.
+
+    Attributes:
+        name: as `attention`, `mlp`, `rest`; in a hierarchical model `attention.0`, `merge.1`.
+        kinds: the kind of width along each axis. One may come twice: patch merging is `("emb", "emb")`, of the stage
+            before and of its own.
+        pieces: for every occurrence in the model, the block whose width each axis is. The attention of a ViT of two
+            blocks is `((0, 0, 0, 0), (1, 1, 1, 1))`. A group is the width along one axis of a piece at most.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    pieces: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
 class ViTSpec:
     """Everything needed to rebuild a compact model without its training code, except the weights.
 
@@ -102,6 +119,8 @@ class ViTSpec:
         preprocess: input size, mean, std, crop and interpolation, as timm's data config names them.
         name: the model's name in its library, for people.
         sparse: weights that are 2:4 sparse: at most two nonzeros of each four neighbours along the input.
+        kept: by group, the dense model's units that are left, where it matters which: rotary pairs turn by frequencies
+            of their own.
     """
 
     family: str
@@ -111,6 +130,7 @@ class ViTSpec:
     preprocess: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
     sparse: tuple[str, ...] = ()
+    kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -127,7 +147,7 @@ class ViTSpec:
         except json.JSONDecodeError as e:
             raise ValueError(f"not valid JSON ({e.msg} at line {e.lineno})") from None
         names = {f.name for f in dataclasses.fields(cls)}
-        if not isinstance(raw, dict) or set(raw) | {"sparse"} != names:
+        if not isinstance(raw, dict) or set(raw) | {"sparse", "kept"} != names:
             found = ", ".join(sorted(raw)) if isinstance(raw, dict) else type(raw).__name__
             raise ValueError(f"has the fields {found}; expected {', '.join(sorted(names))}")
         widths = {f.name for f in dataclasses.fields(BlockWidths)}
@@ -136,4 +156,5 @@ class ViTSpec:
                 raise ValueError(f"block {i} has widths {b}; expected positive integers for {', '.join(KINDS)}")
         blocks = tuple(BlockWidths(**b) for b in raw.pop("blocks"))
         sparse = tuple(str(name) for name in raw.pop("sparse", ()))
-        return cls(blocks=blocks, sparse=sparse, **raw)
+        kept = {str(name): tuple(units) for name, units in raw.pop("kept", {}).items()}
+        return cls(blocks=blocks, sparse=sparse, kept=kept, **raw)

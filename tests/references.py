@@ -304,3 +304,45 @@ def drop_cheapest(scores, masks, groups, model_ms, dense_ms: float, steps: int, 
             break
         masks = best[1]
     return masks
+
+
+# --- any host, with explicit zeros ------------------------------------------------------------------------------------
+
+
+class _MaskedNorm(torch.nn.Module):
+    """A host's norm whose statistics count kept channels only, on dense tensors."""
+
+    def __init__(self, norm, keep: Tensor) -> None:
+        super().__init__()
+        self.norm, self.keep, self.rms = norm, keep, "rms" in type(norm).__name__.lower()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.norm.weight, getattr(self.norm, "bias", None)
+        if not self.rms:
+            return masked_layer_norm(x, weight, bias, self.keep, self.norm.eps)
+        k = self.keep.to(x)
+        return x * k / torch.sqrt(((x * k) ** 2).sum(-1, keepdim=True) / k.sum() + self.norm.eps) * weight
+
+
+@torch.no_grad()
+def masked_host(host, groups, masks: dict[str, Tensor]):
+    """A host that was never prepared, its pruned weights set to zero and its norms counting kept channels only.
+
+    Zero rows give zero queries, values and hidden units (the activations here are zero at zero), so the host's own
+    forward pass does the rest. Changes the host.
+    """
+    params, keeps = dict(host.named_parameters()), {}
+    for g in groups:
+        for s in g.slices:
+            shape = [-1 if d == s.axis else 1 for d in range(len(s.view))]
+            part = params[s.name] if s.rows is None else params[s.name][s.rows[0] : s.rows[1]]
+            part.copy_((part.reshape(s.view) * masks[g.name].to(part).view(shape)).view(part.shape))
+            if part.dim() == 1 and s.rows is None:
+                keep = (torch.ones(s.view) * masks[g.name].float().view(shape)).bool().flatten()
+                keeps[s.name] = keeps.get(s.name, torch.ones_like(keep)) & keep
+    for name, module in list(host.named_modules()):
+        if "norm" in type(module).__name__.lower() and f"{name}.weight" in params:
+            owner, _, leaf = name.rpartition(".")
+            everything = torch.ones(module.weight.numel(), dtype=torch.bool)
+            setattr(host.get_submodule(owner), leaf, _MaskedNorm(module, keeps.get(f"{name}.weight", everything)))
+    return host

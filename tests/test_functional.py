@@ -53,7 +53,7 @@ def test_kept_layer_norm_counts_kept_channels(seed):
     x, w, b, mask = rand(2, 3, 9, seed=seed), rand(9, seed=seed + 1), rand(9, seed=seed + 2), keep(9, seed)
     for bias in (b, None):
         expected = masked_layer_norm(x, w, bias, mask, 1e-3)[..., mask]
-        got = functional.kept_layer_norm(x[..., mask], w, bias, index(mask), 1e-3)
+        got = functional.kept_norm(x[..., mask], w, bias, index(mask), 1e-3)
         torch.testing.assert_close(got, expected, **EXACT)
 
 
@@ -70,8 +70,7 @@ def test_attention_with_masks_equals_attention_with_zeros_and_so_do_its_gradient
     rows = torch.cat([(head[:, None] & m).flatten() for m in (qk, qk, v)])
     got = functional.attention(
         x[..., stream],
-        mine["qkv.weight"],
-        mine.get("qkv.bias"),
+        [(mine["qkv.weight"], mine.get("qkv.bias"), index(rows))],
         mine["proj.weight"],
         mine.get("proj.bias"),
         heads=int(head.sum()),
@@ -79,7 +78,6 @@ def test_attention_with_masks_equals_attention_with_zeros_and_so_do_its_gradient
         v_dim=int(v.sum()),
         scale=dim**-0.5,
         emb=index(stream),
-        qkv_rows=index(rows),
         proj_cols=index((head[:, None] & v).flatten()),
     )
     exact = masked_attention(x, theirs, heads, dim, head, qk, v)[..., stream]
@@ -100,10 +98,10 @@ def test_attention_mask_reaches_the_logits(kind):
     allowed = torch.ones(4, 4, dtype=torch.bool).tril()
     mask = allowed if kind == "boolean" else torch.zeros(4, 4, dtype=torch.float64).masked_fill(~allowed, -torch.inf)
     widths = {"heads": 2, "qk_dim": 3, "v_dim": 3, "scale": 0.5}
-    full = functional.attention(x, w, None, p, None, attn_mask=mask, **widths)
-    alone = functional.attention(x[:, :1], w, None, p, None, **widths)
+    full = functional.attention(x, [(w, None, None)], p, None, attn_mask=mask, **widths)
+    alone = functional.attention(x[:, :1], [(w, None, None)], p, None, **widths)
     torch.testing.assert_close(full[:, :1], alone, **EXACT)
-    free = functional.attention(x, w, None, p, None, **widths)
+    free = functional.attention(x, [(w, None, None)], p, None, **widths)
     assert not torch.allclose(full[:, :1], free[:, :1])
     torch.testing.assert_close(full[:, 3:], free[:, 3:], **EXACT)
 

@@ -367,7 +367,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_never_was(tmp_path):
     assert int(done.stdout.split()[0]) >= 3, "the run was over before it could be killed"
     whole, killed = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "killed"))
     assert same(whole, killed)
-    leftover = [p.name for p in (tmp_path / "killed").iterdir() if not p.name.endswith(".part")]
+    leftover = [p.name for p in (tmp_path / "killed").iterdir() if not p.name.startswith(".")]
     assert sorted(leftover) == ["run_state.safetensors", "target-0.5", "target-0.8"]
 
 

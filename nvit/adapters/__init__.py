@@ -4,18 +4,20 @@ An adapter is a module with these functions; nothing outside `adapters/` knows a
 
 | function | does |
 |---|---|
-| `refusal(model)` | why this model is not supported, or None |
+| `knows(model)` | whether the model is of this family at all |
+| `refusal(model)` | why a model of this family is not supported, or None |
 | `prepare(model)` | swaps in prunable layers, in place; same outputs, same parameter names |
 | `groups(model, bundle_sizes)` | the prunable widths and their slices |
 | `spec(model, blocks)` | the `ViTSpec` of the model with these block widths |
 | `build(spec, device)` | the prepared dense model, a skeleton on the meta device unless told otherwise |
-| `resize(model, params, blocks)` | gives a prepared model cut parameters and narrower widths, in place |
+| `resize(model, params, masks)` | gives a prepared model cut parameters and the widths that masks leave, in place |
 | `logits(model, images)` | `(class token's, distillation token's or None)` in any mode |
 | `preprocess(model)` | input size, mean, std, crop: how images are prepared for it |
 | `tokens(model)` | tokens in the residual stream |
-| `part(model, name)` | one part of a one-block model as a function, for the latency table |
-| `mlp_projections(model)` | matrices of hidden × stream width in an MLP |
-| `rest_macs_per_channel(model)` | multiply-accumulates outside the blocks, per channel of the stream |
+| `parts(model)` | the `Part`s whose latencies add up to a prepared model's |
+| `part_macs(model, part)` | a function of a part's widths: multiply-accumulates an image of one piece, multilinear |
+| `sample_spec(spec, part, widths)` | the spec of the smallest model that holds one piece of `part` at these widths |
+| `piece(model, part)` | that piece of such a model as a function, and the shape of its input without the batch |
 """
 
 from __future__ import annotations
@@ -29,6 +31,14 @@ from . import timm_vit
 
 FAMILIES: dict[str, ModuleType] = {"timm_vit": timm_vit}
 
+SUPPORTED = "timm's VisionTransformer (ViT, DeiT, DINOv2, CLIP, SigLIP and alike); docs/models.md lists them."
+
+
+def refusal(model: nn.Module) -> str | None:
+    """Why no adapter takes `model`, or None."""
+    family = next((a for a in FAMILIES.values() if a.knows(model)), None)
+    return "no adapter knows its class" if family is None else family.refusal(model)
+
 
 def find(model: nn.Module) -> ModuleType:
     """The adapter for `model`.
@@ -36,15 +46,9 @@ def find(model: nn.Module) -> ModuleType:
     Raises:
         ValueError: no adapter takes it; names the reason and the supported families.
     """
-    reasons = {name: adapter.refusal(model) for name, adapter in FAMILIES.items()}
-    for name, reason in reasons.items():
-        if reason is None:
-            return FAMILIES[name]
-    reason = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise ValueError(
-        f"{type(model).__name__} is not supported ({reason}). Supported families: timm's VisionTransformer and "
-        "VisionTransformerDistilled (ViT, DeiT, DeiT-III, AugReg, DINO, DINOv2 and alike); docs/models.md lists them."
-    )
+    if (reason := refusal(model)) is not None:
+        raise ValueError(f"{type(model).__name__} is not supported: {reason}. Supported families: {SUPPORTED}")
+    return next(a for a in FAMILIES.values() if a.knows(model))
 
 
 def preprocess(model: nn.Module) -> dict[str, Any]:

@@ -1,296 +1,151 @@
-"""timm's VisionTransformer and VisionTransformerDistilled: plain, DeiT, LayerScale, registers, pre-norm,
-q/k norm, SwiGLU, any pooling but attention."""
+"""timm's VisionTransformer and VisionTransformerDistilled: plain, DeiT, LayerScale, registers, pre-norm, norms inside
+attention and MLP, SwiGLU, RMSNorm, any pooling of tokens and pooling by a latent query."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from timm.data import resolve_data_config
-from timm.layers import GluMlp, PatchEmbed, QuickGELU, SwiGLU
-from timm.layers import LayerNorm as TimmLayerNorm
+from timm.layers import AttentionPoolLatent, PatchEmbed
 from timm.layers import LayerScale as TimmLayerScale
-from timm.layers import Mlp as TimmMlp
-from timm.layers.activations import GELUTanh
 from timm.layers.attention import Attention as TimmAttention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from ..modules import (
-    Attention,
-    Classifier,
-    GatedMlp,
-    HeadNorm,
-    LayerNorm,
-    LayerScale,
-    Mlp,
-    Prunable,
-    StreamEntry,
-    prunable_layers,
+from ..modules import Attention, GatedMlp, LayerScale, Layout, Prunable, StreamEntry
+from ..spec import BUNDLE_SIZES, KINDS, BlockWidths, Group, Part, ViTSpec
+from .declare import Width, block_axes, block_widths, collect, embedding_slices, norm, resize_layers, with_axes
+from .pooling import LatentPool, latent_pool, pool_macs, pool_refusal
+from .timm_layers import (
+    ACTIVATIONS,
+    MLPS,
+    NORMS,
+    classifier,
+    inner_norm,
+    is_norm,
+    is_norm_or_none,
+    known,
+    mlp,
+    mlp_hidden,
+    mlp_name,
+    mlp_ratio,
+    mlp_refusal,
+    name_in,
 )
-from ..spec import BUNDLE_SIZES, BlockWidths, Group, Slice, ViTSpec
 
 ARCHITECTURES = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled)}
-ACTIVATIONS = {"gelu": nn.GELU, "gelu_tanh": GELUTanh, "quick_gelu": QuickGELU, "relu": nn.ReLU, "silu": nn.SiLU}
-MLPS: dict[str, Callable[..., nn.Module]] = {
-    "mlp": TimmMlp,
-    "glu": GluMlp,
-    "glu_gate_first": partial(GluMlp, gate_last=False),
-    "swiglu": SwiGLU,
-}
-"""How timm's MLPs are named in a spec; `glu_gate_first` with SiLU is the packed SwiGLU of DINOv2's giant."""
-PUBLISHED_HEAD_DIVISOR, PUBLISHED_DIM_DIVISOR = 12.0, 2.0
-
-
-def _is_norm(m: nn.Module) -> bool:
-    return type(m) in (nn.LayerNorm, TimmLayerNorm, LayerNorm) and m.weight is not None
+EMB = {"emb": "emb"}
 
 
 def _block_refusal(block: nn.Module) -> str | None:
     if type(block) is not Block:
         return f"block type {type(block).__name__}; only the pre-norm Block is known"
-    attn, mlp = block.attn, block.mlp
+    attn = block.attn
     if not isinstance(attn, Attention):
         if type(attn) is not TimmAttention:
             return f"attention type {type(attn).__name__}"
-        for norm in (attn.q_norm, attn.k_norm):
-            if not (isinstance(norm, nn.Identity) or _is_norm(norm)):
-                return f"q/k norm type {type(norm).__name__} in attention"
-        if not isinstance(attn.norm, nn.Identity):
-            return "a norm on the attention output"
+        inner = next((m for m in (attn.q_norm, attn.k_norm, attn.norm) if not is_norm_or_none(m)), None)
+        if inner is not None:
+            return f"norm type {type(inner).__name__} in attention"
         if attn.gate is not None:
             return "gated attention output"
-    if not isinstance(mlp, (Mlp, GatedMlp)):
-        if type(mlp) not in (TimmMlp, GluMlp, SwiGLU) or not isinstance(mlp.fc2, nn.Linear):
-            return f"MLP type {type(mlp).__name__}"
-        if not isinstance(mlp.norm, nn.Identity):
-            return "a norm inside the MLP"
-        if type(mlp.act) not in ACTIVATIONS.values():
-            return f"activation {type(mlp.act).__name__}"
-    if not (_is_norm(block.norm1) and _is_norm(block.norm2)):
+    if not (is_norm(block.norm1) and is_norm(block.norm2)):
         return f"norm type {type(block.norm1).__name__}"
-    return None
+    return mlp_refusal(block.mlp)
+
+
+def knows(model: nn.Module) -> bool:
+    """Whether `model` is of these classes; a subclass may compute something else."""
+    return type(model) in ARCHITECTURES.values()
 
 
 def refusal(model: nn.Module) -> str | None:
-    """Why `model` is not one that this adapter knows, or None."""
-    if type(model) not in ARCHITECTURES.values():
-        return f"model class {type(model).__name__}"
-    if model.attn_pool is not None:
-        return "attention pooling"
+    """Why a model of this family is not supported, or None."""
     if type(model.patch_embed) is not PatchEmbed:
         return f"patch embedding type {type(model.patch_embed).__name__}"
-    if not isinstance(model.patch_embed.norm, nn.Identity):
-        return "a norm in the patch embedding"
-    if not (isinstance(model.norm_pre, (nn.Identity, StreamEntry)) or _is_norm(model.norm_pre)):
+    if not is_norm_or_none(model.patch_embed.norm):
+        return f"norm type {type(model.patch_embed.norm).__name__} in the patch embedding"
+    if not (isinstance(model.norm_pre, StreamEntry) or is_norm_or_none(model.norm_pre)):
         return f"norm type {type(model.norm_pre).__name__} before the blocks"
-    last = model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
-    if not _is_norm(last):
-        return "no LayerNorm after the blocks"
+    if not (is_norm_or_none(model.norm) and is_norm_or_none(model.fc_norm)):
+        return f"norm type {type(model.norm).__name__} after the blocks"
     if len(model.blocks) == 0:
         return "no blocks"
-    return next((r for r in map(_block_refusal, model.blocks) if r), None)
+    return next((r for r in map(_block_refusal, model.blocks) if r), pool_refusal(model.attn_pool))
 
 
-def _layer(axes: Mapping[str, str], layer: Prunable, host: nn.Module) -> Prunable:
-    layer.axes = dict(axes)
-    return layer.train(host.training)
-
-
-def _norm(host: nn.Module, entry: bool = False) -> nn.Module:
-    if isinstance(host, nn.Identity):
-        return host
-    return _layer({"emb": "emb"}, LayerNorm(host.weight, host.bias, host.eps, entry=entry), host)
-
-
-def _head(host: nn.Module) -> nn.Module:
-    if not isinstance(host, nn.Linear):
-        return host
-    return _layer({"emb": "emb"}, Classifier(host.weight, host.bias), host)
-
-
-def _head_norm(host: nn.Module, axes: Mapping[str, str]) -> Prunable | None:
-    if isinstance(host, nn.Identity):
-        return None
-    return _layer({"qk_dim": axes["qk_dim"]}, HeadNorm(host.weight, host.bias, host.eps), host)
+def _norm(host: nn.Module, **more: bool) -> nn.Module:
+    return host if isinstance(host, nn.Identity) else norm(host, EMB, **more)
 
 
 def _attention(host: TimmAttention, axes: Mapping[str, str]) -> Prunable:
+    dims = Layout.of("qk_dim", host.head_dim)
     layer = Attention(
-        host.qkv,
-        host.proj,
+        host,
         heads=host.num_heads,
         qk_dim=host.head_dim,
         v_dim=host.head_dim,
         scale=host.scale,
-        q_norm=_head_norm(host.q_norm, axes),
-        k_norm=_head_norm(host.k_norm, axes),
+        q_norm=inner_norm(host.q_norm, dims, scored=True),
+        k_norm=inner_norm(host.k_norm, dims),
+        norm=inner_norm(host.norm, Layout(("heads", "v_dim"), (host.num_heads, host.head_dim))),
         attn_drop=host.attn_drop.p,
         proj_drop=host.proj_drop.p,
     )
-    return _layer(axes, layer, host)
-
-
-def _mlp(host: nn.Module, axes: Mapping[str, str]) -> Prunable:
-    if type(host) is TimmMlp:
-        return _layer(axes, Mlp(host.fc1, host.fc2, host.act, host.drop2.p), host)
-    first = {n: getattr(host, n) for n in ("fc1", "fc1_g", "fc1_x") if hasattr(host, n)}
-    gate_last = getattr(host, "gate_last", False)
-    return _layer(axes, GatedMlp(first, host.fc2, host.act, host.drop2.p, gate_last), host)
-
-
-def _mlp_name(mlp: nn.Module) -> str:
-    """The key of `MLPS` for a timm MLP that is not yet prepared."""
-    if type(mlp) is GluMlp:
-        return "glu" if mlp.gate_last else "glu_gate_first"
-    return "swiglu" if type(mlp) is SwiGLU else "mlp"
+    return with_axes(axes, layer, host)
 
 
 def prepare(model: nn.Module) -> nn.Module:
-    """Swap timm's layers for prunable ones, in place. Outputs, parameters and their names stay as they are.
-
-    Raises:
-        ValueError: a model this adapter does not know, with the reason.
-    """
-    if reason := refusal(model):
-        raise ValueError(f"{type(model).__name__} is not supported: {reason}")
+    """Swap timm's layers for prunable ones, in place. Outputs, parameters and their names stay as they are."""
     if hasattr(model, "dense_config"):
         return model
     model.dense_config = _config(model)
-    emb = {"emb": "emb"}
+    model.patch_embed.norm = _norm(model.patch_embed.norm, embedding=True)
     entry = model.norm_pre
-    model.norm_pre = _norm(entry, entry=True) if _is_norm(entry) else _layer(emb, StreamEntry(), entry)
+    model.norm_pre = _norm(entry, entry=True) if is_norm(entry) else with_axes(EMB, StreamEntry(), entry)
     for i, block in enumerate(model.blocks):
         block.norm1, block.norm2 = _norm(block.norm1), _norm(block.norm2)
-        attn_axes = emb | {kind: f"blocks.{i}.{kind}" for kind in ("heads", "qk_dim", "v_dim")}
-        block.attn = _attention(block.attn, attn_axes)
-        block.mlp = _mlp(block.mlp, emb | {"mlp": f"blocks.{i}.mlp"})
+        attention_axes, mlp_axes = block_axes(f"blocks.{i}")
+        block.attn, block.mlp = _attention(block.attn, attention_axes), mlp(block.mlp, mlp_axes)
         for name in ("ls1", "ls2"):
             if isinstance(getattr(block, name), TimmLayerScale):
                 scale = getattr(block, name)
-                setattr(block, name, _layer(emb, LayerScale(scale.gamma), scale))
-    model.norm, model.fc_norm = _norm(model.norm), _norm(model.fc_norm)
-    model.head = _head(model.head)
+                setattr(block, name, with_axes(EMB, LayerScale(scale.gamma), scale))
+    normed = is_norm(model.norm) or is_norm(model.fc_norm)
+    model.norm = _norm(model.norm)
+    if isinstance(model.attn_pool, AttentionPoolLatent):
+        model.attn_pool = latent_pool(model.attn_pool, EMB)  # norm and classifier behind it work in its own width
+        return model
+    model.fc_norm, model.head = _norm(model.fc_norm), classifier(model.head, EMB, reads_stream=not normed)
     if isinstance(model, VisionTransformerDistilled):
-        model.head_dist = _head(model.head_dist)
+        model.head_dist = classifier(model.head_dist, EMB, reads_stream=not normed)
     return model
 
 
-def _emb_group(model: nn.Module, multiple: int) -> Group:
-    """The residual stream: its writers (embeddings, proj, fc2) and its readers (qkv, fc1, classifiers).
-
-    The gate sits on what every reader sees. A LayerNorm feeds exactly one reader (or the classifiers together), so
-    the gate gradients of its weight and bias add up to the readers' columns at a fraction of the cost.
-    """
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    emb, slices = model.blocks[0].norm1.weight.shape[0], []
-
-    def add(name: str, axis: int, **marks: bool) -> None:
-        if name in shapes:
-            slices.append(Slice(name, view=shapes[name], axis=axis, **marks))
-
-    for name in ("cls_token", "dist_token", "reg_token", "pos_embed"):
-        add(name, 2)
-    add("patch_embed.proj.weight", 0, published=True)
-    add("patch_embed.proj.bias", 0, published=True)
-    for name in ("norm_pre.weight", "norm_pre.bias"):
-        add(name, 0)
-    for i in range(len(model.blocks)):
-        b = f"blocks.{i}."
-        for norm in ("norm1", "norm2"):
-            add(f"{b}{norm}.weight", 0, scored=True)
-            add(f"{b}{norm}.bias", 0, scored=True)
-        add(f"{b}attn.qkv.weight", 1, published=True)
-        add(f"{b}attn.proj.weight", 0, published=True)
-        add(f"{b}attn.proj.bias", 0, published=True)
-        for first in ("fc1", "fc1_g", "fc1_x"):
-            add(f"{b}mlp.{first}.weight", 1, published=True)
-        add(f"{b}mlp.fc2.weight", 0, published=True)
-        add(f"{b}mlp.fc2.bias", 0, published=True)
-        add(f"{b}ls1.gamma", 0)
-        add(f"{b}ls2.gamma", 0)
-    for norm in ("norm", "fc_norm"):
-        add(f"{norm}.weight", 0, scored=True)
-        add(f"{norm}.bias", 0, scored=True)
-    add("head.weight", 1)
-    add("head_dist.weight", 1)
-    depth = len(model.blocks)
-    return Group("emb", "emb", emb, multiple, tuple(slices), tuple(range(depth)), divisor=float(depth))
-
-
-def _attention_groups(i: int, attn: Attention, sizes: Mapping[str, int]) -> list[Group]:
-    heads, qk, v, emb = attn.heads, attn.qk_dim, attn.v_dim, attn.qkv.in_features
-    qkv, proj = f"blocks.{i}.attn.qkv", f"blocks.{i}.attn.proj"
-    spans = {"q": (0, heads * qk), "k": (heads * qk, 2 * heads * qk), "v": (2 * heads * qk, heads * (2 * qk + v))}
-    units = {"q": qk, "k": qk, "v": v}
-    bias = attn.qkv.bias is not None
-
-    def rows(part: str, axis: int, **marks: bool) -> list[Slice]:
-        """The weight and bias rows of queries, keys or values as (head, dim)."""
-        weight = Slice(f"{qkv}.weight", (heads, units[part], emb), axis, spans[part], **marks)
-        return [weight] + ([Slice(f"{qkv}.bias", (heads, units[part]), axis, spans[part], **marks)] if bias else [])
-
-    def norm(part: str, **marks: bool) -> list[Slice]:
-        """The weight and bias of the query or key norm, if there is one."""
-        layer = getattr(attn, f"{part}_norm")
-        found = dict(layer.named_parameters()) if layer is not None else {}
-        return [Slice(f"blocks.{i}.attn.{part}_norm.{leaf}", (qk,), 0, **marks) for leaf in found]
-
-    def out(axis: int) -> Slice:
-        return Slice(f"{proj}.weight", (attn.proj.out_features, heads, v), axis, scored=True)
-
-    def group(kind: str, size: int, slices: Sequence[Slice], divisor: float) -> Group:
-        return Group(f"blocks.{i}.{kind}", kind, size, sizes[kind], tuple(slices), (i,), divisor)
-
-    # The gate of a qk_dim unit sits on the queries that meet the keys: behind their norm where they have one.
-    normed = norm("q", scored=True)
-    qk_slices = rows("q", 1, scored=not normed, published=True) + rows("k", 1) + normed + norm("k")
-    qkv_heads = [s for part in "qkv" for s in rows(part, 0, published=True)]
-    return [
-        group("heads", heads, [*qkv_heads, out(1)], PUBLISHED_HEAD_DIVISOR),
-        group("qk_dim", qk, qk_slices, PUBLISHED_DIM_DIVISOR),
-        group("v_dim", v, [*rows("v", 1, published=True), out(2)], PUBLISHED_DIM_DIVISOR),
-    ]
-
-
-def _mlp_group(i: int, mlp: Mlp | GatedMlp, multiple: int) -> Group:
-    name, (out, hidden) = f"blocks.{i}.mlp", mlp.fc2.weight.shape
-    slices = []
-    for leaf in mlp.first_names if isinstance(mlp, GatedMlp) else ("fc1",):
-        layer = getattr(mlp, leaf)
-        # Packed, a unit has a row in each half: its gate's and its value's.
-        halves = (2,) if layer.weight.shape[0] == 2 * hidden else ()
-        view = (*halves, hidden)
-        slices.append(Slice(f"{name}.{leaf}.weight", (*view, layer.weight.shape[1]), len(halves), published=True))
-        if layer.bias is not None:
-            slices.append(Slice(f"{name}.{leaf}.bias", view, len(halves), published=True))
-    slices.append(Slice(f"{name}.fc2.weight", (out, hidden), 1, scored=True))
-    return Group(name, "mlp", hidden, multiple, tuple(slices), (i,))
-
-
 def groups(model: nn.Module, bundle_sizes: Mapping[str, int] = BUNDLE_SIZES) -> list[Group]:
-    """Every prunable width of a prepared model: `emb`, then `heads`, `qk_dim`, `v_dim` and `mlp` block by block."""
-    found = [_emb_group(model, bundle_sizes["emb"])]
-    for i, block in enumerate(model.blocks):
-        found += _attention_groups(i, block.attn, bundle_sizes)
-        found.append(_mlp_group(i, block.mlp, bundle_sizes["mlp"]))
-    return found
+    """Every prunable width of a prepared model: `emb`, then `heads`, `qk_dim`, `v_dim` and `mlp` block by block.
 
-
-def _ratio(emb: int, hidden: int) -> float:
-    """`mlp_ratio` from which timm's `int(emb * ratio)` gets `hidden` back."""
-    ratio = hidden / emb
-    return ratio if int(emb * ratio) == hidden else (hidden + 0.5) / emb
+    The gate of a stream's unit sits on what every reader sees. A norm feeds exactly one reader (or the classifiers
+    together), so the gate gradients of its weight and bias add up to the readers' columns at a fraction of the cost.
+    """
+    depth = len(model.blocks)
+    widths = [Width("emb", "emb", tuple(range(depth)))]
+    for i in range(depth):
+        widths += block_widths(f"blocks.{i}", i)
+    patches = {"patch_embed.proj.weight": 0, "patch_embed.proj.bias": 0}
+    tokens = dict.fromkeys(("cls_token", "dist_token", "reg_token", "pos_embed"), 2)
+    return collect(model, widths, {"emb": embedding_slices(model, tokens | patches, patches)}, bundle_sizes)
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
     """Constructor arguments that rebuild a timm model, read off the model, so that ones built by hand work as well."""
     block, embed = model.blocks[0], model.patch_embed
-    first = getattr(block.mlp, "fc1", None) or block.mlp.fc1_g
-    norm_like = next(m for m in (model.norm, model.fc_norm) if _is_norm(m))
+    last = next((m for m in (model.norm, model.fc_norm) if is_norm(m)), None)
     config = {
         "img_size": list(embed.img_size) if embed.img_size else None,
         "patch_size": list(embed.patch_size),
@@ -300,26 +155,32 @@ def _config(model: nn.Module) -> dict[str, Any]:
         "embed_dim": model.embed_dim,
         "depth": len(model.blocks),
         "num_heads": block.attn.num_heads,
-        "mlp_ratio": _ratio(model.embed_dim, first.out_features),
+        "mlp_ratio": mlp_ratio(model.embed_dim, mlp_hidden(block.mlp)),
         "qkv_bias": block.attn.qkv.bias is not None,
-        "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
+        "qk_norm": is_norm(block.attn.q_norm),
+        "scale_attn_norm": is_norm(block.attn.norm),
+        "scale_mlp_norm": is_norm(block.mlp.norm),
         "proj_bias": block.attn.proj.bias is not None,
         "init_values": None if isinstance(block.ls1, nn.Identity) else 1.0,
         "class_token": model.has_class_token,
         "pos_embed": "none" if model.pos_embed is None else "learn",
         "no_embed_class": model.no_embed_class,
         "reg_tokens": model.num_reg_tokens,
-        "pre_norm": _is_norm(model.norm_pre),
-        "fc_norm": _is_norm(model.fc_norm),
+        "pre_norm": is_norm(model.norm_pre),
+        "final_norm": last is not None,
+        "fc_norm": is_norm(model.fc_norm),
         "pool_include_prefix": model.pool_include_prefix,
         "dynamic_img_size": model.dynamic_img_size,
         "dynamic_img_pad": embed.dynamic_img_pad,
-        "act_layer": next(name for name, cls in ACTIVATIONS.items() if type(block.mlp.act) is cls),
-        "norm_eps": norm_like.eps,
+        "act_layer": name_in(ACTIVATIONS, block.mlp.act),
+        "norm_layer": name_in(NORMS, block.norm1),
+        "norm_eps": (last or block.norm1).eps,
+        "mlp_layer": mlp_name(block.mlp),
     }
-    if (mlp := _mlp_name(block.mlp)) != "mlp":
-        config["mlp_layer"] = mlp
-    if norm_like.bias is None:
+    if is_norm(embed.norm):
+        config["embed_norm_layer"] = name_in(NORMS, embed.norm)
+        config["embed_norm_eps"] = embed.norm.eps
+    if getattr(block.norm1, "bias", None) is None and config["norm_layer"] == "layernorm":
         config["norm_bias"] = False
     if block.attn.head_dim != model.embed_dim // block.attn.num_heads:
         config["head_dim"] = block.attn.head_dim
@@ -358,19 +219,18 @@ def build(spec: ViTSpec, device: str = "meta") -> nn.Module:
     if spec.architecture not in ARCHITECTURES:
         raise ValueError(f"architecture {spec.architecture!r} is unknown; expected one of {', '.join(ARCHITECTURES)}")
     config = dict(spec.config)
-    eps = config.pop("norm_eps", 1e-6)
-    if config.get("act_layer") not in ACTIVATIONS:
-        raise ValueError(f"act_layer {config.get('act_layer')!r} is unknown; expected one of {', '.join(ACTIVATIONS)}")
-    config["act_layer"] = ACTIVATIONS[config["act_layer"]]
-    norm = partial(TimmLayerNorm, eps=eps, bias=config.pop("norm_bias", True))
-    if (mlp := config.pop("mlp_layer", "mlp")) not in MLPS:
-        raise ValueError(f"mlp_layer {mlp!r} is unknown; expected one of {', '.join(MLPS)}")
-    config["mlp_layer"] = MLPS[mlp]
+    config["act_layer"] = known(config, "act_layer", ACTIVATIONS)
+    config["mlp_layer"] = known(config, "mlp_layer", MLPS, "mlp")
+    norm_args = {"eps": config.pop("norm_eps", 1e-6)} | ({} if config.pop("norm_bias", True) else {"bias": False})
+    layer = partial(known(config, "norm_layer", NORMS, "layernorm"), **norm_args)
+    if "embed_norm_layer" in config:
+        eps = config.pop("embed_norm_eps")
+        config["embed_norm_layer"] = partial(known(config, "embed_norm_layer", NORMS), eps=eps)
     if head_dim := config.pop("head_dim", None):
         config["attn_layer"] = _attention_of(head_dim)
     try:
         with torch.device(device):
-            model = ARCHITECTURES[spec.architecture](**config, norm_layer=norm)
+            model = ARCHITECTURES[spec.architecture](**config, norm_layer=layer)
     except (TypeError, AssertionError) as e:
         raise ValueError(f"its config does not build a {spec.architecture}: {e}") from None
     data = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.preprocess.items()}
@@ -379,22 +239,13 @@ def build(spec: ViTSpec, device: str = "meta") -> nn.Module:
     return prepare(model)
 
 
-def resize(model: nn.Module, params: Mapping[str, Tensor], blocks: Sequence[BlockWidths]) -> nn.Module:
-    """Give a prepared model these parameters and widths, in place; what was masked away is gone afterwards."""
-    modules = dict(model.named_modules())
-    for name, tensor in params.items():
-        owner, _, leaf = name.rpartition(".")
-        trainable = getattr(modules[owner], leaf).requires_grad
-        setattr(modules[owner], leaf, nn.Parameter(tensor.detach(), requires_grad=trainable))
-        if isinstance(modules[owner], nn.Linear) and leaf == "weight":
-            modules[owner].out_features, modules[owner].in_features = tensor.shape
-    for block, widths in zip(model.blocks, blocks, strict=True):
-        block.attn.resize_(widths.heads, widths.qk_dim, widths.v_dim)
-    for layer in prunable_layers(model).values():
-        layer.keep_all_()
-        layer.tap = None  # the model it was copied from may be under observation
-    emb = blocks[0].emb
-    model.embed_dim = model.num_features = model.head_hidden_size = emb
+def resize(model: nn.Module, params: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> nn.Module:
+    """Give a prepared model these parameters and the widths that `masks` leaves, in place."""
+    resize_layers(model, params, masks)
+    emb = int(masks["emb"].sum())
+    model.embed_dim = model.num_features = emb
+    if not isinstance(model.attn_pool, LatentPool):
+        model.head_hidden_size = emb
     model.patch_embed.proj.out_channels = emb
     for info in model.feature_info:
         info["num_chs"] = emb
@@ -414,25 +265,48 @@ def tokens(model: nn.Module) -> int:
     return model.patch_embed.num_patches + model.num_prefix_tokens
 
 
-def part(model: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
-    """`attention` or `mlp` of the first block with its norm and residual, stream to stream; or the `rest`, images to
-    logits with no block in between."""
-    block = model.blocks[0]
-    if name == "attention":
-        return lambda x: x + block.ls1(block.attn(block.norm1(x)))
-    if name == "mlp":
-        return lambda x: x + block.ls2(block.mlp(block.norm2(x)))
-    model.blocks = nn.Sequential()
-    return model
+def parts(model: nn.Module) -> tuple[Part, ...]:
+    """The attention and the MLP of every block, each with its norm and residual, and the rest of the model."""
+    every = range(len(model.blocks))
+    return (
+        Part("attention", ("emb", "heads", "qk_dim", "v_dim"), tuple((i,) * 4 for i in every)),
+        Part("mlp", ("emb", "mlp"), tuple((i, i) for i in every)),
+        Part("rest", ("emb",), ((0,),)),
+    )
 
 
-def mlp_projections(model: nn.Module) -> int:
-    """Matrices of hidden × stream width in an MLP: fc1 and fc2, or with a gate three."""
-    return 3 if isinstance(model.blocks[0].mlp, GatedMlp) else 2
-
-
-def rest_macs_per_channel(model: nn.Module) -> float:
-    """Multiply-accumulates an image outside the blocks, per channel of the stream: patch embedding and classifiers."""
+def part_macs(model: nn.Module, part: Part) -> Callable[..., int]:
+    """Multiply-accumulates an image of one piece of `part`, as a function of its widths."""
+    length = tokens(model)
+    if part.name == "attention":
+        return lambda emb, heads, qk, v: length * heads * (emb * (2 * qk + v) + v * emb + length * (qk + v))
+    if part.name == "mlp":
+        matrices = 3 if isinstance(model.blocks[0].mlp, GatedMlp) else 2
+        return lambda emb, hidden: length * matrices * emb * hidden
     conv = model.patch_embed.proj.weight[0].numel() * model.patch_embed.num_patches
-    heads = 2 if isinstance(model, VisionTransformerDistilled) else 1
-    return conv + heads * model.num_classes
+    if isinstance(model.attn_pool, LatentPool):
+        pooled = length if model.pool_include_prefix else model.patch_embed.num_patches
+        per_channel, fixed = pool_macs(model.attn_pool, pooled)
+        head = model.attn_pool.out_features * model.num_classes
+        return lambda emb: (conv + per_channel) * emb + fixed + head
+    classifiers = 2 if isinstance(model, VisionTransformerDistilled) else 1
+    return lambda emb: (conv + classifiers * model.num_classes) * emb
+
+
+def sample_spec(spec: ViTSpec, part: Part, widths: Sequence[int]) -> ViTSpec:
+    """One block that has `widths` along the axes of `part`, and elsewhere the widest of the model."""
+    widest = BlockWidths(**{kind: max(getattr(b, kind) for b in spec.blocks) for kind in KINDS})
+    block = replace(widest, **dict(zip(part.kinds, widths, strict=True)))
+    return replace(spec, config={**spec.config, "depth": 1}, blocks=(block,))
+
+
+def piece(model: nn.Module, part: Part) -> tuple[Callable[[Tensor], Tensor], tuple[int, ...]]:
+    """`attention` or `mlp` of the first block with its norm and residual, stream to stream; or the `rest`, images to
+    logits with no block in between, for which `model` loses its blocks."""
+    block, stream = model.blocks[0], (tokens(model), model.embed_dim)
+    if part.name == "attention":
+        return lambda x: x + block.ls1(block.attn(block.norm1(x))), stream
+    if part.name == "mlp":
+        return lambda x: x + block.ls2(block.mlp(block.norm2(x))), stream
+    model.blocks = nn.Sequential()
+    return model, preprocess(model)["input_size"]

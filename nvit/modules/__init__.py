@@ -1,0 +1,26 @@
+"""Prunable layers: parameters plus one call into `nvit.functional`. Masked and compact models share them.
+
+A layer knows where its axes lie in its own parameters and declares these slices; an adapter says which group prunes
+each axis. Parameter names are the host's, and buffers are not saved: a masked model's state dict looks like the dense
+model's.
+"""
+
+from .attention import Attention
+from .base import Layout, Prunable, keep_, prunable_layers
+from .mlp import GatedMlp, Mlp
+from .stream import EmbeddingNorm, LayerScale, Linear, Norm, StreamEntry
+
+__all__ = [
+    "Attention",
+    "EmbeddingNorm",
+    "GatedMlp",
+    "LayerScale",
+    "Layout",
+    "Linear",
+    "Mlp",
+    "Norm",
+    "Prunable",
+    "StreamEntry",
+    "keep_",
+    "prunable_layers",
+]
