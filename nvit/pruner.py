@@ -370,7 +370,8 @@ def prune(
     else:
         if config.fsdp and distributed.world() > 1:
             pruner.work_in(distributed.shard(model, adapter.logits))
-        snapshots = _prune_one_shot(pruner, loader, keep, progress)
+        with distributed.watch():
+            snapshots = _prune_one_shot(pruner, loader, keep, progress)
     pruner.come_home()
     return PruneResult(snapshots, pruner.masks, pruner.history, table, dense)
 
