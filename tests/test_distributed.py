@@ -235,6 +235,14 @@ def test_labels_drawn_for_rows_are_those_of_the_whole_batch():
     assert torch.equal(sample_labels(logits[rows], rows, 12), whole[rows])
 
 
+def test_no_more_than_a_few_parameters_are_whole_at_a_time():
+    shards = {str(i): torch.full((2,), i) for i in range(9)}
+    whole = distributed._Gathered(shards)
+    for name, t in whole.items():
+        assert torch.equal(t, shards[name]) and len(whole.last) <= 4
+    assert list(whole) == list(shards) and len(whole) == 9
+
+
 def test_blocks_are_what_is_gathered_at_once():
     model, _ = prepared("three_blocks")
     assert distributed._blocks(model) == list(model.blocks)
