@@ -34,8 +34,9 @@ QUICK = {"interval": 1, "bundles_per_step": 1, "bundle_mlp": 8, "lr": 4.0, "opti
 VARIANTS = {
     "train": QUICK,
     "frozen": QUICK | {"lr": 0.0},
-    "mixup": QUICK | {"mixup": 0.8, "cutmix": 1.0, "batch_size": 9, "criterion": "abs", "ema": 0.9},
-    "uneven": QUICK | {"batch_size": 10, "criterion": "taylor", "grad_clip": 0.5},
+    "mixup": QUICK
+    | {"mixup": 0.8, "cutmix": 1.0, "batch_size": 9, "criterion": "abs", "ema": 0.9, "latency_target": (0.85,)},
+    "uneven": QUICK | {"batch_size": 10, "criterion": "taylor", "grad_clip": 0.5, "latency_target": (0.85,)},
     "shot_hessian": {"train": False, "labels": "sampled", "batch_size": 10},
     "shot_abs": {"train": False, "criterion": "abs", "rounds": 2},
     "shot_nvit": {"train": False, "criterion": "nvit", "batch_size": 10},
