@@ -33,7 +33,7 @@ def _help(text: str, **kwargs):
 class TrainingConfig:
     """How weights are trained, in pruning as in finetuning: the published recipe unless said otherwise."""
 
-    batch_size: Annotated[int, _help("images a step")] = 64
+    batch_size: Annotated[int, _help("images a step, of all ranks together")] = 64
     optimizer: Annotated[str, _help("as timm's create_optimizer_v2 names it")] = "adamw"
     weight_decay: Annotated[float, _help("not applied to biases and norms")] = 0.05
     grad_clip: Annotated[float, _help("largest gradient norm; 0 for none")] = 0.0
@@ -53,6 +53,9 @@ class TrainingConfig:
     cutmix: Annotated[float, _help("cutmix alpha")] = 0.0
     repeats: Annotated[int, _help("times an image comes in an epoch, each augmented anew")] = 1
     ema: Annotated[float, _help("decay of the weights' moving average; 0 for none")] = 0.0
+    fsdp: Annotated[
+        bool, _help("under torchrun: weights, gradients, optimiser state in shards over the ranks, not a copy on each")
+    ] = False
     seed: Annotated[int, _help("of data order, augmentation and drawn labels")] = 0
     save_every: Annotated[float, _help("seconds between run states on disk")] = 300.0
 

@@ -11,7 +11,7 @@ from timm.data import resolve_data_config
 from timm.models import load_checkpoint
 from torch import Tensor, nn
 
-from . import adapters, snapshot
+from . import adapters, distributed, snapshot
 from .adapters import hf_folder
 from .config import DIGITS, DataFlags, LatencyFlags, ModelFlags, TrainingConfig
 from .data import Digits, TrainingData, evaluation_loader, open_images, subset, transform
@@ -22,14 +22,14 @@ from .progress import Progress, silent
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a flag; the GPU if there is one when empty."""
+    """The device of a flag; the GPU if there is one when empty, each rank's own under torchrun."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise ValueError(f"device {name!r} is unknown; use cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r}: this machine has no usable CUDA GPU; use --device cpu")
-    return device
+    return distributed.own_device(device)
 
 
 def open_model(name: str, flags: ModelFlags, *, scratch: bool = False) -> nn.Module:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import adapters, analysis, snapshot, sparse24
+from . import adapters, analysis, distributed, snapshot, sparse24
 from .config import (
     DIGITS,
     CompareCommand,
@@ -50,21 +50,19 @@ def _size(model: nn.Module) -> dict[str, Any]:
 
 
 def run_prune(command: PruneCommand, progress: Progress = silent) -> dict[str, Any]:
-    """`nvit prune`: dense accuracy, pruning, finetuning, accuracy and latency of each snapshot."""
+    """`nvit prune`: dense accuracy, pruning, finetuning, accuracy and latency of each snapshot.
+
+    Under torchrun every rank prunes and finetunes; rank 0 alone measures, evaluates, writes, and has a result.
+    """
     start = time.monotonic()
     out = Path(command.out)
-    if (out / "result.json").exists() and not command.resume:
+    if distributed.from_main((out / "result.json").exists) and not command.resume:
         raise ValueError(f"{out} holds a finished run; choose another --out or remove it")
     torch.manual_seed(command.seed)  # of a model without weights of its own
     model = open_model(command.model, command)
     loader = open_training_data(model, command, command, augment=command.train)
     evaluation = open_evaluation_data(model, command, command.batch_size)
-    table_file = out / "latency_table.json"
-    if command.resume and table_file.exists():
-        table = LatencyTable.load(table_file)
-    else:
-        table = open_table(model, command, command.bundle_sizes, progress)
-    table.save(table_file)
+    table = distributed.from_main(lambda: _own_table(model, command, out / "latency_table.json", progress))
     cnn, renormalise = open_cnn_teacher(command, model)
     result = prune(
         model,
@@ -77,11 +75,13 @@ def run_prune(command: PruneCommand, progress: Progress = silent) -> dict[str, A
         resume=command.resume,
         progress=progress,
     )
-    write_csv(out / "history.csv", result.history)
+    distributed.from_main(lambda: write_csv(out / "history.csv", result.history))
     if command.finetune_epochs:
         train = open_training_data(model, command, command)
         for pruned in result.snapshots:
             _finetune_snapshot(pruned, train, command, result.dense, cnn, renormalise, out, progress)
+    if not distributed.main():
+        return {}
     images = sample_images(result.dense, command.latency_batch)
     times = time_models([result.dense, *(p.model for p in result.snapshots)], images, command.latency_seconds / 4)
     dense = _size(result.dense) | {"latency_ms": times[0], "top1": None}
@@ -113,6 +113,15 @@ def run_prune(command: PruneCommand, progress: Progress = silent) -> dict[str, A
     return found
 
 
+def _own_table(model: nn.Module, command: PruneCommand, file: Path, progress: Progress) -> LatencyTable:
+    """The table of a run, kept in its folder: the one an interrupted run began with."""
+    if command.resume and file.exists():
+        return LatencyTable.load(file)
+    table = open_table(model, command, command.bundle_sizes, progress)
+    table.save(file)
+    return table
+
+
 def _finetune_snapshot(
     pruned: Pruned, loader, command: PruneCommand, dense, cnn, renormalise, out: Path, progress: Progress
 ) -> None:
@@ -132,14 +141,17 @@ def _finetune_snapshot(
         progress=progress,
     )
     pruned.metrics["finetuned_epochs"] = command.finetune_epochs
-    pruned.save(out / f"target-{pruned.target:g}")
+    distributed.from_main(lambda: pruned.save(out / f"target-{pruned.target:g}"))
 
 
 def run_finetune(name: str, command: FinetuneCommand, progress: Progress = silent) -> dict[str, Any]:
-    """`nvit finetune`: train a compact model, or with `scratch` a new one, and save it as a snapshot."""
+    """`nvit finetune`: train a compact model, or with `scratch` a new one, and save it as a snapshot.
+
+    Under torchrun every rank trains; rank 0 alone evaluates, writes, and has a result.
+    """
     start = time.monotonic()
     out = Path(command.out)
-    if (out / snapshot.SPEC).exists() and not command.resume:
+    if distributed.from_main((out / snapshot.SPEC).exists) and not command.resume:
         raise ValueError(f"{out} holds a snapshot already; choose another --out or remove it")
     torch.manual_seed(command.seed)
     model = open_model(name, command, scratch=command.scratch)
@@ -150,7 +162,9 @@ def run_finetune(name: str, command: FinetuneCommand, progress: Progress = silen
         flags = ModelFlags(checkpoint=command.teacher_checkpoint, device=command.device)
         teacher = frozen(open_model(command.teacher, flags))
     cnn, renormalise = open_cnn_teacher(command, model)
-    before = None if evaluation is None else accuracy(model, evaluation, progress=progress)["top1"]
+    before = None
+    if evaluation is not None and distributed.main():
+        before = accuracy(model, evaluation, progress=progress)["top1"]
     state_file = out.with_name(f"{out.name}_state.safetensors")
     model = finetune(
         model,
@@ -163,6 +177,8 @@ def run_finetune(name: str, command: FinetuneCommand, progress: Progress = silen
         resume=command.resume,
         progress=progress,
     )
+    if not distributed.main():
+        return {}
     found = {"model": name, "epochs": command.epochs, "top1_before": before, "top1": None} | _size(model)
     if evaluation is not None:
         found["top1"] = accuracy(model, evaluation, progress=progress)["top1"]

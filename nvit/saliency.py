@@ -42,7 +42,8 @@ def gate_gradients(
     sizes = [g.size for g in groups]
     starts = dict(zip((g.name for g in groups), [0, *itertools.accumulate(sizes)], strict=False))
     every = [(s.name, *(s.rows or (0, None)), s.view, s.axis, starts[g.name]) for g in groups for s in slices(g)]
-    if (fused := functional.group_dot(params, grads, every)) is not None:
+    # Fused, it holds every parameter at once: not where they are gathered one at a time.
+    if isinstance(params, dict) and (fused := functional.group_dot(params, grads, every)) is not None:
         return dict(zip(starts, fused.split(sizes), strict=True))
     totals, last = {}, (None, None, None)
     for g in groups:
@@ -158,17 +159,19 @@ class Evidence:
     Attributes:
         params, grads: by parameter name; `grads` empty where weights are frozen.
         gates: per-sample gate gradients by group, `(batch, group.size)`, where they were recorded.
+        over_ranks: a mean over ranks of tensors by name; gates are of this rank's samples, `grads` are means already.
     """
 
     params: Mapping[str, Tensor]
     grads: Mapping[str, Tensor] = field(default_factory=dict)
     gates: Mapping[str, Tensor] | None = None
     seed: int = 0
+    over_ranks: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
 
     def gate_gradients(self, groups: Sequence[Group]) -> dict[str, Tensor]:
         """`(group.size,)` by group: recorded ones summed over samples, else from weights."""
         if self.gates is not None:
-            return {g.name: self.gates[g.name].sum(0) for g in groups}
+            return self.over_ranks({g.name: self.gates[g.name].sum(0) for g in groups})
         return gate_gradients(groups, self.params, self.grads)
 
 
@@ -188,7 +191,7 @@ def nvit(groups: Sequence[Group], seen: Evidence) -> Scores:
 
 def absolute(groups: Sequence[Group], seen: Evidence) -> Scores:
     """Mean over samples of the absolute gate gradient of the sample's own loss. loss"""
-    return {g.name: seen.gates[g.name].abs().sum(0) for g in groups}
+    return seen.over_ranks({g.name: seen.gates[g.name].abs().sum(0) for g in groups})
 
 
 def taylor(groups: Sequence[Group], seen: Evidence) -> Scores:
