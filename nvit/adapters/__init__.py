@@ -31,7 +31,10 @@ from . import timm_beit, timm_eva, timm_vit
 
 FAMILIES: dict[str, ModuleType] = {"timm_vit": timm_vit, "timm_eva": timm_eva, "timm_beit": timm_beit}
 
-SUPPORTED = "timm's VisionTransformer (ViT, DeiT, DINOv2, CLIP, SigLIP and alike); docs/models.md lists them."
+SUPPORTED = (
+    "timm's VisionTransformer (ViT, DeiT, DINOv2, CLIP, SigLIP and alike), Eva (EVA-02, DINOv3, Perception Encoder, "
+    "RoPE-ViT and alike) and Beit; docs/models.md lists them."
+)
 
 
 def refusal(model: nn.Module) -> str | None:
