@@ -19,6 +19,9 @@ from nvit import adapters
 MODULES: dict[str, dict] = {
     "deit": {"depth": 2},
     "vision_transformer": {"depth": 2},
+    "swin_transformer": {"depths": (2, 1, 1, 1)},
+    "eva": {"depth": 2},
+    "beit": {"depth": 2},
 }
 """The modules under `timm.models` that the adapters were written for, and what makes their models shallow."""
 

@@ -157,7 +157,7 @@ def _help() -> str:
     ]
     for name, command in COMMANDS.items():
         lines.append(f"  nvit {name} {command.words}".ljust(52) + command.config.__doc__.splitlines()[0])
-    lines += ["", f"MODEL is a timm name, a snapshot folder, or {DIGITS!r}. Every command has --help."]
+    lines += ["", f"MODEL is a timm name, a snapshot or Hugging Face folder, or {DIGITS!r}. Every command has --help."]
     return "\n".join(lines)
 
 
@@ -213,7 +213,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return _say(e, BAD_USAGE)
     except BrokenPipeError:
         return FAILED
-    except (ValueError, FloatingPointError, OSError) as e:
+    except (ValueError, FloatingPointError, OSError, ModuleNotFoundError) as e:
         return _say(e, FAILED)
     except KeyboardInterrupt:
         again = "; the same command with --resume goes on" if hasattr(config, "resume") else ""

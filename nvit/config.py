@@ -81,6 +81,9 @@ class PruneConfig(TrainingConfig):
     ] = "true"
     only: Annotated[tuple[str, ...], _help(f"kinds to prune, of {', '.join(KINDS)}; all if empty")] = ()
     freeze: Annotated[tuple[str, ...], _help("groups to leave alone, as 'blocks.0.*'")] = ()
+    stages: Annotated[
+        tuple[int, ...], _help("stages of a hierarchical model to prune, from 0, as 2 for Swin's longest; all if empty")
+    ] = ()
     bundle_emb: Annotated[int, _help("channels of the stream that leave together")] = BUNDLE_SIZES["emb"]
     bundle_heads: Annotated[int, _help("heads that leave together")] = BUNDLE_SIZES["heads"]
     bundle_qk: Annotated[int, _help("query/key dims that leave together")] = BUNDLE_SIZES["qk_dim"]
@@ -176,7 +179,7 @@ class LatencyFlags:
 class RunFlags:
     """What a run starts from and where it goes."""
 
-    model: Annotated[str, _help("a timm name or a snapshot folder")] = DIGITS
+    model: Annotated[str, _help("a timm name, a snapshot folder, or a Hugging Face folder")] = DIGITS
     out: Annotated[str, _help("folder for snapshots, table, history and result.json")] = "nvit-run"
     resume: Annotated[bool, _help("go on where an interrupted run in --out stopped")] = False
 
@@ -191,9 +194,7 @@ class FinetuneCommand(FinetuneConfig, DataFlags, ModelFlags):
     """Finetune a compact model; with --scratch, train a new one."""
 
     out: Annotated[str, _help("folder for the snapshot and result.json")] = "nvit-finetuned"
-    teacher: Annotated[str, _help("the unpruned model for L_full: a timm name or a snapshot folder; none if empty")] = (
-        ""
-    )
+    teacher: Annotated[str, _help("the unpruned model for L_full, named as MODEL is; none if empty")] = ""
     teacher_checkpoint: Annotated[str, _help("its weights")] = ""
     scratch: Annotated[bool, _help("start from random weights")] = False
     resume: Annotated[bool, _help("go on where an interrupted run in --out stopped")] = False
@@ -221,7 +222,7 @@ class CompareCommand(LatencyFlags, DataFlags, ModelFlags):
 class LatencyCommand(ModelFlags):
     """Measure a latency table, or show one."""
 
-    model: Annotated[str, _help("a timm name or a snapshot folder")] = DIGITS
+    model: Annotated[str, _help("a timm name, a snapshot folder, or a Hugging Face folder")] = DIGITS
     table: Annotated[str, _help("show this table instead of measuring; or `analytic`")] = ""
     latency_batch: Annotated[int, _help("images a batch")] = 64
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], _help("of weights and images")] = "float32"

@@ -198,7 +198,7 @@ def image_folder(
         ValueError: no such folder, no images, or classes that do not fit the model.
     """
     pipeline = transform(adapters.preprocess(model), resize=resize)
-    classes = model.num_classes
+    classes = adapters.classes(model)
     dataset = open_images(folder, split, class_map=class_map, classes=classes, transform=pipeline)
     return TrainingData(dataset, batch_size, seed, workers)
 

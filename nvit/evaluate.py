@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from . import adapters
 from .masks import meta_copy
 from .progress import Progress, silent
 
@@ -32,7 +33,7 @@ def accuracy(model: nn.Module, loader, *, amp: str = "no", progress: Progress = 
         images, labels = images.to(device), labels.to(device)
         start = time.perf_counter()
         with torch.autocast(device.type, dtype, enabled=amp != "no"):
-            logits = model(images).float()
+            logits = adapters.predict(model, images).float()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         busy += time.perf_counter() - start

@@ -12,6 +12,7 @@ from timm.models import load_checkpoint
 from torch import Tensor, nn
 
 from . import adapters, snapshot
+from .adapters import hf_folder
 from .config import DIGITS, DataFlags, LatencyFlags, ModelFlags, TrainingConfig
 from .data import Digits, TrainingData, evaluation_loader, open_images, subset, transform
 from .distill import frozen, renormalisation
@@ -32,7 +33,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def open_model(name: str, flags: ModelFlags, *, scratch: bool = False) -> nn.Module:
-    """A prepared model on its device: a snapshot folder, a timm name, or the bundled digits model.
+    """A prepared model on its device: a snapshot folder, a folder that transformers wrote, a timm name, or the bundled
+    digits model.
 
     Raises:
         ValueError: unknown name, damaged snapshot or checkpoint, unsupported family.
@@ -46,7 +48,7 @@ def open_model(name: str, flags: ModelFlags, *, scratch: bool = False) -> nn.Mod
     if snapshot.is_snapshot(name):
         model = snapshot.fresh(snapshot.load_spec(name)) if scratch else snapshot.load(name)
     elif Path(name).is_dir():
-        raise ValueError(f"{name} is a folder but not a snapshot: spec.json is missing")
+        model = _hf_model(name, flags, scratch)
     elif not timm.is_model(name):
         near = timm.list_models(f"*{name}*")[:3]
         hint = f"; did you mean {', '.join(near)}?" if near else ""
@@ -55,6 +57,17 @@ def open_model(name: str, flags: ModelFlags, *, scratch: bool = False) -> nn.Mod
         model = _timm_model(name, flags, scratch)
     adapters.find(model).prepare(model)
     return model.to(device)
+
+
+def _hf_model(folder: str, flags: ModelFlags, scratch: bool) -> nn.Module:
+    if not hf_folder.is_folder(folder):
+        raise ValueError(
+            f"{folder} is a folder but not a snapshot (no spec.json) nor a Hugging Face model (no config.json)"
+        )
+    for flag, value in (("--checkpoint", flags.checkpoint), ("--num-classes", flags.num_classes)):
+        if value:
+            raise ValueError(f"{flag} goes with a timm name; {folder} is a Hugging Face model with its own")
+    return hf_folder.open_folder(folder, weights=flags.pretrained and not scratch)
 
 
 def _timm_model(name: str, flags: ModelFlags, scratch: bool) -> nn.Module:
@@ -88,7 +101,7 @@ def open_training_data(
             raise ValueError("--data is missing: a folder of class folders, or a timm data set as torch/cifar10:FOLDER")
         recipe = config if augment else None
         pipeline = transform(adapters.preprocess(model), resize=flags.resize, training=recipe)
-        classes = model.num_classes
+        classes = adapters.classes(model)
         dataset = open_images(flags.data, "train", class_map=flags.class_map, classes=classes, transform=pipeline)
     return TrainingData(dataset, config.batch_size, config.seed, flags.workers, config.repeats if augment else 1)
 
@@ -102,7 +115,7 @@ def open_evaluation_data(model: nn.Module, flags: DataFlags, batch_size: int):
         return None
     else:
         pipeline = transform(adapters.preprocess(model), resize=flags.resize)
-        classes = model.num_classes
+        classes = adapters.classes(model)
         dataset = open_images(where, "validation", class_map=flags.class_map, classes=classes, transform=pipeline)
     return evaluation_loader(subset(dataset, flags.eval_images), batch_size, flags.workers)
 
@@ -164,9 +177,8 @@ def open_cnn_teacher(config: TrainingConfig, model: nn.Module):
         teacher = timm.create_model(config.cnn_teacher, pretrained=True).to(device)
     except Exception as e:
         raise ValueError(f"CNN teacher {config.cnn_teacher!r} cannot be had: {e}") from None
-    if teacher.num_classes != model.num_classes:
-        raise ValueError(
-            f"CNN teacher {config.cnn_teacher!r} has {teacher.num_classes} classes, the model {model.num_classes}"
-        )
-    mine, theirs = adapters.preprocess(model), resolve_data_config(model=teacher)
-    return frozen(teacher), renormalisation(mine, theirs, device)
+    theirs, mine = teacher.num_classes, adapters.classes(model)
+    if theirs != mine:
+        raise ValueError(f"CNN teacher {config.cnn_teacher!r} has {theirs} classes, the model {mine}")
+    images = adapters.preprocess(model), resolve_data_config(model=teacher)
+    return frozen(teacher), renormalisation(*images, device)

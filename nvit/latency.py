@@ -340,12 +340,18 @@ def _fingerprint(spec: ViTSpec, setting: Setting, parts: Sequence[Part], axes: S
     return hashlib.sha256(f"{key}{scipy.__version__}".encode()).hexdigest()[:16]
 
 
-def _narrow(adapter, spec: ViTSpec) -> nn.Module:
-    """The weightless model of `spec`."""
-    dense = adapter.build(spec)
-    groups = adapter.groups(dense)
-    keep = {g.name: torch.arange(g.size) < getattr(spec.blocks[g.blocks[0]], g.kind) for g in groups}
-    return compact(dense, groups, keep).eval()
+def _narrow(adapter, specs: Sequence[ViTSpec]) -> list[nn.Module]:
+    """The weightless models of `specs`; the dense one behind them is built once for each config."""
+    dense, found = {}, []
+    for spec in specs:
+        key = json.dumps(spec.config)
+        if key not in dense:
+            model = adapter.build(spec)
+            dense[key] = model, adapter.groups(model)
+        model, groups = dense[key]
+        keep = {g.name: torch.arange(g.size) < getattr(spec.blocks[g.blocks[0]], g.kind) for g in groups}
+        found.append(compact(model, groups, keep).eval())
+    return found
 
 
 @torch.inference_mode()
@@ -356,7 +362,7 @@ def _measure_parts(adapter, spec, parts, axes, batch_size, device, dtype, second
     """
     points = [(part, widths) for part, mine in zip(parts, axes, strict=True) for widths in product(*mine)]
     specs = [spec, *(adapter.sample_spec(spec, part, widths) for part, widths in points)]
-    models = [_narrow(adapter, s) for s in specs]
+    models = _narrow(adapter, specs)
     weights = torch.randn(max(p.numel() for m in models for p in m.parameters()), device=device, dtype=dtype)
     weights.mul_(0.02)
     for model in models:

@@ -17,6 +17,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from . import adapters
 from .config import FinetuneConfig, PruneConfig, TrainingConfig
 from .data import seed_draws
 from .distill import Objective
@@ -46,7 +47,7 @@ class Trainer:
         self.ema = ModelEmaV3(model, decay=config.ema) if config.ema else None
         self.mixup = None
         if config.mixup or config.cutmix:
-            smoothing, classes = config.label_smoothing, model.num_classes
+            smoothing, classes = config.label_smoothing, adapters.classes(model)
             self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=smoothing, num_classes=classes)
         self.step, self._saved_at = 0, time.monotonic()
 

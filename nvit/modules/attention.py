@@ -211,11 +211,12 @@ class Attention(Prunable):
         )
 
     def position_bias(self) -> Tensor | None:
-        """Relative position bias of the kept heads, `(heads, tokens, tokens)`."""
+        """Relative position bias of the kept heads, `(1, heads, tokens, tokens)`, as the fused CPU kernel wants it."""
         if self.bias_table_name is None:
             return None
         table = functional.take(getattr(self, self.bias_table_name), None, self.kept_heads)
-        return table[self.bias_index.flatten()].view(*self.bias_index.shape, -1).permute(2, 0, 1)
+        bias = table[self.bias_index.flatten()].view(*self.bias_index.shape, -1)
+        return bias.permute(2, 0, 1).contiguous().unsqueeze(0)
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Rotary | None = None
