@@ -32,8 +32,10 @@ class BiasedAttention(Attention):
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         """`shared_rel_pos_bias`: `(dense heads, tokens, tokens)`."""
-        bias = shared_rel_pos_bias
-        return self.attend(x, bias if bias is None or self.table_heads is None else bias[self.table_heads])
+        if shared_rel_pos_bias is None:
+            return self.attend(x)
+        bias = shared_rel_pos_bias if self.table_heads is None else shared_rel_pos_bias[self.table_heads]
+        return self.attend(x, bias.unsqueeze(0))
 
 
 def knows(model: nn.Module) -> bool:
