@@ -52,9 +52,17 @@ def cnn_loss(
     return (1 - cnn_weight) * own + cnn_weight * F.cross_entropy(cls if dist is None else dist, cnn_labels)
 
 
-def sample_labels(logits: Tensor) -> Tensor:
-    """Labels drawn from the model's own softmax, int64 `(batch,)`: for scoring without labels."""
-    return torch.multinomial(logits.detach().float().softmax(-1), 1).squeeze(1)
+def sample_labels(logits: Tensor, rows: Sequence[int] = (), batch: int = 0) -> Tensor:
+    """Labels drawn from the model's own softmax, int64 `(batch,)`: for scoring without labels.
+
+    Args:
+        rows, batch: where `logits` are these rows of a larger batch, they get the labels they would get in it.
+    """
+    p = logits.detach().float().softmax(-1)
+    if not rows:
+        return torch.multinomial(p, 1).squeeze(1)
+    # What multinomial does inside, with the whole batch's draws.
+    return (p / p.new_empty(batch, p.shape[1]).exponential_()[list(rows)]).argmax(-1)
 
 
 @dataclass(frozen=True)

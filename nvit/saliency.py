@@ -97,6 +97,10 @@ class _Gate(torch.autograd.Function):
         return grad, None, None, None, *[None] * len(kept)
 
 
+_AT_ONCE = 2**21
+"""Products of activation and gradient that are summed at once."""
+
+
 def _itself(x: Tensor) -> Tensor:
     return x
 
@@ -140,9 +144,11 @@ class GateRecorder:
 
     def _add(self, name: str, axis: int, act: Tensor, grad: Tensor) -> None:
         """Sum `act * grad` over everything but the image and the unit."""
-        part = _wide(act) * _wide(grad)
-        if others := [d for d in range(1, act.dim()) if d != act.dim() + axis]:
-            part = part.sum(others)
+        others = [d for d in range(1, act.dim()) if d != act.dim() + axis]
+        # A few images at a time: the products, wider than a bfloat16 activation, are never there as a whole.
+        few = max(1, _AT_ONCE // act[0].numel())
+        products = (_wide(a) * _wide(g) for a, g in zip(act.split(few), grad.split(few), strict=True))
+        part = torch.cat([p.sum(others) if others else p for p in products])
         self.sums[name] = self.sums[name] + part if name in self.sums else part
 
     def pop(self) -> dict[str, Tensor]:
