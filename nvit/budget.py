@@ -112,10 +112,10 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def _fake_twin(mode: FakeTensorMode, model: nn.Module, weight_gradients: bool) -> nn.Module:
-    memo = {
-        id(p): nn.Parameter(mode.from_tensor(p.detach()), requires_grad=weight_gradients) for p in model.parameters()
-    }
-    return copy.deepcopy(model, memo)
+    fakes = {id(b): mode.from_tensor(b) for b in model.buffers()}
+    for p in model.parameters():
+        fakes[id(p)] = nn.Parameter(mode.from_tensor(p.detach()), requires_grad=weight_gradients)
+    return copy.deepcopy(model, fakes)
 
 
 def rehearse_scoring(model: nn.Module, groups: Sequence[Group], size: Sequence[int], images: int, plan: Plan) -> int:
@@ -124,10 +124,12 @@ def rehearse_scoring(model: nn.Module, groups: Sequence[Group], size: Sequence[i
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         twin = _fake_twin(mode, model, plan.weight_gradients)
         taps = contextlib.nullcontext() if plan.weight_gradients else GateRecorder(twin, groups, full_masks(groups))
-        with LiveBytes(twin.parameters()) as counted, taps, plan.running(twin):
+        with LiveBytes(twin.parameters()) as counted, taps:
             x = torch.empty(images, *size, device=device, dtype=next(model.parameters()).dtype)
             labels = torch.zeros(images, dtype=torch.long, device=device)
-            cnn_loss(adapters.find(twin).logits(twin, x), labels, None).backward()
+            with plan.running(twin):
+                logits = adapters.find(twin).logits(twin, x)
+            cnn_loss(logits, labels, None).backward()
     return counted.peak
 
 
