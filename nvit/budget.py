@@ -71,7 +71,7 @@ class Plan:
 
     def parts(self, batch: int) -> list[slice]:
         """A batch of `batch` images in parts as even as can be."""
-        count = -(-batch // (self.images or batch))
+        count = max(1, -(-batch // (self.images or max(1, batch))))
         ends = [batch * i // count for i in range(count + 1)]
         return [slice(*pair) for pair in itertools.pairwise(ends)]
 
@@ -81,8 +81,9 @@ class Plan:
         blocks = blocks_of(model) if self.checkpoint else []
         for block in blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        device = next(model.parameters()).device.type
         try:
-            with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=self.bf16):
+            with torch.autocast(device, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
                 yield
         finally:
             for block in blocks:

@@ -90,7 +90,7 @@ def run_prune(command: PruneCommand, progress: Progress = silent) -> dict[str, A
         train = open_training_data(model, command, command)
         for pruned in result.snapshots:
             _finetune_snapshot(pruned, train, command, result.dense, cnn, renormalise, out, progress)
-    reference = result.dense or unmasked_(model)
+    reference = unmasked_(model) if result.dense is None else result.dense
     images = sample_images(reference, command.latency_batch)
     times = time_models([reference, *(p.model for p in result.snapshots)], images, command.latency_seconds / 4)
     dense["latency_ms"] = times[0]
