@@ -16,6 +16,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
 from . import __version__, distributed, jobs
+from .budget import show as show_bytes
 from .config import (
     DIGITS,
     CompareCommand,
@@ -85,6 +86,8 @@ def _prune(command: PruneCommand, _: Sequence[str]) -> None:
     for s in found["snapshots"]:
         off = s["measured_ratio"] / s["predicted_ratio"] - 1
         print(f"{s['path']}: measured latency is {off:+.1%} of the prediction; nvit.load({s['path']!r})")
+    if memory := found.get("memory"):
+        print(f"memory: peak {show_bytes(memory['peak'])} of {command.budget}; {memory['picked']}")
     print(f"{command.out}/result.json written after {found['seconds']:.0f} s")
 
 

@@ -82,6 +82,9 @@ class PruneConfig(TrainingConfig):
     labels: Annotated[
         Literal["true", "sampled"], _help("one-shot scores use the data's labels or ones drawn from the model")
     ] = "true"
+    budget: Annotated[
+        str, _help("memory that --no-train may take, as 8GB: resident on a CPU, allocated on CUDA; no limit if empty")
+    ] = ""
     only: Annotated[tuple[str, ...], _help(f"kinds to prune, of {', '.join(KINDS)}; all if empty")] = ()
     freeze: Annotated[tuple[str, ...], _help("groups to leave alone, as 'blocks.0.*'")] = ()
     stages: Annotated[
@@ -112,6 +115,11 @@ class PruneConfig(TrainingConfig):
         if unknown:
             raise ValueError(
                 f"only: unknown kind {unknown[0]!r}{_nearest(unknown[0], KINDS)}; kinds: {', '.join(KINDS)}"
+            )
+        if self.budget and (self.train or self.finetune_epochs):
+            raise ValueError(
+                f"budget {self.budget} holds scoring and pruning only; give --no-train and no --finetune-epochs, and "
+                "train the snapshot afterwards with nvit finetune"
             )
         positive = ("batch_size", "interval", "bundles_per_step", "rounds", "repeats")
         for name in (*positive, "bundle_emb", "bundle_heads", "bundle_qk", "bundle_v", "bundle_mlp"):
@@ -147,7 +155,8 @@ class ModelFlags:
 
     checkpoint: Annotated[str, _help("weights for a timm model: a .safetensors or .pth file")] = ""
     pretrained: Annotated[bool, _help("load timm's pretrained weights when there is no checkpoint")] = True
-    num_classes: Annotated[int, _help("of a timm model without weights; 0 keeps the model's own")] = 0
+    num_classes: Annotated[int, _help("of a timm model; 0 keeps the model's own")] = 0
+    img_size: Annotated[int, _help("pixels a side of a timm model's images; 0 keeps the model's own")] = 0
     device: Annotated[str, _help("cpu, cuda, cuda:1; the GPU if there is one when empty")] = ""
     threads: Annotated[int, _help("CPU threads; as many as torch chooses when 0")] = 0
     kernels: Annotated[bool, _help("fused Triton kernels on CUDA")] = True

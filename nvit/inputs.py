@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import timm
@@ -47,6 +48,9 @@ def open_model(name: str, flags: ModelFlags, *, scratch: bool = False) -> nn.Mod
         name = str(snapshot.BUNDLED)
     if snapshot.is_snapshot(name):
         model = snapshot.fresh(snapshot.load_spec(name)) if scratch else snapshot.load(name)
+        size = adapters.preprocess(model)["input_size"]
+        if flags.img_size not in (0, size[-1]):
+            raise ValueError(f"{name} takes images of {size[-2]} × {size[-1]}; leave out --img-size {flags.img_size}")
     elif Path(name).is_dir():
         model = _hf_model(name, flags, scratch)
     elif not timm.is_model(name):
@@ -71,10 +75,10 @@ def _hf_model(folder: str, flags: ModelFlags, scratch: bool) -> nn.Module:
 
 
 def _timm_model(name: str, flags: ModelFlags, scratch: bool) -> nn.Module:
-    classes = {"num_classes": flags.num_classes} if flags.num_classes else {}
+    asked = {key: value for key in ("num_classes", "img_size") if (value := getattr(flags, key))}
     pretrained = flags.pretrained and not flags.checkpoint and not scratch
     try:
-        model = timm.create_model(name, pretrained=pretrained, **classes)
+        model = timm.create_model(name, pretrained=pretrained, **asked)
     except Exception as e:
         if not pretrained:
             raise
@@ -82,8 +86,11 @@ def _timm_model(name: str, flags: ModelFlags, scratch: bool) -> nn.Module:
     if flags.checkpoint and not scratch:
         if not Path(flags.checkpoint).is_file():
             raise ValueError(f"checkpoint {flags.checkpoint} does not exist")
+        # timm's own filter brings position embeddings to another image size.
+        resampled = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        filter_fn = resampled if flags.img_size else None
         try:
-            load_checkpoint(model, flags.checkpoint, use_ema=False, weights_only=True)
+            load_checkpoint(model, flags.checkpoint, use_ema=False, weights_only=True, filter_fn=filter_fn)
         except (RuntimeError, KeyError, OSError, SafetensorError, EOFError, ValueError) as e:
             first = str(e).strip().splitlines()[0]
             raise ValueError(f"checkpoint {flags.checkpoint} does not fit {name}: {first}") from None

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from . import adapters, analysis, distributed, snapshot, sparse24
+from .budget import Budget
 from .config import (
     DIGITS,
     CompareCommand,
@@ -38,6 +39,8 @@ from .inputs import (
     sample_images,
 )
 from .latency import LatencyTable, time_models
+from .masks import unmasked_
+from .memory import Meter
 from .progress import Progress, silent
 from .pruner import Pruned, prune
 from .report import write_csv, write_result
@@ -61,9 +64,14 @@ def run_prune(command: PruneCommand, progress: Progress = silent) -> dict[str, A
     torch.manual_seed(command.seed)  # of a model without weights of its own
     model = open_model(command.model, command)
     loader = open_training_data(model, command, command, augment=command.train)
-    evaluation = open_evaluation_data(model, command, command.batch_size)
+    evaluation = open_evaluation_data(model, command, _evaluation_batch(model, command))
+    meter = Meter(next(model.parameters()).device) if command.budget else None
     table = distributed.from_main(lambda: _own_table(model, command, out / "latency_table.json", progress))
     cnn, renormalise = open_cnn_teacher(command, model)
+    dense = _size(model) | {"latency_ms": None, "top1": None}
+    if evaluation is not None and distributed.main():
+        dense["top1"] = accuracy(model, evaluation, amp=command.amp, progress=progress)["top1"]
+    before = meter.peak if meter else 0
     result = prune(
         model,
         loader,
@@ -82,11 +90,10 @@ def run_prune(command: PruneCommand, progress: Progress = silent) -> dict[str, A
             _finetune_snapshot(pruned, train, command, result.dense, cnn, renormalise, out, progress)
     if not distributed.main():
         return {}
-    images = sample_images(result.dense, command.latency_batch)
-    times = time_models([result.dense, *(p.model for p in result.snapshots)], images, command.latency_seconds / 4)
-    dense = _size(result.dense) | {"latency_ms": times[0], "top1": None}
-    if evaluation is not None:
-        dense["top1"] = accuracy(result.dense, evaluation, amp=command.amp, progress=progress)["top1"]
+    reference = unmasked_(model) if result.dense is None else result.dense
+    images = sample_images(reference, command.latency_batch)
+    times = time_models([reference, *(p.model for p in result.snapshots)], images, command.latency_seconds / 4)
+    dense["latency_ms"] = times[0]
     rows = []
     for pruned, ms in zip(result.snapshots, times[1:], strict=True):
         row = {"target": pruned.target, "predicted_ratio": pruned.predicted_ratio, "measured_ratio": ms / times[0]}
@@ -107,6 +114,8 @@ def run_prune(command: PruneCommand, progress: Progress = silent) -> dict[str, A
         "seconds": time.monotonic() - start,
         "recipe": dataclasses.asdict(command),
     }
+    if meter:
+        found["memory"] = result.memory | {"peak": max(before, meter.peak)}
     write_result(out, found)
     for state in out.glob("*_state*.safetensors"):
         state.unlink()
@@ -120,6 +129,24 @@ def _own_table(model: nn.Module, command: PruneCommand, file: Path, progress: Pr
     table = open_table(model, command, command.bundle_sizes, progress)
     table.save(file)
     return table
+
+
+def _evaluation_batch(model: nn.Module, command: PruneCommand) -> int:
+    """Images a forward pass while evaluating: under a budget, as many as fit in it beside compact models.
+
+    Raises:
+        ValueError: the batch of the latency measurement does not fit.
+    """
+    if not command.budget:
+        return command.batch_size
+    fits = Budget(command.budget, next(model.parameters()).device).forward_images
+    size, targets = adapters.preprocess(model)["input_size"], sum(command.latency_target)
+    if (most := fits(model, size, command.latency_batch, targets)) < command.latency_batch:
+        raise ValueError(
+            f"budget {command.budget} does not hold {command.latency_batch} images while latency is measured; give "
+            + (f"--latency-batch {most} or less, or a larger budget" if most else "a larger budget")
+        )
+    return max(1, fits(model, size, command.batch_size, targets))
 
 
 def _finetune_snapshot(

@@ -126,6 +126,13 @@ def apply_(
     return weights
 
 
+def unmasked_(model: nn.Module) -> nn.Module:
+    """Let a masked model compute over all units again, at the dense model's cost. What was pruned stays zero, so that
+    its outputs are neither the dense model's nor the masked one's."""
+    keep_(model, full_masks(adapters.find(model).groups(model)))
+    return model
+
+
 def meta_copy(model: nn.Module) -> nn.Module:
     """A copy of a model whose parameters are on the meta device: its structure, no memory."""
     memo = {id(p): nn.Parameter(p.to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}

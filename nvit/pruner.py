@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from . import adapters, distributed, snapshot
+from .budget import Budget
 from .config import KINDS, PruneConfig
-from .data import endless, seed_draws, shares
-from .distill import Objective, frozen, sample_labels
+from .data import endless
+from .distill import Objective, frozen
 from .latency import LatencyTable, current_setting
 from .masks import Masks, apply_, compact, full_masks, widths
 from .progress import Progress, silent
 from .saliency import CRITERIA, Evidence, GateRecorder, RunningMean
+from .scoring import score
 from .selection import drop_cheapest, drop_to_target
 from .spec import Group
 from .training import Trainer
@@ -137,17 +138,21 @@ class Pruner:
         """Whether every target is met."""
         return len(self.met) == len(self.targets)
 
-    def observe(self, grads: Mapping[str, Tensor] | None = None) -> None:
+    def observe(self, grads: Mapping[str, Tensor] | None = None, gates: Mapping[str, Tensor] | None = None) -> None:
         """Add the last backward pass to the saliency, from `grads` or the parameters' own gradients.
 
         With several ranks `grads` are the mean over all of them, as DDP and FSDP leave it.
+
+        Args:
+            gates: recorded already, as `GateRecorder.pop` gives them.
 
         Raises:
             ValueError: a score is not finite.
         """
         if grads is None:
             grads = {name: p.grad for name, p in self.params.items() if p.grad is not None}
-        gates = None if self.gates is None else self.gates.pop()
+        if gates is None and self.gates is not None:
+            gates = self.gates.pop()
         params, grads = distributed.gathered(self.params), distributed.gathered(grads)
         seen = Evidence(params, grads, gates, self.config.seed, distributed.mean)
         self.mean.update(self.criterion.score(self.free, seen))
@@ -236,51 +241,6 @@ class Pruner:
         self._stop_recording_when_done()
 
 
-def score(pruner: Pruner, loader, *, progress: Progress = silent) -> None:
-    """Add one pass over the data (or `score_batches`) to the pruner's saliency; weights stay as they are.
-
-    Cross entropy with the labels, or with labels drawn from the model's own softmax. Criteria that read gates alone
-    need no weight gradients: the weights are frozen meanwhile, which is faster and takes less memory.
-    """
-    config, model = pruner.config, pruner.call.model
-    if pruner.criterion.reads == "nothing":
-        pruner.observe({})
-        return
-    frozen_route = pruner.criterion.reads in ("gates", "either")
-    trainable = {name: p.requires_grad for name, p in pruner.params.items()}
-    device = next(model.parameters()).device
-    model.eval()
-    total = min(config.score_batches or len(loader), len(loader))
-    try:
-        for p in pruner.params.values():
-            p.requires_grad_(not frozen_route)
-        if frozen_route:
-            pruner._record_gates()
-        for done, (images, labels) in enumerate(shares(loader), start=1):
-            seed_draws(config.seed, 2**31 + done)
-            cls, dist = pruner.call(images.to(device))
-            logits = cls if dist is None else (cls + dist) / 2
-            (batch,) = map(int, distributed.sums([len(images)], device))
-            rows = distributed.share(batch) if len(images) < batch else ()
-            labels = labels.to(device) if config.labels == "true" else sample_labels(logits, rows, batch)
-            # A mean over ranks of these is the whole batch's loss, whoever has how much of it.
-            loss = nn.functional.cross_entropy(logits, labels) * (len(images) * distributed.world() / batch)
-            whole = distributed.sums([loss.detach() / distributed.world()], device)[0]
-            if not math.isfinite(whole):
-                raise FloatingPointError(f"the loss is {whole} on scoring batch {done}; check the data")
-            loss.backward()
-            grads = {name: p.grad for name, p in pruner.params.items() if p.grad is not None}
-            pruner.observe(grads if pruner.call.model is not pruner.model else distributed.mean(grads))
-            model.zero_grad(set_to_none=True)
-            progress(done, total, "score")
-            if done >= total:
-                break
-    finally:
-        pruner.stop_recording()
-        for name, p in pruner.params.items():
-            p.requires_grad_(trainable[name])
-
-
 @dataclass
 class Pruned:
     """A compact model at one target."""
@@ -307,14 +267,16 @@ class PruneResult:
         masks: of the last one, on the dense model.
         history: a row per decision.
         table: the latency table that decided.
-        dense: a copy of the model as it was given.
+        dense: a copy of the model as it was given; None under a budget, which is not spent on one.
+        memory: under a budget, what `Budget.report` says.
     """
 
     snapshots: list[Pruned]
     masks: Masks
     history: list[dict[str, Any]]
     table: LatencyTable
-    dense: nn.Module
+    dense: nn.Module | None
+    memory: dict[str, Any] | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -362,8 +324,11 @@ def prune(
     device = next(model.parameters()).device
     adapter = adapters.find(model)
     adapter.prepare(model)
+    budget = Budget(config.budget, device) if config.budget else None
+    if budget and distributed.world() > 1:
+        raise ValueError("a budget bounds a run of one process; leave out --budget, or start without torchrun")
     distributed.same_weights_(model)
-    dense = frozen(copy.deepcopy(model))
+    dense = None if budget else frozen(copy.deepcopy(model))
     if table is None:
         table = distributed.from_main(
             lambda: LatencyTable.measure(model, config.batch_size, device, bundle_sizes=config.bundle_sizes)
@@ -384,9 +349,10 @@ def prune(
         if config.fsdp and distributed.world() > 1:
             pruner.work_in(distributed.shard(model, adapter.logits))
         with distributed.watch():
-            snapshots = _prune_one_shot(pruner, loader, keep, progress)
+            snapshots = _prune_one_shot(pruner, loader, keep, budget, progress)
     pruner.come_home()
-    return PruneResult(snapshots, pruner.masks, pruner.history, table, dense)
+    memory = budget.report() if budget else None
+    return PruneResult(snapshots, pruner.masks, pruner.history, table, dense, memory)
 
 
 class _Keeper:
@@ -447,13 +413,13 @@ def _prune_training(pruner: Pruner, loader, objective: Objective, keep: _Keeper,
     raise AssertionError("an endless loader ended")
 
 
-def _prune_one_shot(pruner: Pruner, loader, keep: _Keeper, progress: Progress) -> list[Pruned]:
+def _prune_one_shot(pruner: Pruner, loader, keep: _Keeper, budget: Budget | None, progress: Progress) -> list[Pruned]:
     snapshots = []
     for target in pruner.targets:
         start = pruner.ratio
         for r in range(1, pruner.config.rounds + 1):
             pruner.mean = RunningMean()
-            score(pruner, loader, progress=progress)
+            score(pruner, loader, budget, progress=progress)
             pruner.decide_at(start + (target - start) * r / pruner.config.rounds)
         snapshots.append(keep.take(pruner, target, pruner.compact()))
     return snapshots

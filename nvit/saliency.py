@@ -7,6 +7,7 @@ The gate of a unit is a factor of 1 on it. Its gradient is read either from weig
 
 from __future__ import annotations
 
+import functools
 import itertools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -81,19 +82,28 @@ def unit_saliency(group: Group, params: Mapping[str, Tensor], grads: Mapping[str
 
 
 class _Gate(torch.autograd.Function):
-    """Identity whose backward hands `activation * grad` to a sink. The anchor makes it differentiable even when
-    everything before it is frozen."""
+    """Identity whose backward hands the activation and its gradient to a sink, the activation as `again` computes it
+    from `kept`. The anchor makes it differentiable even when everything before it is frozen."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, anchor: Tensor, sink: Callable[[Tensor, Tensor], None]) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.sink = sink
+    def forward(ctx, x: Tensor, anchor: Tensor, sink: Callable, again: Callable, *kept: Tensor) -> Tensor:
+        ctx.save_for_backward(*kept)
+        ctx.sink, ctx.again = sink, again
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        ctx.sink(ctx.saved_tensors[0], grad)
-        return grad, None, None
+        kept = ctx.saved_tensors
+        ctx.sink(ctx.again(*kept), grad)
+        return grad, None, None, None, *[None] * len(kept)
+
+
+_AT_ONCE = 2**21
+"""Products of activation and gradient that are summed at once."""
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 class GateRecorder:
@@ -123,18 +133,23 @@ class GateRecorder:
             layer.tap = None
 
     def _tap(self, kinds: Mapping[str, str]):
-        def tap(kind: str, x: Tensor, axis: int) -> Tensor:
+        def tap(kind: str, x: Tensor, axis: int, again: tuple | None = None) -> Tensor:
             if kind not in kinds or not torch.is_grad_enabled():
                 return x
             anchor = torch.zeros((), device=x.device, requires_grad=True)
-            return _Gate.apply(x, anchor, lambda act, grad: self._add(kinds[kind], act, grad, axis))
+            function, *kept = again or (_itself, x)
+            sink = functools.partial(self._add, kinds[kind], axis)
+            return _Gate.apply(x, anchor, sink, function, *(t.detach() for t in kept))
 
         return tap
 
-    def _add(self, name: str, act: Tensor, grad: Tensor, axis: int) -> None:
+    def _add(self, name: str, axis: int, act: Tensor, grad: Tensor) -> None:
         """Sum `act * grad` over everything but the image and the unit."""
-        letters = "abcdefgh"[: act.dim()]
-        part = torch.einsum(f"{letters},{letters}->a{letters[axis]}", _wide(act), _wide(grad))
+        others = [d for d in range(1, act.dim()) if d != act.dim() + axis]
+        # A few images at a time: the products, wider than a bfloat16 activation, are never there as a whole.
+        few = max(1, _AT_ONCE // act[0].numel())
+        products = (_wide(a) * _wide(g) for a, g in zip(act.split(few), grad.split(few), strict=True))
+        part = torch.cat([p.sum(others) if others else p for p in products])
         self.sums[name] = self.sums[name] + part if name in self.sums else part
 
     def pop(self) -> dict[str, Tensor]:

@@ -79,13 +79,16 @@ class Norm(Prunable):
     def forward(self, x: Tensor) -> Tensor:
         if self.entry:
             x = functional.enter_stream(x, self.kept)
-        y = functional.kept_norm(x, self.weight, self.bias, self.kept, self.eps, rms=self.rms)
+        y = self._norm(x)
         if self.tap is None or not self.reads_stream:
             return y
         if len(self.layout.sizes) == 1:
-            return self.tap("emb", y, -1)
+            return self.tap("emb", y, -1, (self._norm, x))
         neighbours = self.layout.sizes[0]
         return self.tap("emb", y.unflatten(-1, (neighbours, -1)), -1).flatten(-2)
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return functional.kept_norm(x, self.weight, self.bias, self.kept, self.eps, rms=self.rms)
 
 
 class EmbeddingNorm(Norm):
