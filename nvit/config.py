@@ -250,6 +250,37 @@ class WidthsCommand:
     out: Annotated[str, _help("folder for widths.csv, widths.png and result.json")] = "nvit-widths"
 
 
+@dataclass(frozen=True, kw_only=True)
+class CorrelationCommand(DataFlags, ModelFlags):
+    """Saliency against the true loss change of removing a bundle, for some bundles of every group (App. B.5)."""
+
+    criterion: Annotated[tuple[CriterionName, ...], _help("saliencies to compare, on the same bundles and images")] = (
+        "hessian",
+        "abs",
+    )
+    bundles: Annotated[int, _help("bundles of every group, evenly over the ranks of each criterion")] = 8
+    batches: Annotated[int, _help("batches of --data that are scored and on which the loss change is measured")] = 4
+    batch_size: Annotated[int, _help("images a batch")] = 64
+    labels: Annotated[Literal["true", "sampled"], _help("of the scores: the data's, or drawn from the model")] = "true"
+    only: Annotated[tuple[str, ...], _help(f"kinds to look at, of {', '.join(KINDS)}; all if empty")] = ()
+    seed: Annotated[int, _help("of the choice of images")] = 0
+    out: Annotated[str, _help("folder for correlation.csv, correlation.png and result.json")] = "nvit-correlation"
+
+    def check(self) -> None:
+        """Raise ValueError where a value makes no sense."""
+        for name in ("bundles", "batches", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.criterion:
+            raise ValueError("criterion is empty; give at least one, as hessian")
+        self.scoring().check()
+
+    def scoring(self) -> PruneConfig:
+        """How its images are scored."""
+        shared = {name: getattr(self, name) for name in ("batch_size", "labels", "only", "seed")}
+        return PruneConfig(train=False, **shared)
+
+
 def _nearest(name: str, known) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

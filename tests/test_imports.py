@@ -21,7 +21,7 @@ ORDER = [
     {"data", "distill", "evaluate"},
     {"training"},
     {"finetune", "pruner", "export", "sparse24"},
-    {"inputs"},
+    {"inputs", "correlation"},
     {"jobs"},
     {"cli", "about"},
     {"__main__"},
