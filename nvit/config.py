@@ -22,7 +22,7 @@ else:
 DIGITS = "digits"
 """Names the bundled model and the bundled data."""
 
-CriterionName = Literal["hessian", "nvit", "abs", "taylor", "magnitude", "random"]
+CriterionName = Literal["hessian", "nvit", "abs", "fisher", "taylor", "magnitude", "random"]
 
 
 def _help(text: str, **kwargs):

@@ -43,7 +43,7 @@ def saliencies(
     for name in criteria:
         pruner = Pruner(model, table, replace(config, criterion=name, train=False))
         score(pruner, batches, progress=progress)
-        found[name] = pruner.mean.value()
+        found[name] = pruner.scores()
     return found
 
 

@@ -116,6 +116,10 @@ class Pruner:
         seen = Evidence(self.params, grads, None if self.gates is None else self.gates.pop(), self.config.seed)
         self.mean.update(self.criterion.score(self.free, seen))
 
+    def scores(self) -> dict[str, Tensor]:
+        """Saliency of what may be pruned, by group, from the batches observed so far: `(group.size,)`."""
+        return self.criterion.scores(self.mean.value())
+
     def step(self, grads: Mapping[str, Tensor] | None = None) -> list[float]:
         """After `optimizer.step()`, while gradients are still there: zero what is pruned, score, decide when due.
 
@@ -130,7 +134,7 @@ class Pruner:
         if self.steps % self.config.interval:
             return []
         masks = drop_cheapest(
-            self.mean.value(),
+            self.scores(),
             self.masks,
             self.groups,
             self.table,
@@ -146,9 +150,7 @@ class Pruner:
 
     def decide_at(self, target: float) -> None:
         """One decision down to `target`, least saliency removed at that latency; no training in between."""
-        masks, eta = drop_to_target(
-            self.mean.value(), self.masks, self.groups, self.table, target * self.table.dense_ms
-        )
+        masks, eta = drop_to_target(self.scores(), self.masks, self.groups, self.table, target * self.table.dense_ms)
         self._set_masks(masks)
         self._note(eta=eta)
 
