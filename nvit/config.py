@@ -65,7 +65,9 @@ class PruneConfig(TrainingConfig):
         tuple[float, ...],
         _help("fractions of the dense latency, in (0, 1); a snapshot at each; in Python also a float"),
     ] = (0.5,)
-    criterion: Annotated[CriterionName, _help("what saliency is")] = "hessian"
+    criterion: Annotated[
+        Literal["auto"] | CriterionName, _help("what saliency is; auto: hessian while training, fisher with --no-train")
+    ] = "auto"
     train: Annotated[bool, _help("train between decisions; --no-train scores frozen weights and decides once")] = True
     lr: Annotated[float, _help("while pruning, at batch 512, scaled linearly")] = 1e-4
     interval: Annotated[int, _help("steps between two decisions")] = 100
@@ -111,6 +113,14 @@ class PruneConfig(TrainingConfig):
         for name in (*positive, "bundle_emb", "bundle_heads", "bundle_qk", "bundle_v", "bundle_mlp"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def saliency(self) -> CriterionName:
+        """The criterion, chosen where it is `auto`: one shot `fisher` is far ahead (docs/saliency.md), and
+        `latency_weight` is on the scale of `hessian`."""
+        if self.criterion != "auto":
+            return self.criterion
+        return "hessian" if self.train else "fisher"
 
     @property
     def bundle_sizes(self) -> dict[str, int]:

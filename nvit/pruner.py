@@ -69,7 +69,7 @@ class Pruner:
         self.groups = adapter.groups(model, self.config.bundle_sizes)
         self.free = prunable_groups(self.groups, self.config.only, self.config.freeze)
         self.params = dict(model.named_parameters())
-        self.criterion = CRITERIA[self.config.criterion]
+        self.criterion = CRITERIA[self.config.saliency]
         self.targets = sorted(self.config.latency_target, reverse=True)
         self.met: list[float] = []
         self.history: list[dict[str, Any]] = []

@@ -25,7 +25,7 @@ def pruned(tmp_path_factory):
 
 def test_prune_leaves_what_it_promises(pruned, capsys):
     result = json.loads((pruned / "result.json").read_text())
-    assert result["model"] == "digits" and result["criterion"] == "hessian" and result["targets"] == [0.8, 0.6]
+    assert result["model"] == "digits" and result["criterion"] == "fisher" and result["targets"] == [0.8, 0.6]
     assert {"params", "macs", "latency_ms", "top1"} <= result["dense"].keys()
     sizes = [result["dense"]["params"]]
     for row, target in zip(result["snapshots"], (0.8, 0.6), strict=True):
@@ -102,7 +102,7 @@ def test_recipe_equals_flags(tmp_path):
     "path", sorted(p for p in (cli.BUNDLED.parents[2] / "recipes").glob("*.toml")), ids=lambda p: p.stem
 )
 def test_every_recipe_is_valid(path):
-    assert cli.from_toml(cli.PruneCommand, path).criterion in ("nvit", "hessian")
+    assert cli.from_toml(cli.PruneCommand, path).saliency in ("nvit", "hessian")
 
 
 def folder_of_images(root, classes, images=2):
