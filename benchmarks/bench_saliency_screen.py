@@ -2,8 +2,9 @@
 
 Every saliency is made of the same recorded gate gradients of imagenet_sample1000 (true labels, or random probes of the
 model's own output). A quarter of imagenet_val1300 (every fourth image) chooses, by the KL divergence to the dense
-model, which tells more from few images than top-1 does; the half of odd places reports the finalists. All images are the centre crop of 224 without resizing. One kind of width shrinks until it costs a share less of its own width,
-all groups of a kind ranked together; `all` ranks all kinds together against an analytic latency table.
+model, which tells more from few images than top-1 does; the half of odd places reports the finalists. All images are
+the centre crop of 224 without resizing. One kind of width shrinks until it costs as much as that share less of it
+would, all groups of the kind ranked together; `all` ranks all kinds together against an analytic latency table.
 
 The data is read from the folder that NVIT_DATA names. Recorded gradients and evaluations are kept in --cache, from
 which everything but the table can be had again without it.
@@ -81,9 +82,8 @@ class Evaluation:
 
 
 def _columns(found: dict[str, np.ndarray], name: str) -> dict[str, float]:
-    return {f"top1_{name}": 100 * found["right"].mean(), f"loss_{name}": found["loss"].mean()} | {
-        f"kl_{name}": found["kl"].mean()
-    }
+    top1, loss, kl = (float(found[key].mean()) for key in ("right", "loss", "kl"))
+    return {f"top1_{name}": 100 * top1, f"loss_{name}": loss, f"kl_{name}": kl}
 
 
 def main() -> int:
