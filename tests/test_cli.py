@@ -98,6 +98,11 @@ def test_recipe_equals_flags(tmp_path):
     assert config == cli.PruneCommand(latency_target=(0.7,), lr=1.0, bundles_per_step=4)
 
 
+def test_auto_is_hessian_while_training_and_fisher_in_one_shot():
+    assert [cli.PruneCommand(train=t).saliency for t in (True, False)] == ["hessian", "fisher"]
+    assert cli.PruneCommand(train=False, criterion="nvit").saliency == "nvit"
+
+
 @pytest.mark.parametrize(
     "path", sorted(p for p in (cli.BUNDLED.parents[2] / "recipes").glob("*.toml")), ids=lambda p: p.stem
 )
