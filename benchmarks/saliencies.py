@@ -101,7 +101,7 @@ PLACES = {
 def candidates(kind: str) -> list[tuple[str, str]]:
     """Place and name of every saliency of a kind."""
     found = [("leave", name) for name in AVERAGES]
-    found += [("leave", f"{name}, probe") for name in ("squares", "abs", "fisher", "fisher, not shrunk")]
+    found += [("leave", f"{name}, probe") for name in ("squares", "abs", "fisher")]
     found += [("leave", "second order")]
     found += [(place, "abs") for place in PLACES[kind][1:]]
     return found + ([("tokens", name) for name in ("abs", "energies")] if kind in ("v_dim", "mlp") else [])
