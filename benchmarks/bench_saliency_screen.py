@@ -40,7 +40,7 @@ from nvit.spec import KINDS
 
 FINALISTS = ("hessian", "fisher")
 SCREENED = {"emb": 0.3, "heads": 0.3, "qk_dim": 0.3, "v_dim": 0.3, "mlp": 0.3}
-REPORTED = [("all", 0.8), ("all", 0.65), ("mlp", 0.5)]
+REPORTED = [("all", 0.9), ("all", 0.8), ("all", 0.65), ("mlp", 0.5)]
 PARTS = {"screen": slice(0, None, 4), "report": slice(1, None, 2)}
 BATCH = 10
 
