@@ -43,16 +43,17 @@ the covariance of the softmax, which needs no label.
 
 {screen}
 
-Read with care: {screened} images put a standard error of about 2 points on a top-1, and the best of many is better in
-the table than it is.
+Read with care: {screened} images put a standard error of 2 points and more on a top-1, and the best of many is better
+in the table than it is. `fisher` is not first everywhere: with true labels it gains nothing on `v_dim`, where not
+shrunk, or with probes, it is well ahead. Shrinkage earns its place where all kinds are ranked together (docs/LOG.md).
 
 ## What lost, and why
 - **The mean over samples before the square** (*one batch of all*; `hessian` in the limit of a large batch): a trained
   model's mean gate gradient is near 0, what is left of it is noise.
 - **The signed first-order term** in *second order*, for the same reason.
-- **`abs` across kinds**: within one kind it is close to the best of the additive ones, but a sum of absolute values
-  makes many small units look dear beside a few large ones, so that ranked globally it removes channels of the stream
-  and heads, which the model can spare least. Squares make the kinds comparable without a factor for each.
+- **`abs` across kinds** (docs/LOG.md): a sum of absolute values makes many small units look dear beside a few large
+  ones, so that ranked globally it removes channels of the stream and heads, which the model can spare least. Squares
+  make the kinds comparable without a factor for each.
 - **Interactions of all blocks at once** (docs/LOG.md): there are more pairs than samples to know them from.
 - **The stream**: 30 % of its channels in one shot leave nothing of the model, whatever chooses them.
 - **Heads**: DeiT-Ti has three a block, of which one can leave, so the table says little; there absolute values by
