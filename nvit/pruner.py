@@ -134,12 +134,7 @@ class Pruner:
         if self.steps % self.config.interval:
             return []
         masks = drop_cheapest(
-            self.scores(),
-            self.masks,
-            self.groups,
-            self.table,
-            self.config.bundles_per_step,
-            self.config.latency_weight,
+            self.scores(), self.masks, self.groups, self.table, self.config.bundles_per_step, self.config.latency_weight
         )
         if all(bool((masks[name] == keep).all()) for name, keep in self.masks.items()):
             raise ValueError(
