@@ -182,12 +182,20 @@ class Budget:
         return most_images(room, most, lambda images: rehearse_forward(model, size, images) * _SLACK)
 
     def choose(
-        self, model: nn.Module, groups: Sequence[Group], images: Sequence[int], *, gradients: bool, later: float
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        images: Sequence[int],
+        *,
+        gradients: bool,
+        statistics: int,
+        later: float,
     ) -> Plan:
         """The first plan that fits, for batches shaped `images`.
 
         Args:
             gradients: the criterion reads weight gradients.
+            statistics: bytes in which it sums up what batches say.
             later: bytes that compact models will take once scoring is over.
 
         Raises:
@@ -200,7 +208,7 @@ class Budget:
 
         def total(plan: Plan, count: int) -> float:
             scoring = rehearse_scoring(model, groups, size, count, plan) * _SLACK + gates
-            return held + max(scoring, later) + _FIRST_USE
+            return held + statistics + max(scoring, later) + _FIRST_USE
 
         plan = Plan(weight_gradients=gradients)
         least = math.inf
@@ -217,7 +225,7 @@ class Budget:
             if count:
                 self.plan, self.estimate = plan, int(need(count))
                 return plan
-        raise self._too_small(least, held, later)
+        raise self._too_small(least, held, later, statistics)
 
     def allow(self, later: float) -> None:
         """Refuse what `choose` would, where nothing has to be computed for the scores."""
@@ -226,11 +234,14 @@ class Budget:
         if self.estimate > self.allowed:
             raise self._too_small(self.estimate, held, later)
 
-    def _too_small(self, least: float, held: int, later: float) -> ValueError:
+    def _too_small(self, least: float, held: int, later: float, statistics: int = 0) -> ValueError:
+        lean = (
+            f"; of these {show(statistics)} go with the criterion, hessian has hardly any" if statistics > 2**24 else ""
+        )
         return ValueError(
             f"budget {show(self.allowed)} is too small: at least {show(least)} are needed; {show(held)} are held "
             f"already, weights included, and compact models will take about {show(later)}. Raise it, or ask for fewer "
-            "or lower targets"
+            f"or lower targets{lean}"
         )
 
     def report(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from .budget import show as show_bytes
 from .config import (
     DIGITS,
     CompareCommand,
+    CorrelationCommand,
     EvaluateCommand,
     FinetuneCommand,
     LatencyCommand,
@@ -150,6 +151,14 @@ def _widths(command: WidthsCommand, words: Sequence[str]) -> None:
     print(f"{found['csv']}\n{found['figure']}")
 
 
+def _correlation(command: CorrelationCommand, words: Sequence[str]) -> None:
+    with _progress() as progress:
+        found = jobs.run_correlation(words[0], command, progress)
+    rows = [{"name": f"{c['criterion']}, {c['kind']}"} | c for c in found["correlations"]]
+    show(f"{words[0]}: {found['bundles']} bundles removed one by one, {found['images']} images", rows)
+    print(f"{found['csv']}\n{found['figure']}")
+
+
 COMMANDS: dict[str, Command] = {
     "prune": Command(PruneCommand, "[RECIPE.toml]", _prune, ranks=True),
     "finetune": Command(FinetuneCommand, "MODEL [RECIPE.toml]", _finetune, 1, 1, ranks=True),
@@ -158,6 +167,7 @@ COMMANDS: dict[str, Command] = {
     "latency": Command(LatencyCommand, "[RECIPE.toml]", _latency),
     "sparsify": Command(SparsifyCommand, "SNAPSHOT [RECIPE.toml]", _sparsify, 1, 1),
     "analyze widths": Command(WidthsCommand, "SNAPSHOT …", _widths, 1, None),
+    "analyze correlation": Command(CorrelationCommand, "MODEL", _correlation, 1, 1),
 }
 
 
@@ -179,7 +189,8 @@ def _split(args: Sequence[str]) -> tuple[str, list[str], list[str]]:
     name, rest = args[0], list(args[1:])
     if name == "analyze":
         if not rest or rest[0].startswith("-"):
-            raise UsageError("usage: nvit analyze widths SNAPSHOT …")
+            analyses = [name.partition(" ")[2] for name in COMMANDS if name.startswith("analyze ")]
+            raise UsageError(f"usage: nvit analyze {{{','.join(analyses)}}} MODEL …")
         name = f"analyze {rest.pop(0)}"
     if name not in COMMANDS:
         raise UsageError(f"unknown command {name!r}; there are {', '.join(COMMANDS)}")
@@ -201,7 +212,7 @@ def _configure(name: str, command: Command, words: list[str], flags: list[str]) 
             recipes = [str(BUNDLED.with_name("digits.toml"))]
         defaults = from_toml(command.config, recipes[0]) if recipes else command.config()
         config = tyro.cli(command.config, prog=f"nvit {name} {command.words}", default=defaults, args=flags)
-        if isinstance(config, PruneCommand):
+        if isinstance(config, (PruneCommand, CorrelationCommand)):
             config.check()
     except ValueError as e:
         raise UsageError(str(e)) from None

@@ -22,7 +22,7 @@ else:
 DIGITS = "digits"
 """Names the bundled model and the bundled data."""
 
-CriterionName = Literal["hessian", "nvit", "abs", "taylor", "magnitude", "random"]
+CriterionName = Literal["hessian", "nvit", "abs", "fisher", "taylor", "magnitude", "random"]
 
 
 def _help(text: str, **kwargs):
@@ -68,7 +68,9 @@ class PruneConfig(TrainingConfig):
         tuple[float, ...],
         _help("fractions of the dense latency, in (0, 1); a snapshot at each; in Python also a float"),
     ] = (0.5,)
-    criterion: Annotated[CriterionName, _help("what saliency is")] = "hessian"
+    criterion: Annotated[
+        Literal["auto"] | CriterionName, _help("what saliency is; auto: hessian while training, fisher with --no-train")
+    ] = "auto"
     train: Annotated[bool, _help("train between decisions; --no-train scores frozen weights and decides once")] = True
     lr: Annotated[float, _help("while pruning, at batch 512, scaled linearly")] = 1e-4
     interval: Annotated[int, _help("steps between two decisions")] = 100
@@ -125,6 +127,14 @@ class PruneConfig(TrainingConfig):
         for name in (*positive, "bundle_emb", "bundle_heads", "bundle_qk", "bundle_v", "bundle_mlp"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def saliency(self) -> CriterionName:
+        """The criterion, chosen where it is `auto`: one shot `fisher` is far ahead (docs/saliency.md), and
+        `latency_weight` is on the scale of `hessian`."""
+        if self.criterion != "auto":
+            return self.criterion
+        return "hessian" if self.train else "fisher"
 
     @property
     def bundle_sizes(self) -> dict[str, int]:
@@ -261,6 +271,37 @@ class WidthsCommand:
     """Widths of every block of one or several snapshots, as a CSV and a figure (the paper's Fig. 4)."""
 
     out: Annotated[str, _help("folder for widths.csv, widths.png and result.json")] = "nvit-widths"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrelationCommand(DataFlags, ModelFlags):
+    """Saliency against the true loss change of removing a bundle, for some bundles of every group (App. B.5)."""
+
+    criterion: Annotated[tuple[CriterionName, ...], _help("saliencies to compare, on the same bundles and images")] = (
+        "hessian",
+        "abs",
+    )
+    bundles: Annotated[int, _help("bundles of every group, evenly over the ranks of each criterion")] = 8
+    batches: Annotated[int, _help("batches of --data that are scored and on which the loss change is measured")] = 4
+    batch_size: Annotated[int, _help("images a batch")] = 64
+    labels: Annotated[Literal["true", "sampled"], _help("of the scores: the data's, or drawn from the model")] = "true"
+    only: Annotated[tuple[str, ...], _help(f"kinds to look at, of {', '.join(KINDS)}; all if empty")] = ()
+    seed: Annotated[int, _help("of the choice of images")] = 0
+    out: Annotated[str, _help("folder for correlation.csv, correlation.png and result.json")] = "nvit-correlation"
+
+    def check(self) -> None:
+        """Raise ValueError where a value makes no sense."""
+        for name in ("bundles", "batches", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.criterion:
+            raise ValueError("criterion is empty; give at least one, as hessian")
+        self.scoring().check()
+
+    def scoring(self) -> PruneConfig:
+        """How its images are scored."""
+        shared = {name: getattr(self, name) for name in ("batch_size", "labels", "only", "seed")}
+        return PruneConfig(train=False, **shared)
 
 
 def _nearest(name: str, known) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import adapters, analysis, distributed, snapshot, sparse24
+from . import adapters, analysis, correlation, distributed, snapshot, sparse24
 from .budget import Budget
 from .config import (
     DIGITS,
     CompareCommand,
+    CorrelationCommand,
     EvaluateCommand,
     FinetuneCommand,
     LatencyCommand,
@@ -42,7 +44,7 @@ from .latency import LatencyTable, time_models
 from .masks import unmasked_
 from .memory import Meter
 from .progress import Progress, silent
-from .pruner import Pruned, prune
+from .pruner import Pruned, prunable_groups, prune
 from .report import write_csv, write_result
 from .spec import BUNDLE_SIZES, KINDS
 
@@ -105,7 +107,7 @@ def run_prune(command: PruneCommand, progress: Progress = silent) -> dict[str, A
         rows.append(row | {"path": str(path)})
     found = {
         "model": command.model,
-        "criterion": command.criterion,
+        "criterion": command.saliency,
         "targets": [p.target for p in result.snapshots],
         "dense": dense,
         "snapshots": rows,
@@ -348,3 +350,33 @@ def run_widths(names: Sequence[str], command: WidthsCommand) -> dict[str, Any]:
     result = {"widths": rows, "csv": str(out / "widths.csv"), "figure": str(out / "widths.png")}
     write_result(out, result)
     return result
+
+
+def run_correlation(name: str, command: CorrelationCommand, progress: Progress = silent) -> dict[str, Any]:
+    """`nvit analyze correlation`: the paper's appendix B.5 for any model and any criteria."""
+    start = time.monotonic()
+    model = open_model(name, command)
+    config = command.scoring()
+    loader = open_training_data(model, command, config, augment=False)
+    batches = list(itertools.islice(loader, command.batches))
+    groups = adapters.find(model).groups(model)
+    free = prunable_groups(groups, config.only, config.freeze)
+    scores = correlation.saliencies(model, batches, command.criterion, config, progress)
+    bundles = correlation.propose(scores, free, command.bundles)
+    changes = correlation.loss_changes(model, groups, bundles, batches, progress)
+    rows = correlation.rows_of(bundles, scores, changes)
+    out = Path(command.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_csv(out / "correlation.csv", rows)
+    correlation.plot(rows, command.criterion, out / "correlation.png")
+    found = {
+        "model": name,
+        "correlations": correlation.rank_correlations(rows, command.criterion),
+        "bundles": len(rows),
+        "images": sum(len(labels) for _, labels in batches),
+        "csv": str(out / "correlation.csv"),
+        "figure": str(out / "correlation.png"),
+        "seconds": time.monotonic() - start,
+    }
+    write_result(out, found)
+    return found

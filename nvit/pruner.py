@@ -86,7 +86,7 @@ class Pruner:
         self.free = prunable_groups(self.groups, self.config.only, self.config.freeze, self.config.stages)
         self.call = distributed.Call(self.model, adapter.logits)
         self.params = dict(model.named_parameters())
-        self.criterion = CRITERIA[self.config.criterion]
+        self.criterion = CRITERIA[self.config.saliency]
         self.targets = sorted(self.config.latency_target, reverse=True)
         self.met: list[float] = []
         self.history: list[dict[str, Any]] = []
@@ -157,6 +157,10 @@ class Pruner:
         seen = Evidence(params, grads, gates, self.config.seed, distributed.mean)
         self.mean.update(self.criterion.score(self.free, seen))
 
+    def scores(self) -> dict[str, Tensor]:
+        """Saliency of what may be pruned, by group, from the batches observed so far: `(group.size,)`."""
+        return self.criterion.scores(self.mean.value())
+
     def step(self, grads: Mapping[str, Tensor] | None = None) -> list[float]:
         """After `optimizer.step()`, while gradients are still there: zero what is pruned, score, decide when due.
 
@@ -170,7 +174,7 @@ class Pruner:
         self.observe(grads)
         if self.steps % self.config.interval:
             return []
-        scores = self.mean.value()
+        scores = self.scores()
         masks = drop_cheapest(
             scores,
             self.masks,
@@ -189,7 +193,7 @@ class Pruner:
 
     def decide_at(self, target: float) -> None:
         """One decision down to `target`, least saliency removed at that latency; no training in between."""
-        scores = self.mean.value()
+        scores = self.scores()
         masks, eta = drop_to_target(scores, self.masks, self.groups, self.table, target * self.table.dense_ms)
         self._agree(scores, masks)
         self._set_masks(masks)

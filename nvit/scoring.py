@@ -49,7 +49,8 @@ def score(pruner, loader, budget: Budget | None = None, *, progress: Progress = 
             p.requires_grad_(not frozen_route)
         for done, (images, labels) in enumerate(shares(loader), start=1):
             if plan is None:
-                plan = budget.choose(model, pruner.free, images.shape, gradients=not frozen_route, later=later)
+                needs = {"gradients": not frozen_route, "statistics": pruner.criterion.memory(pruner.free)}
+                plan = budget.choose(model, pruner.free, images.shape, **needs, later=later)
                 progress(0, total, f"budget: {plan}")
             if frozen_route and pruner.gates is None:
                 pruner._record_gates()

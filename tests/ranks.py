@@ -39,6 +39,7 @@ VARIANTS = {
     "uneven": QUICK | {"batch_size": 10, "criterion": "taylor", "grad_clip": 0.5, "latency_target": (0.85,)},
     "shot_hessian": {"train": False, "labels": "sampled", "batch_size": 10},
     "shot_abs": {"train": False, "criterion": "abs", "rounds": 2},
+    "shot_fisher": {"train": False, "criterion": "fisher", "batch_size": 10, "rounds": 2},
     "shot_nvit": {"train": False, "criterion": "nvit", "batch_size": 10},
 }
 """Recipes that must decide alike on any number of ranks; in fp64, so that the order of a sum decides nothing."""

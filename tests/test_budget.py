@@ -192,15 +192,15 @@ def test_the_first_plan_that_fits_is_picked():
     def needed(count: int, plan: Plan) -> float:
         return 1.05 * rehearse_scoring(model, groups, shape[1:], count, plan)
 
-    assert budget.choose(model, groups, shape, gradients=False, later=0.0) == Plan()
+    assert budget.choose(model, groups, shape, gradients=False, statistics=0, later=0.0) == Plan()
     fixed = budget.estimate - needed(32, Plan())
     for count, plan in ((32, Plan()), (32, Plan(checkpoint=True)), (5, Plan(images=5, checkpoint=True))):
         budget.allowed = int(fixed + needed(count, plan)) + 1000
-        assert budget.choose(model, groups, shape, gradients=False, later=0.0) == plan
+        assert budget.choose(model, groups, shape, gradients=False, statistics=0, later=0.0) == plan
         assert 0 <= budget.allowed - budget.estimate < 10**6
     budget.allowed = int(fixed)
     with pytest.raises(ValueError, match=r"budget 1.* is too small: at least 1.* GB are needed; 1 GB are held already"):
-        budget.choose(model, groups, shape, gradients=False, later=0.0)
+        budget.choose(model, groups, shape, gradients=False, statistics=0, later=0.0)
     budget.allowed = 10**12
     with pytest.raises(ValueError, match="compact models will take about 2 TB"):
         budget.allow(2e12)

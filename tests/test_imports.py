@@ -22,7 +22,7 @@ ORDER = [
     {"training", "budget"},
     {"scoring"},
     {"finetune", "pruner", "export", "sparse24"},
-    {"inputs"},
+    {"inputs", "correlation"},
     {"jobs"},
     {"cli", "about"},
     {"__main__"},
