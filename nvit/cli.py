@@ -77,6 +77,8 @@ def _prune(command: PruneCommand, _: Sequence[str]) -> None:
     for s in found["snapshots"]:
         off = s["measured_ratio"] / s["predicted_ratio"] - 1
         print(f"{s['path']}: measured latency is {off:+.1%} of the prediction; nvit.load({s['path']!r})")
+    if command.refit:
+        print(f"refit: {found['refit_seconds']:.0f} s, peak memory {found['refit_peak_memory'] / 1e6:.0f} MB")
     print(f"{command.out}/result.json written after {found['seconds']:.0f} s")
 
 

@@ -22,7 +22,7 @@ else:
 DIGITS = "digits"
 """Names the bundled model and the bundled data."""
 
-CriterionName = Literal["hessian", "nvit", "abs", "taylor", "magnitude", "random"]
+CriterionName = Literal["hessian", "nvit", "abs", "taylor", "magnitude", "random", "remaining"]
 
 
 def _help(text: str, **kwargs):
@@ -65,7 +65,9 @@ class PruneConfig(TrainingConfig):
         tuple[float, ...],
         _help("fractions of the dense latency, in (0, 1); a snapshot at each; in Python also a float"),
     ] = (0.5,)
-    criterion: Annotated[CriterionName, _help("what saliency is")] = "hessian"
+    criterion: Annotated[
+        CriterionName, _help("what saliency is; `remaining` is for --no-train --refit and reads no labels")
+    ] = "hessian"
     train: Annotated[bool, _help("train between decisions; --no-train scores frozen weights and decides once")] = True
     lr: Annotated[float, _help("while pruning, at batch 512, scaled linearly")] = 1e-4
     interval: Annotated[int, _help("steps between two decisions")] = 100
@@ -75,6 +77,9 @@ class PruneConfig(TrainingConfig):
     ] = 4.85e-4
     momentum: Annotated[float, _help("of the saliency's running mean, while training")] = 0.9
     score_batches: Annotated[int, _help("batches scored with --no-train; 0 for one pass over the data")] = 0
+    refit: Annotated[
+        bool, _help("with --no-train: rotate queries, keys and values first, refit in closed form what is left")
+    ] = False
     rounds: Annotated[int, _help("with --no-train: score and prune in so many equal steps of latency")] = 1
     labels: Annotated[
         Literal["true", "sampled"], _help("one-shot scores use the data's labels or ones drawn from the model")
@@ -102,6 +107,9 @@ class PruneConfig(TrainingConfig):
         for t in self.latency_target:
             if not 0 < t < 1:
                 raise ValueError(f"latency_target {t:g} is not in (0, 1); it is a fraction of the dense latency")
+        for name, on in (("refit", self.refit), ("criterion remaining", self.criterion == "remaining")):
+            if on and self.train:
+                raise ValueError(f"{name} is for pruning without training; add --no-train (train = false)")
         unknown = [k for k in self.only if k not in KINDS]
         if unknown:
             raise ValueError(

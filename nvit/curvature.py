@@ -29,7 +29,7 @@ class Seen:
     Attributes:
         images, rows: how many.
         x, xx: Σ x `(d,)`, Σ x xᵀ `(d, d)` over rows.
-        gg: Σ g gᵀ `(d, d)`; `xg`: Σ (x·g)² `(d,)`.
+        gg: Σ g gᵀ `(d, d)`.
         profile: Σ |g|² by row of an image `(rows per image,)`.
     """
 
@@ -38,7 +38,6 @@ class Seen:
     x: Tensor | float = 0.0
     xx: Tensor | float = 0.0
     gg: Tensor | float = 0.0
-    xg: Tensor | float = 0.0
     profile: Tensor | float = 0.0
 
     def add(self, x: Tensor, g: Tensor, images: int) -> None:
@@ -47,7 +46,6 @@ class Seen:
         self.x = self.x + x.sum(0, dtype=torch.float64)
         self.xx = self.xx + (x.T @ x).double()
         self.gg = self.gg + (g.T @ g).double()
-        self.xg = self.xg + (x * g).square().sum(0, dtype=torch.float64)
         self.profile = self.profile + g.square().sum(1).view(images, -1).sum(0, dtype=torch.float64)
 
     @property
@@ -165,7 +163,7 @@ def remaining_loss(
     Units of a group leave one after another, the cheapest first. What a unit costs is the curvature times the part of
     it that the kept ones do not predict linearly, as in the optimal brain surgeon (Hassibi & Stork 1993) with the
     weights replaced by what the loss minds about the activation. Query/key dims have no linear reader: their cost is
-    the mean of (gradient · query)². Scores ascend in the order of leaving, so that sums over a prefix are its cost.
+    curvature times mean square. Scores ascend in the order of leaving, so that sums over a prefix are its cost.
     """
     names = {g.name: g for g in groups}
     places: dict[str, list[tuple[Place, str]]] = {}
@@ -184,14 +182,10 @@ def remaining_loss(
 
 def _cost(group: Group, units: int, seen: Sequence[Seen]) -> Tensor:
     if group.kind == "qk_dim":
-        total = sum(s.xg / s.images for s in seen)
-        return _order_free(total.view(-1, units).sum(0) if total.numel() != units else total)
+        total = sum(s.curvature.diagonal() * s.xx.diagonal() / s.rows for s in seen)
+        return total[_dims("qk_dim", units, len(total))].sum(1).cpu()
     problems = [(s.covariance, s.curvature, _dims(group.kind, units, len(s.x))) for s in seen]
     return eliminate(problems, units, chunk=max(1, units // 96))
-
-
-def _order_free(cost: Tensor) -> Tensor:
-    return cost.double().cpu()
 
 
 def _dims(kind: str, units: int, d: int) -> Tensor:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from . import adapters, snapshot
 from .config import KINDS, PruneConfig
-from .data import endless, seed_draws
-from .distill import Objective, frozen, sample_labels
+from .data import endless
+from .distill import Objective, frozen
 from .latency import LatencyTable, current_setting
 from .masks import Masks, apply_, compact, full_masks, project_, widths
+from .oneshot import prune_one_shot
 from .progress import Progress, silent
 from .saliency import CRITERIA, Evidence, GateRecorder, RunningMean
 from .selection import drop_cheapest, drop_to_target
@@ -69,7 +70,7 @@ class Pruner:
         self.groups = adapter.groups(model, self.config.bundle_sizes)
         self.free = prunable_groups(self.groups, self.config.only, self.config.freeze)
         self.params = dict(model.named_parameters())
-        self.criterion = CRITERIA[self.config.criterion]
+        self.criterion = CRITERIA.get(self.config.criterion)  # None for `remaining`, see `nvit.oneshot`
         self.targets = sorted(self.config.latency_target, reverse=True)
         self.met: list[float] = []
         self.history: list[dict[str, Any]] = []
@@ -192,47 +193,6 @@ class Pruner:
         self._stop_recording_when_done()
 
 
-def score(pruner: Pruner, loader, *, progress: Progress = silent) -> None:
-    """Add one pass over the data (or `score_batches`) to the pruner's saliency; weights stay as they are.
-
-    Cross entropy with the labels, or with labels drawn from the model's own softmax. Criteria that read gates alone
-    need no weight gradients: the weights are frozen meanwhile, which is faster and takes less memory.
-    """
-    config, model = pruner.config, pruner.model
-    if pruner.criterion.reads == "nothing":
-        pruner.observe({})
-        return
-    frozen_route = pruner.criterion.reads in ("gates", "either")
-    trainable = {name: p.requires_grad for name, p in pruner.params.items()}
-    device = next(model.parameters()).device
-    model.eval()
-    total = min(config.score_batches or len(loader), len(loader))
-    adapter = adapters.find(model)
-    try:
-        for p in pruner.params.values():
-            p.requires_grad_(not frozen_route)
-        if frozen_route:
-            pruner._record_gates()
-        for done, (images, labels) in enumerate(loader, start=1):
-            seed_draws(config.seed, 2**31 + done)
-            cls, dist = adapter.logits(model, images.to(device))
-            logits = cls if dist is None else (cls + dist) / 2
-            labels = labels.to(device) if config.labels == "true" else sample_labels(logits)
-            loss = nn.functional.cross_entropy(logits, labels)
-            if not bool(torch.isfinite(loss.detach())):
-                raise FloatingPointError(f"the loss is {float(loss.detach())} on scoring batch {done}; check the data")
-            loss.backward()
-            pruner.observe()
-            model.zero_grad(set_to_none=True)
-            progress(done, total, "score")
-            if done >= total:
-                break
-    finally:
-        pruner.stop_recording()
-        for name, p in pruner.params.items():
-            p.requires_grad_(trainable[name])
-
-
 @dataclass
 class Pruned:
     """A compact model at one target."""
@@ -324,7 +284,7 @@ def prune(
         finally:
             pruner.stop_recording()
     else:
-        snapshots = _prune_one_shot(pruner, loader, keep, progress)
+        snapshots = prune_one_shot(pruner, loader, keep, progress)
     return PruneResult(snapshots, pruner.masks, pruner.history, table, dense)
 
 
@@ -385,15 +345,3 @@ def _prune_training(pruner: Pruner, loader, objective: Objective, keep: _Keeper,
         if pruner.done:
             return snapshots
     raise AssertionError("an endless loader ended")
-
-
-def _prune_one_shot(pruner: Pruner, loader, keep: _Keeper, progress: Progress) -> list[Pruned]:
-    snapshots = []
-    for target in pruner.targets:
-        start = pruner.ratio
-        for r in range(1, pruner.config.rounds + 1):
-            pruner.mean = RunningMean()
-            score(pruner, loader, progress=progress)
-            pruner.decide_at(start + (target - start) * r / pruner.config.rounds)
-        snapshots.append(keep.take(pruner, target, pruner.compact()))
-    return snapshots

@@ -8,7 +8,7 @@ Earlier layers are refitted already when a later one is looked at, so that error
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -150,7 +150,7 @@ def refit_(
     model: nn.Module,
     dense: nn.Module,
     groups: Sequence[Group],
-    batches: Sequence[Tensor],
+    batches: Iterable[Tensor],
     *,
     seen: Mapping[Place, Seen] | None = None,
     readers: bool = True,
@@ -174,8 +174,11 @@ def refit_(
         By layer and end: squared error per row before and after, held back.
     """
     names = block_names(model, groups)
-    # Both come from the same images; a loader is read once.
-    ours, theirs = (Replay(m, names, batches) for m in (model, dense))
+    ours, theirs = Replay(model, names), Replay(dense, names)
+    device = next(model.parameters()).device
+    for images in batches:
+        for replay in (ours, theirs):
+            replay.enter(images.to(device))
     count = len(ours)
     if count < 2:
         raise ValueError(f"refit got {count} batches of calibration images; it needs 2, one to choose the ridge with")

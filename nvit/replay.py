@@ -3,7 +3,7 @@ while what it holds changes, and no block runs again for those behind it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,15 +43,17 @@ class Replay:
         inputs: by batch, `(args, kwargs)` of that block.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[str], batches: Iterable[Tensor]) -> None:
+    def __init__(self, model: nn.Module, blocks: Sequence[str]) -> None:
         self.model, self.blocks = model, [model.get_submodule(n) for n in blocks]
         self.adapter, self.at = adapters.find(model), 0
         self.shapes: list[Any] = []
         self.inputs: list[tuple[tuple, dict]] = []
         self.sizes: list[torch.Size] = []
-        for images in batches:
-            self.sizes.append(images.shape)
-            self.inputs.append(self._until(self.blocks[0], images))
+
+    def enter(self, images: Tensor) -> None:
+        """Add a batch, at the first block."""
+        self.sizes.append(images.shape)
+        self.inputs.append(self._until(self.blocks[0], images))
 
     def __len__(self) -> int:
         return len(self.inputs)
