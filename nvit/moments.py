@@ -8,8 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RIDGES = tuple(10.0 ** (k / 2) for k in range(-12, 5))
-"""Strengths to choose from, in units of the inputs' mean variance."""
+RIDGES = tuple(10.0 ** (k / 2) for k in range(-6, 5))
+"""Strengths to choose from, in units of the inputs' mean variance. The least bounds a change by 16 residuals per standard
+deviation of the inputs, also where held-back rows are the same as those fitted."""
+
+_VARIANCE = 1e-6
+"""Of the inputs' mean square, the least variance that is told from rounding."""
 
 _NOTHING = 1e-10
 """Residual energy as a share of the targets' below which there is nothing to refit but rounding."""
@@ -107,7 +111,7 @@ def ridge(train: Moments, held: Moments, *, constant: bool = True, ridges: Seque
     mx, mr = (train.x / train.weight, train.r / train.weight) if constant else (zero_x, zero_r)
     (xx, rx, _), (hxx, hrx, hrr) = train.about(mx, mr), held.about(mx, mr)
     values, vectors = torch.linalg.eigh(xx)
-    scale = float(values.mean())
+    scale = max(float(values.mean()), _VARIANCE * float((train.xx.diagonal() / train.weight).mean()))
     if not scale > 0:
         return None
     values = values.clamp_min(0)
@@ -125,6 +129,6 @@ def ridge(train: Moments, held: Moments, *, constant: bool = True, ridges: Seque
     mx, mr = (both.x / both.weight, both.r / both.weight) if constant else (zero_x, zero_r)
     xx, rx, _ = both.about(mx, mr)
     values, vectors = torch.linalg.eigh(xx)
-    d = (rx @ vectors) / (values.clamp_min(0) + chosen[:, None] * float(values.mean())) @ vectors.T
+    d = (rx @ vectors) / (values.clamp_min(0) + chosen[:, None] * scale) @ vectors.T
     shift = torch.where(chosen.isinf(), 0.0, mr - d @ mx) if constant else zero_r
     return Change(d, shift, float(none.sum()), float(best.sum()))
