@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 RIDGES = tuple(10.0 ** (k / 2) for k in range(-6, 5))
-"""Strengths to choose from, in units of the inputs' mean variance. The least bounds a change by 16 residuals per standard
-deviation of the inputs, also where held-back rows are the same as those fitted."""
+"""Strengths to choose from, in units of the inputs' mean variance. The least bounds a change by 16 residuals per
+standard deviation of the inputs, also where held-back rows are the same as those fitted."""
 
-_VARIANCE = 1e-6
+_VARIANCE = 1e-4
 """Of the inputs' mean square, the least variance that is told from rounding."""
 
 _NOTHING = 1e-10
@@ -92,7 +92,9 @@ class Change:
     after: float
 
 
-def ridge(train: Moments, held: Moments, *, constant: bool = True, ridges: Sequence[float] = RIDGES) -> Change | None:
+def ridge(
+    train: Moments, held: Moments, *, constant: bool = True, shared: bool = False, ridges: Sequence[float] = RIDGES
+) -> Change | None:
     """The change of a linear layer that predicts what it lacks: least squares with a penalty on the change.
 
     Minimises Σ w·|r − D x − d|² + λ·|D|² on `train` for every λ at once through the eigenvectors of the inputs'
@@ -101,6 +103,7 @@ def ridge(train: Moments, held: Moments, *, constant: bool = True, ridges: Seque
 
     Args:
         constant: whether the layer has a bias to take `d`; 0 otherwise.
+        shared: all outputs take the same λ.
 
     Returns:
         None where the layer lacks nothing, or no change is better than none.
@@ -121,7 +124,7 @@ def ridge(train: Moments, held: Moments, *, constant: bool = True, ridges: Seque
     for strength in ridges:
         d = mine / (values + strength * scale)
         error = hrr - 2 * (d * theirs).sum(1) + ((d @ spread) * d).sum(1)
-        better = error < best
+        better = (error.sum() < best.sum()).expand_as(best) if shared else error < best
         best, chosen = torch.where(better, error, best), torch.where(better, strength, chosen)
     if bool(chosen.isinf().all()):
         return None

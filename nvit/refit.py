@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .curvature import Place, Seen, rows_of
-from .modules import Attention, Norm, Prunable, prunable_layers
+from .modules import Attention, Linear, Norm, Prunable, prunable_layers
 from .moments import Change, Moments, ridge
 from .progress import Progress, silent
 from .replay import Reached, Replay, block_names
@@ -203,10 +203,53 @@ def refit_(
                     report.append(_row(f"{layer_name}.{end}", change))
                     if change is not None:
                         apply_change_(linear, rows, cols, change.weight, change.bias)
-        ours.advance()
-        theirs.advance()
+        with _inputs_of(_classifiers(ours_layers, names)) as xs, _inputs_of(_classifiers(their_layers, names)) as exact:
+            ours.advance()
+            theirs.advance()
+        for head, found in xs.items():
+            change = _refit_classifier_(ours_layers[head], their_layers[head], found, exact[head], first_held)
+            report.append(_row(head, change))
         progress(at + 1, len(names), "refit")
     return report
+
+
+def _classifiers(layers: Mapping[str, Prunable], blocks: Sequence[str]) -> dict[str, Linear]:
+    """Linear layers behind the blocks that read a stream and do not write one."""
+    return {
+        n: m
+        for n, m in layers.items()
+        if isinstance(m, Linear) and m.outputs is None and not any(n.startswith(f"{b}.") for b in blocks)
+    }
+
+
+@contextlib.contextmanager
+def _inputs_of(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
+    """What layers are called with meanwhile, call by call."""
+    found: dict[str, list[Tensor]] = {}
+    hooks = [
+        m.register_forward_pre_hook(lambda _, args, n=n: found.setdefault(n, []).append(args[0].flatten(0, -2)))
+        for n, m in layers.items()
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _refit_classifier_(
+    ours: Linear, theirs: Linear, xs: Sequence[Tensor], exact: Sequence[Tensor], first_held: int
+) -> Change | None:
+    """A classifier sees a row an image, too few to choose a ridge for every class: all share one."""
+    moments = [Moments.empty(xs[0].shape[1], ours.out_features, xs[0].device) for _ in range(2)]
+    weight, bias = _kept(ours, None, ours.cols)
+    for b, (x, e) in enumerate(zip(xs, exact, strict=True)):
+        target = nn.functional.linear(e, theirs.weight, theirs.bias)
+        moments[b >= first_held].add(x, target - nn.functional.linear(x, weight, bias), target)
+    change = ridge(*moments, constant=bias is not None, shared=True)
+    if change is not None:
+        apply_change_(ours, None, ours.cols, change.weight, change.bias)
+    return change
 
 
 def _row(where: str, change: Change | None) -> dict:
