@@ -50,11 +50,12 @@ class Moments:
         )
 
     def add(self, x: Tensor, r: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
-        """Add rows: products in the rows' own precision, sums over batches in fp64.
+        """Add rows: products in fp32 (fp64 for fp64 rows), sums over batches in fp64.
 
         Args:
             weights: `(rows,)`, at least 0; 1 where not given.
         """
+        x, r, targets = (t if t.dtype == torch.float64 else t.float() for t in (x, r, targets))
         w = x.new_ones(len(x)) if weights is None else weights.to(x.dtype)
         xw, rw = x * w[:, None], r * w[:, None]
         self.weight += w.double().sum()
