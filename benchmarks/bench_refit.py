@@ -3,9 +3,9 @@
     NVIT_DATA=FOLDER python -m benchmarks.bench_refit [mlp kinds global images] [--images 1000] [--eval-images 0]
 
 `mlp`: 30 and 50 % of all hidden units by several criteria. `kinds`: each kind of width alone, 10 to 50 % of the units
-of every group. `global`: all structures to four analytic latencies. `images`: calibration sets of several sizes. The row
-of a refit has the gain over the same choice without one, with its 95 % interval (paired bootstrap over images). Writes
-benchmarks/results/refit_cpu.csv and refit_cpu.png.
+of every group. `global`: all structures to four analytic latencies. `images`: calibration sets of several sizes. The
+row of a refit has the gain over the same choice without one, with its 95 % interval (paired bootstrap over images).
+Writes benchmarks/results/refit_cpu.csv and refit_cpu.png.
 """
 
 from __future__ import annotations

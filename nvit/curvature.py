@@ -87,15 +87,17 @@ class _Watch(torch.autograd.Function):
         return grad, None, None
 
 
-def rows_of(kind: str, x: Tensor, axis: int) -> Tensor:
-    """An activation as a tap gets it, as rows `(images · places, d)`; dims of all heads side by side."""
-    if kind in ("v_dim", "heads"):
-        return x.flatten(-2).flatten(0, -2)
-    if kind == "qk_dim":
-        heads = -2 if x.dim() == 4 else -3  # a rotary pair has an axis of its own
-        moved = x.movedim(heads - 1, -2 if heads == -2 else -3)  # (batch, tokens, heads, ...)
-        return moved.flatten(2).flatten(0, 1)
-    return x.movedim(axis, -1).flatten(0, -2) if axis != -1 else x.flatten(0, -2)
+def rows_of(kind: str, x: Tensor, axis: int, pairs: bool = False) -> Tensor:
+    """An activation as a tap gets it, as rows `(places of all images, d)`; dims of all heads side by side, units last.
+
+    Args:
+        pairs: a unit of `qk_dim` is a rotary pair, so that queries have one more dimension.
+    """
+    x = x.movedim(axis, -1)
+    if kind == "qk_dim":  # (…, heads, tokens, dims), with pairs (…, heads, tokens, 2, dims)
+        inner = 2 if pairs else 1
+        return x.movedim(-2 - inner, -1 - inner).flatten(-1 - inner).flatten(0, -2)
+    return (x.flatten(-2) if kind == "v_dim" else x).flatten(0, -2)
 
 
 def watch(
@@ -114,16 +116,18 @@ def watch(
     images_now = [0]
 
     def watched(place: Place, kind: str, x: Tensor, axis: int) -> Tensor:
+        pairs = getattr(layers[place[0]], "pairs", None) is not None
+
         def sink(act: Tensor, grad: Tensor) -> None:
-            seen.setdefault(place, Seen()).add(
-                rows_of(kind, act, axis).float(), rows_of(kind, grad, axis).float(), images_now[0]
-            )
+            rows = (rows_of(kind, t, axis, pairs).float() for t in (act, grad))
+            seen.setdefault(place, Seen()).add(*rows, images_now[0])
 
         return _Watch.apply(x, torch.zeros((), device=x.device, requires_grad=True), sink)
 
     def tap(name: str):
         def at(kind: str, x: Tensor, axis: int) -> Tensor:
-            return x if _TAP[kind] is None else watched((name, _TAP[kind]), kind, x, axis)
+            place = _TAP.get(kind)
+            return x if place is None else watched((name, place), kind, x, axis)
 
         return at
 
@@ -164,6 +168,9 @@ def remaining_loss(
     it that the kept ones do not predict linearly, as in the optimal brain surgeon (Hassibi & Stork 1993) with the
     weights replaced by what the loss minds about the activation. Query/key dims have no linear reader: their cost is
     curvature times mean square. Scores ascend in the order of leaving, so that sums over a prefix are its cost.
+
+    Raises:
+        ValueError: a group at none of whose places a gradient was seen.
     """
     names = {g.name: g for g in groups}
     places: dict[str, list[tuple[Place, str]]] = {}
@@ -174,6 +181,8 @@ def remaining_loss(
                 places.setdefault(group, []).append((place, axis))
     scores = {}
     for name, g in names.items():
+        if name not in places:
+            raise ValueError(f"{name}: no gradient reached where its units leave; criterion remaining cannot rank it")
         kept = masks[name].nonzero().squeeze(1)
         narrow = _cost(g, len(kept), [seen[place] for place, _ in places[name]])
         scores[name] = narrow.new_zeros(g.size).index_copy_(0, kept, narrow.cpu())

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from nvit import LatencyTable, PruneConfig, adapters, prune
-from nvit.curvature import eliminate, probe, remaining_loss, watch
+from nvit.curvature import eliminate, probe, remaining_loss, rows_of, watch
 from nvit.masks import apply_, compact, full_masks
 from nvit.modules import prunable_layers
 from nvit.moments import Moments, ridge
@@ -253,6 +253,19 @@ def test_few_or_equal_images_do_not_blow_up(case):
     refit_(model, dense, groups, xs, seen=watch(dense, xs))
     biggest = max(float(p.abs().max()) for p in dense.parameters())
     assert all(p.isfinite().all() and float(p.abs().max()) < 16 * biggest for p in model.parameters())
+
+
+@pytest.mark.parametrize("layout", ["plain", "half", "interleaved"])
+@pytest.mark.parametrize("windows", [(), (3,)])
+def test_rows_of_queries_hold_all_heads_units_last(layout, windows):
+    heads, tokens, units = 2, 4, 5
+    shape, axis = {"plain": ((units,), -1), "half": ((2, units), -1), "interleaved": ((units, 2), -2)}[layout]
+    x = draw(2, *windows, heads, tokens, *shape)
+    rows = rows_of("qk_dim", x, axis, layout != "plain")
+    per_image = tokens * (windows or (1,))[0]
+    assert rows.shape == (2 * per_image, heads * len(shape) * units)
+    first = x[(0,) * (1 + len(windows))][:, 0].movedim(axis, -1)  # heads' dims of the first token
+    assert torch.equal(rows[0], first.flatten())
 
 
 def test_one_batch_is_refused():
