@@ -89,6 +89,8 @@ def _prune(command: PruneCommand, _: Sequence[str]) -> None:
         print(f"{s['path']}: measured latency is {off:+.1%} of the prediction; nvit.load({s['path']!r})")
     if memory := found.get("memory"):
         print(f"memory: peak {show_bytes(memory['peak'])} of {command.budget}; {memory['picked']}")
+    if command.refit:
+        print(f"refit: {found['refit_seconds']:.0f} s, peak memory {found['refit_peak_memory'] / 1e6:.0f} MB")
     print(f"{command.out}/result.json written after {found['seconds']:.0f} s")
 
 

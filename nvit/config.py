@@ -69,7 +69,8 @@ class PruneConfig(TrainingConfig):
         _help("fractions of the dense latency, in (0, 1); a snapshot at each; in Python also a float"),
     ] = (0.5,)
     criterion: Annotated[
-        Literal["auto"] | CriterionName, _help("what saliency is; auto: hessian while training, fisher with --no-train")
+        Literal["auto", "remaining"] | CriterionName,
+        _help("what saliency is; auto: hessian while training, fisher with --no-train, remaining with --refit"),
     ] = "auto"
     train: Annotated[bool, _help("train between decisions; --no-train scores frozen weights and decides once")] = True
     lr: Annotated[float, _help("while pruning, at batch 512, scaled linearly")] = 1e-4
@@ -80,6 +81,9 @@ class PruneConfig(TrainingConfig):
     ] = 4.85e-4
     momentum: Annotated[float, _help("of the saliency's running mean, while training")] = 0.9
     score_batches: Annotated[int, _help("batches scored with --no-train; 0 for one pass over the data")] = 0
+    refit: Annotated[
+        bool, _help("with --no-train: rotate queries, keys and values first, refit in closed form what is left")
+    ] = False
     rounds: Annotated[int, _help("with --no-train: score and prune in so many equal steps of latency")] = 1
     labels: Annotated[
         Literal["true", "sampled"], _help("one-shot scores use the data's labels or ones drawn from the model")
@@ -113,10 +117,18 @@ class PruneConfig(TrainingConfig):
         for t in self.latency_target:
             if not 0 < t < 1:
                 raise ValueError(f"latency_target {t:g} is not in (0, 1); it is a fraction of the dense latency")
+        for name, on in (("refit", self.refit), ("criterion remaining", self.criterion == "remaining")):
+            if on and self.train:
+                raise ValueError(f"{name} is for pruning without training; add --no-train (train = false)")
         unknown = [k for k in self.only if k not in KINDS]
         if unknown:
             raise ValueError(
                 f"only: unknown kind {unknown[0]!r}{_nearest(unknown[0], KINDS)}; kinds: {', '.join(KINDS)}"
+            )
+        if self.budget and (self.refit or self.criterion == "remaining"):
+            raise ValueError(
+                f"budget {self.budget} does not bound a refit, which holds activations of all blocks in turn; "
+                "leave out --budget, or --refit and criterion remaining"
             )
         if self.budget and (self.train or self.finetune_epochs):
             raise ValueError(
@@ -129,12 +141,12 @@ class PruneConfig(TrainingConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
     @property
-    def saliency(self) -> CriterionName:
-        """The criterion, chosen where it is `auto`: one shot `fisher` is far ahead (docs/saliency.md), and
-        `latency_weight` is on the scale of `hessian`."""
+    def saliency(self) -> str:
+        """The criterion, chosen where it is `auto`: one shot `fisher` is far ahead (docs/saliency.md), before a refit
+        the loss that remains after it (docs/refit.md), and `latency_weight` is on the scale of `hessian`."""
         if self.criterion != "auto":
             return self.criterion
-        return "hessian" if self.train else "fisher"
+        return "hessian" if self.train else "remaining" if self.refit else "fisher"
 
     @property
     def bundle_sizes(self) -> dict[str, int]:

@@ -20,7 +20,8 @@ from .latency import LatencyTable
 from .masks import full_masks
 from .modules import keep_
 from .progress import Progress, silent
-from .pruner import Pruner, score
+from .pruner import Pruner
+from .scoring import score
 from .spec import KINDS, Group
 
 Batches = Sequence[tuple[Tensor, Tensor]]

@@ -118,6 +118,10 @@ def run_prune(command: PruneCommand, progress: Progress = silent) -> dict[str, A
     }
     if meter:
         found["memory"] = result.memory | {"peak": max(before, meter.peak)}
+    if command.refit:
+        refits = [row for row in result.history if "refit_seconds" in row]
+        found["refit_seconds"] = sum(row["refit_seconds"] for row in refits)
+        found["refit_peak_memory"] = max(row["peak_memory"] for row in refits)
     write_result(out, found)
     for state in out.glob("*_state*.safetensors"):
         state.unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import resource
 import sys
 import weakref
 from collections.abc import Iterable
@@ -63,6 +64,13 @@ class Meter:
     def peak(self) -> int:
         """Bytes at most since `restart`."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _status("VmHWM")
+
+
+def most_held(device: torch.device) -> int:
+    """Bytes that this process has held at most since it began: on its GPU, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _status(field: str) -> int:

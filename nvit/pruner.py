@@ -19,9 +19,9 @@ from .data import endless
 from .distill import Objective, frozen
 from .latency import LatencyTable, current_setting
 from .masks import Masks, apply_, compact, full_masks, widths
+from .oneshot import prune_one_shot
 from .progress import Progress, silent
 from .saliency import CRITERIA, Evidence, GateRecorder, RunningMean
-from .scoring import score
 from .selection import drop_cheapest, drop_to_target
 from .spec import Group
 from .training import Trainer
@@ -86,7 +86,7 @@ class Pruner:
         self.free = prunable_groups(self.groups, self.config.only, self.config.freeze, self.config.stages)
         self.call = distributed.Call(self.model, adapter.logits)
         self.params = dict(model.named_parameters())
-        self.criterion = CRITERIA[self.config.saliency]
+        self.criterion = CRITERIA.get(self.config.saliency)  # None for `remaining`, see `nvit.oneshot`
         self.targets = sorted(self.config.latency_target, reverse=True)
         self.met: list[float] = []
         self.history: list[dict[str, Any]] = []
@@ -159,7 +159,8 @@ class Pruner:
 
     def scores(self) -> dict[str, Tensor]:
         """Saliency of what may be pruned, by group, from the batches observed so far: `(group.size,)`."""
-        return self.criterion.scores(self.mean.value())
+        mean = self.mean.value()
+        return mean if self.criterion is None else self.criterion.scores(mean)
 
     def step(self, grads: Mapping[str, Tensor] | None = None) -> list[float]:
         """After `optimizer.step()`, while gradients are still there: zero what is pruned, score, decide when due.
@@ -329,6 +330,8 @@ def prune(
     adapter = adapters.find(model)
     adapter.prepare(model)
     budget = Budget(config.budget, device) if config.budget else None
+    if distributed.world() > 1 and (config.refit or config.saliency == "remaining"):
+        raise ValueError("a refit and criterion remaining run in one process; start without torchrun")
     if budget and distributed.world() > 1:
         raise ValueError("a budget bounds a run of one process; leave out --budget, or start without torchrun")
     distributed.same_weights_(model)
@@ -353,7 +356,7 @@ def prune(
         if config.fsdp and distributed.world() > 1:
             pruner.work_in(distributed.shard(model, adapter.logits))
         with distributed.watch():
-            snapshots = _prune_one_shot(pruner, loader, keep, budget, progress)
+            snapshots = prune_one_shot(pruner, loader, keep, budget, progress)
     pruner.come_home()
     memory = budget.report() if budget else None
     return PruneResult(snapshots, pruner.masks, pruner.history, table, dense, memory)
@@ -415,15 +418,3 @@ def _prune_training(pruner: Pruner, loader, objective: Objective, keep: _Keeper,
             if pruner.done:
                 return snapshots
     raise AssertionError("an endless loader ended")
-
-
-def _prune_one_shot(pruner: Pruner, loader, keep: _Keeper, budget: Budget | None, progress: Progress) -> list[Pruned]:
-    snapshots = []
-    for target in pruner.targets:
-        start = pruner.ratio
-        for r in range(1, pruner.config.rounds + 1):
-            pruner.mean = RunningMean()
-            score(pruner, loader, budget, progress=progress)
-            pruner.decide_at(start + (target - start) * r / pruner.config.rounds)
-        snapshots.append(keep.take(pruner, target, pruner.compact()))
-    return snapshots

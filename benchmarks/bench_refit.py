@@ -1,0 +1,196 @@
+"""Accuracy of DeiT-Ti pruned in one shot, with and without a closed-form refit, no training.
+
+    NVIT_DATA=FOLDER python -m benchmarks.bench_refit [mlp kinds global images] [--images 1000] [--eval-images 0]
+
+`mlp`: 30 and 50 % of all hidden units by several criteria. `kinds`: each kind of width alone, 10 to 50 % of the units
+of every group. `global`: all structures to four analytic latencies. `images`: calibration sets of several sizes. The
+row of a refit has the gain over the same choice without one, with its 95 % interval (paired bootstrap over images).
+Writes benchmarks/results/refit_cpu.csv and refit_cpu.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.deit_tiny import data_flags
+from benchmarks.paired import paired_bootstrap
+from benchmarks.records import RESULTS, Records
+from nvit import adapters
+from nvit.config import DataFlags, ModelFlags, PruneConfig
+from nvit.curvature import remaining_loss, watch
+from nvit.inputs import open_evaluation_data, open_model, open_training_data
+from nvit.latency import LatencyTable
+from nvit.masks import Masks, apply_, compact, full_masks, kept_counts
+from nvit.memory import most_held
+from nvit.pruner import Pruner
+from nvit.refit import refit_
+from nvit.rotation import rotate_
+from nvit.scoring import score
+from nvit.selection import drop_to_target
+from nvit.spec import KINDS, Group
+
+SECTIONS = ("mlp", "kinds", "global", "images")
+TARGETS = (0.9, 0.8, 0.65, 0.5)
+BATCH = 50
+
+
+@torch.inference_mode()
+def answers(model: nn.Module, batches) -> Tensor:
+    """Right or wrong by image, float `(images,)`."""
+    return torch.cat([(model(x).argmax(-1) == y).float() for x, y in batches])
+
+
+def ranked_together(groups: Sequence[Group], scores: dict[str, Tensor], kind: str, share: float) -> Masks:
+    """Masks without the cheapest `share` of all units of a kind; one of every group stays."""
+    mine = [g for g in groups if g.kind == kind]
+    every = torch.cat([scores[g.name] for g in mine])
+    least = every.sort().values[round(share * len(every))]
+    return full_masks(groups) | {g.name: _at_least_one(scores[g.name] >= least, scores[g.name]) for g in mine}
+
+
+def _at_least_one(keep: Tensor, score: Tensor) -> Tensor:
+    return keep | (torch.arange(len(keep)) == score.argmax())
+
+
+def in_every_group(groups: Sequence[Group], scores: dict[str, Tensor], kind: str, share: float) -> Masks:
+    """Masks without the cheapest `share` of each group of a kind."""
+    masks = full_masks(groups)
+    for g in groups:
+        if g.kind == kind:
+            masks[g.name][scores[g.name].argsort(stable=True)[: round(share * g.size)]] = False
+    return masks
+
+
+class Bench:
+    """The dense model, rotated, with what was seen on it; and rows."""
+
+    def __init__(self, data: Path, images: int, evaluate: int) -> None:
+        flags = dict(zip(*[iter([f for f in data_flags(data) if f != "--no-resize"])] * 2, strict=True))
+        where = DataFlags(
+            data=flags["--data"], eval_data=flags["--eval-data"], class_map=flags["--class-map"], resize=False,
+            eval_images=evaluate,
+        )  # fmt: skip
+        self.plain = open_model("deit_tiny_patch16_224", ModelFlags(checkpoint=flags["--checkpoint"], device="cpu"))
+        loader = open_training_data(self.plain, where, PruneConfig(batch_size=BATCH), augment=False)
+        self.calibration = [batch for batch, _ in zip(loader, range(-(-images // BATCH)), strict=False)]
+        self.evaluation = list(open_evaluation_data(self.plain, where, BATCH))
+        self.table = LatencyTable.analytic(self.plain)
+        self.groups = adapters.find(self.plain).groups(self.plain)
+        self.records = Records("refit")
+        self.dense_right = answers(self.plain, self.evaluation)
+        self.records.add(case="dense", top1=100 * float(self.dense_right.mean()))
+        self.model, self.seen = self.rotated(self.calibration)
+
+    def rotated(self, batches):
+        model = copy.deepcopy(self.plain)
+        seen = watch(model, [x for x, _ in batches])
+        rotate_(model, seen)
+        return model, seen
+
+    def remaining(self) -> dict[str, Tensor]:
+        return remaining_loss(self.model, self.groups, full_masks(self.groups), self.seen)
+
+    def by(self, criterion: str) -> dict[str, Tensor]:
+        if criterion == "remaining":
+            return self.remaining()
+        config = PruneConfig(train=False, criterion=criterion)
+        pruner = Pruner(copy.deepcopy(self.model), self.table, config)
+        score(pruner, self.calibration)
+        return pruner.scores()
+
+    def compare(self, masks: Masks, *, batches=None, **row) -> None:
+        """Rows of one choice, without and with a refit."""
+        batches = batches or self.calibration
+        right = {}
+        for refitted in (False, True):
+            model, start = copy.deepcopy(self.model), time.process_time()
+            apply_(model, self.groups, masks)
+            if refitted:
+                refit_(model, self.model, self.groups, [x for x, _ in batches], seen=self.seen)
+            seconds = time.process_time() - start
+            right[refitted] = answers(compact(model, self.groups, masks), self.evaluation)
+            more = {}
+            if refitted:
+                d = paired_bootstrap(right[True].tolist(), right[False].tolist())
+                more = {"gain": 100 * d.mean, "low": 100 * d.low, "high": 100 * d.high, "cpu_s": seconds}
+                more["peak_mib"] = most_held(torch.device("cpu")) / 2**20
+            top1 = 100 * float(right[refitted].mean())
+            self.records.add(**row, refit=refitted, top1=top1, images=sum(len(x) for x, _ in batches), **more)
+        self.records.save()
+
+    def mlp(self) -> None:
+        for criterion in ("remaining", "abs", "hessian"):
+            scores = self.by(criterion)
+            for share in (0.3, 0.5):
+                masks = ranked_together(self.groups, scores, "mlp", share)
+                self.compare(masks, case="mlp", criterion=criterion, removed=share)
+
+    def kinds(self) -> None:
+        scores = self.remaining()
+        for kind in KINDS:
+            for share in (0.3333,) if kind == "heads" else (0.1, 0.2, 0.3, 0.5):
+                masks = in_every_group(self.groups, scores, kind, share)
+                self.compare(masks, case=kind, criterion="remaining", removed=share)
+
+    def globally(self, targets=TARGETS, batches=None) -> None:
+        scores = self.remaining()
+        for target in targets:
+            masks, _ = drop_to_target(
+                scores, full_masks(self.groups), self.groups, self.table, target * self.table.dense_ms
+            )
+            emb = kept_counts(masks)["emb"]
+            self.compare(masks, batches=batches, case="global", criterion="remaining", target=target, emb=emb)
+
+    def images(self) -> None:
+        every = self.calibration
+        for count in (64, 256, 1000):
+            part = every[: max(2, -(-count // BATCH))]
+            self.model, self.seen = self.rotated(part)
+            self.globally((0.65,), part)
+
+
+def plot(rows: Sequence[dict]) -> None:
+    """Top-1 against analytic latency, with and without a refit."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    for refitted, name in ((True, "refit"), (False, "no refit")):
+        mine = [r for r in rows if r.get("target") and r["refit"] is refitted]
+        axes.plot([r["target"] for r in mine], [r["top1"] for r in mine], marker="o", label=name)
+    axes.axhline(rows[0]["top1"], color="grey", linewidth=0.8, label="dense")
+    axes.set(xlabel="multiply-accumulates, share of dense", ylabel="top-1 %", title="DeiT-Ti, one shot, no training")
+    axes.legend()
+    figure.savefig(RESULTS / "refit_cpu.png", dpi=150)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", choices=SECTIONS, default=["mlp", "kinds", "global"])
+    parser.add_argument("--images", type=int, default=1000, help="calibration images")
+    parser.add_argument("--eval-images", type=int, default=0, help="evaluation images; 0 for all")
+    args = parser.parse_args()
+    if "NVIT_DATA" not in os.environ:
+        sys.exit("NVIT_DATA is not set: this needs DeiT-Ti's weights and the image samples")
+    torch.set_num_threads(1)
+    bench = Bench(Path(os.environ["NVIT_DATA"]), args.images, args.eval_images)
+    for section in args.sections:
+        {"mlp": bench.mlp, "kinds": bench.kinds, "global": bench.globally, "images": bench.images}[section]()
+    if "global" in args.sections:
+        plot(bench.records.rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
