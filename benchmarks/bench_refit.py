@@ -1,11 +1,12 @@
 """Accuracy of DeiT-Ti pruned in one shot, with and without a closed-form refit, no training.
 
-    NVIT_DATA=FOLDER python -m benchmarks.bench_refit [mlp kinds global images] [--images 1000] [--eval-images 0]
+    NVIT_DATA=FOLDER python -m benchmarks.bench_refit [mlp kinds global images labels] [--images 256] [--eval-images 0]
 
 `mlp`: 30 and 50 % of all hidden units by several criteria. `kinds`: each kind of width alone, 10 to 50 % of the units
-of every group. `global`: all structures to four analytic latencies. `images`: calibration sets of several sizes. The
-row of a refit has the gain over the same choice without one, with its 95 % interval (paired bootstrap over images).
-Writes benchmarks/results/refit_cpu.csv and refit_cpu.png.
+of every group. `global`: all structures to four analytic latencies. `images`: calibration sets of several sizes.
+`labels`: the same refit after choices that read true labels, drawn ones, the model's own answer, or none. The row of a
+refit has the gain over the same choice without one, with its 95 % interval (paired bootstrap over images). Writes
+benchmarks/results/refit_<section>_cpu.csv.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from torch import Tensor, nn
 
 from benchmarks.deit_tiny import data_flags
 from benchmarks.paired import paired_bootstrap
-from benchmarks.records import RESULTS, Records
+from benchmarks.records import Records
 from nvit import adapters
 from nvit.config import DataFlags, ModelFlags, PruneConfig
 from nvit.curvature import remaining_loss, watch
 from nvit.inputs import open_evaluation_data, open_model, open_training_data
 from nvit.latency import LatencyTable
-from nvit.masks import Masks, apply_, compact, full_masks, kept_counts
+from nvit.masks import Masks, apply_, compact, full_masks, kept_counts, widths
 from nvit.memory import most_held
 from nvit.pruner import Pruner
 from nvit.refit import refit_
@@ -38,7 +39,7 @@ from nvit.scoring import score
 from nvit.selection import drop_to_target
 from nvit.spec import KINDS, Group
 
-SECTIONS = ("mlp", "kinds", "global", "images")
+SECTIONS = ("mlp", "kinds", "global", "images", "labels")
 TARGETS = (0.9, 0.8, 0.65, 0.5)
 BATCH = 50
 
@@ -85,10 +86,12 @@ class Bench:
         self.evaluation = list(open_evaluation_data(self.plain, where, BATCH))
         self.table = LatencyTable.analytic(self.plain)
         self.groups = adapters.find(self.plain).groups(self.plain)
-        self.records = Records("refit")
-        self.dense_right = answers(self.plain, self.evaluation)
-        self.records.add(case="dense", top1=100 * float(self.dense_right.mean()))
+        self.dense = 100 * float(answers(self.plain, self.evaluation).mean())
         self.model, self.seen = self.rotated(self.calibration)
+
+    def begin(self, section: str) -> None:
+        self.records = Records(f"refit_{section}")
+        self.records.add(case="dense", top1=self.dense)
 
     def rotated(self, batches):
         model = copy.deepcopy(self.plain)
@@ -99,12 +102,12 @@ class Bench:
     def remaining(self) -> dict[str, Tensor]:
         return remaining_loss(self.model, self.groups, full_masks(self.groups), self.seen)
 
-    def by(self, criterion: str) -> dict[str, Tensor]:
+    def by(self, criterion: str, batches=None, labels: str = "true") -> dict[str, Tensor]:
         if criterion == "remaining":
             return self.remaining()
-        config = PruneConfig(train=False, criterion=criterion)
+        config = PruneConfig(train=False, criterion=criterion, labels=labels)
         pruner = Pruner(copy.deepcopy(self.model), self.table, config)
-        score(pruner, self.calibration)
+        score(pruner, batches or self.calibration)
         return pruner.scores()
 
     def compare(self, masks: Masks, *, batches=None, **row) -> None:
@@ -128,7 +131,7 @@ class Bench:
         self.records.save()
 
     def mlp(self) -> None:
-        for criterion in ("remaining", "abs", "hessian"):
+        for criterion in ("remaining", "fisher"):
             scores = self.by(criterion)
             for share in (0.3, 0.5):
                 masks = ranked_together(self.groups, scores, "mlp", share)
@@ -141,14 +144,16 @@ class Bench:
                 masks = in_every_group(self.groups, scores, kind, share)
                 self.compare(masks, case=kind, criterion="remaining", removed=share)
 
-    def globally(self, targets=TARGETS, batches=None) -> None:
-        scores = self.remaining()
+    def globally(self, targets=TARGETS, batches=None, scores=None, criterion: str = "remaining", **row) -> None:
+        scores = scores or self.remaining()
         for target in targets:
             masks, _ = drop_to_target(
                 scores, full_masks(self.groups), self.groups, self.table, target * self.table.dense_ms
             )
             emb = kept_counts(masks)["emb"]
-            self.compare(masks, batches=batches, case="global", criterion="remaining", target=target, emb=emb)
+            macs = self.table.ratio(widths(self.groups, masks))
+            row |= {"case": "global", "criterion": criterion, "target": target, "macs": macs, "emb": emb}
+            self.compare(masks, batches=batches, **row)
 
     def images(self) -> None:
         every = self.calibration
@@ -157,28 +162,21 @@ class Bench:
             self.model, self.seen = self.rotated(part)
             self.globally((0.65,), part)
 
-
-def plot(rows: Sequence[dict]) -> None:
-    """Top-1 against analytic latency, with and without a refit."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
-    for refitted, name in ((True, "refit"), (False, "no refit")):
-        mine = [r for r in rows if r.get("target") and r["refit"] is refitted]
-        axes.plot([r["target"] for r in mine], [r["top1"] for r in mine], marker="o", label=name)
-    axes.axhline(rows[0]["top1"], color="grey", linewidth=0.8, label="dense")
-    axes.set(xlabel="multiply-accumulates, share of dense", ylabel="top-1 %", title="DeiT-Ti, one shot, no training")
-    axes.legend()
-    figure.savefig(RESULTS / "refit_cpu.png", dpi=150)
+    @torch.inference_mode()
+    def labels(self) -> None:
+        own = [(x, self.plain(x).argmax(-1)) for x, _ in self.calibration]
+        self.globally((0.65,), labels="none")
+        for labels, batches in (("true", self.calibration), ("sampled", self.calibration), ("argmax", own)):
+            with torch.inference_mode(False), torch.enable_grad():
+                batches = [(x.clone(), y.clone()) for x, y in batches]
+                scores = self.by("fisher", batches, "sampled" if labels == "sampled" else "true")
+            self.globally((0.65,), scores=scores, criterion="fisher", labels=labels)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", choices=SECTIONS, default=["mlp", "kinds", "global"])
-    parser.add_argument("--images", type=int, default=1000, help="calibration images")
+    parser.add_argument("--images", type=int, default=256, help="calibration images")
     parser.add_argument("--eval-images", type=int, default=0, help="evaluation images; 0 for all")
     args = parser.parse_args()
     if "NVIT_DATA" not in os.environ:
@@ -186,9 +184,8 @@ def main() -> int:
     torch.set_num_threads(1)
     bench = Bench(Path(os.environ["NVIT_DATA"]), args.images, args.eval_images)
     for section in args.sections:
-        {"mlp": bench.mlp, "kinds": bench.kinds, "global": bench.globally, "images": bench.images}[section]()
-    if "global" in args.sections:
-        plot(bench.records.rows)
+        bench.begin(section)
+        {"global": bench.globally}.get(section, getattr(bench, section, None))()
     return 0
 
 
