@@ -20,16 +20,17 @@ from triton.compiler import ASTSource
 
 from nvit_kernels import configs
 from nvit_kernels.launch import FUSED_MULTIPLY_ADD
-from nvit_kernels.ops import attention, group_dot, kept_layer_norm, matmul
+from nvit_kernels.ops import attention, attention_kernels, group_dot, kept_layer_norm, matmul
 
 ARCHS = (80, 86, 89, 90, 100)
 INT64_POINTERS = {"pointers", "tiles", "reductions", "outputs", "contributions"}
 INT32_POINTERS = {"index", "count", "heads", "heads_n"}
 MASKS = {"mask", "qk_mask", "v_mask"}
-FLOAT_POINTERS = {"stats", "delta", "v_part", "qk_part", "bias_part", "part", "mean", "rstd", "workspace", "sums", "scores"}
+FLOAT_POINTERS = {"stats", "delta", "v_part", "qk_part", "bias_part", "part", "mean", "rstd", "workspace", "sums",
+                  "scores"}  # fmt: skip
 FLOATS = {"scale", "scale_log2", "eps"}
-TENSORS = {"q", "k", "v", "o", "do", "dq", "dk", "dv", "a", "b", "bias", "window", "out", "out2", "out3", "aux", "aux2", "w", "x",
-           "y", "residual", "total", "dx", "dy", "dtotal"}  # fmt: skip
+TENSORS = {"q", "k", "v", "o", "do", "dq", "dk", "dv", "a", "b", "bias", "window", "out", "out2", "out3", "aux", "aux2",
+           "w", "x", "y", "residual", "total", "dx", "dy", "dtotal"}  # fmt: skip
 KINDS = (
     (INT64_POINTERS, "*i64"),
     (INT32_POINTERS, "*i32"),
@@ -76,11 +77,11 @@ def attention_cases(qk: int, v: int, kept: bool, added: bool = False) -> Iterato
     shape = dict(BIAS=added, WINDOW=added, MASK_QK=kept, MASK_V=kept, PRECISION="ieee", BLOCK_QK=qk, BLOCK_V=v)
     tag, kinds = f"{qk}x{v}{' kept' if kept else ''}{' bias' if added else ''}", (("bias", "*fp32"),)
     dq = shape | dict(SCORES=True, BLOCK_M=attention.score_rows(max(qk, v)))
-    yield Case(f"attention forward {tag}", attention.forward_kernel, shape, "attention_forward", kinds)
-    yield Case(f"attention dkv {tag}", attention.dkv_kernel, shape, "attention_dkv", kinds)
-    yield Case(f"attention dq {tag}", attention.dq_kernel, dq, "attention_dq", kinds)
+    yield Case(f"attention forward {tag}", attention_kernels.forward_kernel, shape, "attention_forward", kinds)
+    yield Case(f"attention dkv {tag}", attention_kernels.dkv_kernel, shape, "attention_dkv", kinds)
+    yield Case(f"attention dq {tag}", attention_kernels.dq_kernel, dq, "attention_dq", kinds)
     if added:
-        yield Case(f"attention dbias {tag}", attention.dbias_kernel, shape, "attention_dbias", kinds)
+        yield Case(f"attention dbias {tag}", attention_kernels.dbias_kernel, shape, "attention_dbias", kinds)
 
 
 def cases() -> Iterator[Case]:
@@ -91,7 +92,9 @@ def cases() -> Iterator[Case]:
     for qk, v, kept in ((64, 64, True), (32, 32, False), (128, 128, False), (256, 256, True)):
         yield from attention_cases(qk, v, kept, added=True)
     yield Case(
-        "attention delta", attention.delta_kernel, dict(SCORES=True, BLOCK_V=64, BLOCK_M=attention.score_rows(64))
+        "attention delta",
+        attention_kernels.delta_kernel,
+        dict(SCORES=True, BLOCK_V=64, BLOCK_M=attention.score_rows(64)),
     )
     for role, b_by, kept, gather, bias in (
         ("gelu", "n", "n", True, True), ("swiglu", "n", "n", True, True), ("linear", "n", "n", True, True),

@@ -74,7 +74,9 @@ def shared_bytes(name: str, config: triton.Config, meta: dict, itemsize: int) ->
             staged, held = held, staged
         head = block["BLOCK_QK"] + block["BLOCK_V"]
         scratch = 0 if name == "attention_forward" else block["BLOCK_M"] * block["BLOCK_N"]
-        return itemsize * (head * (staged * config.num_stages + held) + scratch)
+        tiles = itemsize * (head * (staged * config.num_stages + held) + scratch)
+        added = sum(bool(meta.get(flag)) for flag in ("BIAS", "WINDOW"))  # as float32 at most
+        return tiles + 4 * added * (config.num_stages - 1) * block["BLOCK_M"] * block["BLOCK_N"]
     return itemsize * config.num_stages * block["BLOCK_K"] * (block["BLOCK_M"] + block["BLOCK_N"])
 
 
@@ -84,7 +86,7 @@ def fitting(name: str, arch: int, meta: dict, itemsize: int = 2) -> list[triton.
     head = max(meta.get("BLOCK_QK", 0), meta.get("BLOCK_V", 0))
     held = min(held for held in CONFIGS[name] if held >= head)
     added = meta.get("BIAS") or meta.get("WINDOW")
-    small, *rest = added and WITH_ADDED.get(name, {}).get(held) or CONFIGS[name][held]
+    small, *rest = (added and WITH_ADDED.get(name, {}).get(held)) or CONFIGS[name][held]
     return [small, *(c for c in rest if shared_bytes(name, c, meta, itemsize) <= limit)]
 
 

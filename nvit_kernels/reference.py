@@ -75,7 +75,8 @@ def attention(
         `(batch, heads, tokens, v_dim)`, a view of `(batch, tokens, heads, v_dim)` memory.
 
     Raises:
-        ValueError: shapes or dtypes disagree, or the windows do not divide the batch; on CUDA also head dims that are no multiple of 8 or over 256.
+        ValueError: shapes or dtypes disagree, or the windows do not divide the batch; on CUDA also head dims that are
+            no multiple of 8 or over 256.
     """
     q_kept = take(take(q, heads, 1), qk, 3)
     k_kept = take(take(k, heads, 1), qk, 3)
