@@ -53,6 +53,7 @@ CONFIGS = {  # by the largest head dim they hold without spilling; 0 where there
 }
 WITH_ADDED = {  # in place of the above where a bias or a window mask takes registers too
     "attention_dkv": {NARROW: [_config(4, 1, M=32, N=64), _config(8, 1, M=32, N=64), _config(8, 2, M=32, N=64)]},
+    "attention_dq": {NARROW: [_config(4, 1, N=32), _config(4, 2, N=32), _config(8, 2, N=32)]},
 }
 INTERPRETED = {  # time grows with the number of operations, so large blocks
     "attention_forward": _config(4, 1, M=256, N=256),
