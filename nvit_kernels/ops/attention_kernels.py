@@ -58,7 +58,7 @@ def forward_kernel(q, k, v, o, stats, heads, heads_n, qk_mask, v_mask, bias, win
     k += b * (k_b8 * 8) + h * (k_h8 * 8)
     v += b * (v_b8 * 8) + h * (v_h8 * 8)
     bias += h * N * (N8 * 8)
-    window += b % windows * N * (N8 * 8)
+    window += (tl.program_id(2) % windows).to(tl.int64) * N * (N8 * 8)
     qt = tl.load(q + rm[:, None] * (q_n8 * 8) + dc[None, :], mask=(rm < N)[:, None] & d_in[None, :], other=0.0)
     if MASK_QK:
         qt = tl.where(kept_columns(qk_mask, QK8 * 8, BLOCK_QK, MASK_QK)[None, :], qt, 0.0)
@@ -129,7 +129,7 @@ def dkv_kernel(q, k, v, do, stats, delta, dk, dv, heads, heads_n, qk_mask, v_mas
         v += b * (v_b8 * 8) + h * (v_h8 * 8)
         do += b * (do_b8 * 8) + h * (do_h8 * 8)
         bias += h * N * (N8 * 8)
-        window += b % windows * N * (N8 * 8)
+        window += (tl.program_id(2) % windows).to(tl.int64) * N * (N8 * 8)
         here = (rn < N)[:, None]
         kt = tl.load(k + rn[:, None] * (k_n8 * 8) + dc[None, :], mask=here & d_in[None, :], other=0.0)
         vt = tl.load(v + rn[:, None] * (v_n8 * 8) + vc[None, :], mask=here & v_in[None, :], other=0.0)
@@ -180,7 +180,7 @@ def dq_kernel(q, k, v, do, stats, delta, dq, qk_part, heads, heads_n, qk_mask, v
         v += b * (v_b8 * 8) + h * (v_h8 * 8)
         do += b * (do_b8 * 8) + h * (do_h8 * 8)
         bias += h * N * (N8 * 8)
-        window += b % windows * N * (N8 * 8)
+        window += (tl.program_id(2) % windows).to(tl.int64) * N * (N8 * 8)
         here = (rm < N)[:, None]
         qt = tl.load(q + rm[:, None] * (q_n8 * 8) + dc[None, :], mask=here & d_in[None, :], other=0.0)
         dot = tl.load(do + rm[:, None] * (do_n8 * 8) + vc[None, :], mask=here & v_in[None, :], other=0.0)
@@ -219,8 +219,8 @@ def dbias_kernel(q, k, v, do, stats, delta, bias_part, heads, heads_n, qk_mask, 
                  BIAS: tl.constexpr, WINDOW: tl.constexpr, MASK_QK: tl.constexpr, MASK_V: tl.constexpr,
                  PRECISION: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
                  BLOCK_N: tl.constexpr):  # fmt: skip
-    """A tile of a head's ∂S, summed over every so many-th sample: each writes its part, so no atomics."""
-    slot, split, splits = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(2)
+    """A tile of a head's ∂S summed over samples `split`, `split + splits`, …: a part of ∂bias, without atomics."""
+    slot, split, splits = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     h = tl.load(heads + slot).to(tl.int64)
     tile, across = tl.program_id(0), tl.cdiv(N, BLOCK_N)
     rm = tile // across * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -232,7 +232,7 @@ def dbias_kernel(q, k, v, do, stats, delta, bias_part, heads, heads_n, qk_mask, 
     if slot < tl.load(heads_n):
         bias += h * N * (N8 * 8)
         for i in range(0, tl.cdiv(batch - split, splits)):
-            b = split + i * splits
+            b = (split + i * splits).to(tl.int64)
             qb, kb, vb = q + b * (q_b8 * 8) + h * (q_h8 * 8), k + b * (k_b8 * 8) + h * (k_h8 * 8), v + b * (v_b8 * 8)
             qt = tl.load(qb + rm[:, None] * (q_n8 * 8) + dc[None, :], mask=row & d_in[None, :], other=0.0)
             kt = tl.load(kb + rn[:, None] * (k_n8 * 8) + dc[None, :], mask=key & (dc < QK8 * 8)[None, :], other=0.0)
@@ -250,9 +250,8 @@ def dbias_kernel(q, k, v, do, stats, delta, bias_part, heads, heads_n, qk_mask, 
             share = tl.load(stats + (b * H + h) * 2 * N + N + rm, mask=rm < N, other=0.0)
             centre = tl.load(delta + (b * H + h) * N + rm, mask=rm < N, other=0.0)
             s = tl.dot(qt, tl.trans(kt), input_precision=PRECISION) * (scale * 1.4426950408889634)
-            s = add_to_logits(
-                s, bias, window + b % windows * N * (N8 * 8), rm[:, None], rn[None, :], N, N8, BIAS, WINDOW
-            )
+            here = window + ((split + i * splits) % windows).to(tl.int64) * N * (N8 * 8)
+            s = add_to_logits(s, bias, here, rm[:, None], rn[None, :], N, N8, BIAS, WINDOW)
             p = tl.exp2(s - top[:, None]) * share[:, None]
             dp = tl.dot(dot, tl.trans(vt), input_precision=PRECISION)
             acc += p * (dp - centre[:, None])
