@@ -54,9 +54,12 @@ CONFIGS = {  # by the largest head dim they hold without spilling; 0 where there
 WITH_ADDED = {  # in place of the above where a bias or a window mask takes registers too
     "attention_forward": {
         NARROW: [_config(4, 1, M=64, N=32), _config(8, 2, M=64, N=64), _config(8, 3, M=128, N=64)],
-        WIDEST: [_config(8, 1, M=32, N=32)],
+        WIDEST: [_config(8, 1, M=64, N=16)],
     },
-    "attention_dkv": {NARROW: [_config(4, 1, M=32, N=64), _config(8, 1, M=32, N=64), _config(8, 2, M=32, N=64)]},
+    "attention_dkv": {
+        NARROW: [_config(4, 1, M=32, N=64), _config(8, 1, M=32, N=64), _config(8, 2, M=32, N=64)],
+        WIDEST: [_config(8, 1, M=16, N=16)],
+    },
     "attention_dq": {NARROW: [_config(4, 1, N=32), _config(4, 2, N=32), _config(8, 2, N=32)]},
 }
 INTERPRETED = {  # time grows with the number of operations, so large blocks
