@@ -88,7 +88,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float,
     heads: Tensor | None, heads_n: Tensor | None, qk_mask: Tensor | None, v_mask: Tensor | None,
     head_scores: Tensor | None, qk_scores: Tensor | None, v_scores: Tensor | None,
-    bias: Tensor | None = None, mask: Tensor | None = None,
+    bias: Tensor | None, mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     check(q, k, v)
     check_added(q, bias, mask)
@@ -120,7 +120,7 @@ def _added(bias: Tensor | None, mask: Tensor | None, unread: Tensor) -> tuple[tu
 
 
 @_forward.register_fake
-def _(q, k, v, scale, heads, heads_n, qk_mask, v_mask, head_scores, qk_scores, v_scores, bias=None, mask=None):
+def _(q, k, v, scale, heads, heads_n, qk_mask, v_mask, head_scores, qk_scores, v_scores, bias, mask):
     b, h, n, _ = q.shape
     return _by_token(b, h, n, v.shape[-1], q), q.new_empty(b, h, 2, n, dtype=torch.float32)
 
@@ -130,7 +130,7 @@ def _backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, stats: Tensor, scale: float,
     heads: Tensor | None, heads_n: Tensor | None, qk_mask: Tensor | None, v_mask: Tensor | None,
     head_scores: Tensor | None, qk_scores: Tensor | None, v_scores: Tensor | None,
-    bias: Tensor | None = None, mask: Tensor | None = None, wants_bias: bool = False,
+    bias: Tensor | None, mask: Tensor | None, wants_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     do, q, k, v = _readable(do), _readable(q), _readable(k), _readable(v)
     o = o.transpose(1, 2).contiguous()  # already so, unless someone copied it on the way
@@ -172,8 +172,8 @@ def _add(scores: Tensor | None, partial: Tensor, dims: tuple[int, int]) -> None:
 
 
 @_backward.register_fake
-def _(do, q, k, v, o, stats, scale, heads, heads_n, qk_mask, v_mask, head_scores, qk_scores, v_scores, bias=None,
-      mask=None, wants_bias=False):  # fmt: skip
+def _(do, q, k, v, o, stats, scale, heads, heads_n, qk_mask, v_mask, head_scores, qk_scores, v_scores, bias, mask,
+      wants_bias):  # fmt: skip
     b, h, n, d = q.shape
     dbias = q.new_empty((h, n, n) if wants_bias else 0, dtype=torch.float32)
     return *(_by_token(b, h, n, dim, q) for dim in (d, d, v.shape[-1])), dbias
