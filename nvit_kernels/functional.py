@@ -28,6 +28,7 @@ if HAS_TRITON:
     from nvit_kernels.ops.swiglu import swiglu as fused_swiglu
 
 __all__ = ["DotSlice", "GroupDotPlan", "Kept", "attention", "group_dot", "kept_layer_norm", "mlp", "swiglu"]
+LARGEST_BATCH = 65535  # of a CUDA grid; windows count
 FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -64,6 +65,7 @@ def attention(
     q, k, v = _autocast(q, k, v)
     widest = max(q.shape[-1], v.shape[-1])
     fits = widest <= (64 if q.is_cuda and q.dtype == torch.float32 else 256)  # a float32 tile is twice the memory
+    fits &= len(q) <= LARGEST_BATCH
     fused = fits and takes_kernels(q, q.shape[-1], v.shape[-1])
     run = fused_attention if fused else reference.attention
     return run(q, k, v, scale, heads, qk, v_dim, head_scores, qk_scores, v_scores, bias, mask)
