@@ -61,7 +61,7 @@ def scores(model: nn.Module, groups, loader, labels: Tensor, criteria: list[str]
             for name, gate in gates.items():
                 samples[name][index] = gate
             model.zero_grad(set_to_none=True)
-    return {name: mean.value() for name, mean in means.items()}, samples
+    return {name: CRITERIA[name].scores(mean.value()) for name, mean in means.items()}, samples
 
 
 def hessian_again(groups, samples: dict[str, Tensor], batch_size: int, seed: int) -> dict[str, Tensor]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import ctypes
-import gc
 import json
 import multiprocessing
 import statistics
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 
 from nvit.latency import device_name
+from nvit.memory import Meter
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -73,19 +72,12 @@ def median_ratio(a: Sequence[float], b: Sequence[float]) -> float:
     return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
-def _resident(field: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith(field)))
-
-
 def _peak_child(pipe, prepare: Callable[[], Callable[[], object]]) -> None:
     step = prepare()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what preparation freed must not hide what the step takes
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew from here
-    start = _resident("VmRSS")
+    meter = Meter("cpu")  # what preparation freed does not hide what the step takes
+    start = meter.held
     step()
-    pipe.send((_resident("VmHWM") - start) / 1024)
+    pipe.send((meter.peak - start) / 2**20)
 
 
 def peak_mib(prepare: Callable[[], Callable[[], object]]) -> float:

@@ -19,6 +19,9 @@ from nvit import adapters
 MODULES: dict[str, dict] = {
     "deit": {"depth": 2},
     "vision_transformer": {"depth": 2},
+    "swin_transformer": {"depths": (2, 1, 1, 1)},
+    "eva": {"depth": 2},
+    "beit": {"depth": 2},
 }
 """The modules under `timm.models` that the adapters were written for, and what makes their models shallow."""
 
@@ -44,10 +47,13 @@ def entrypoints() -> dict[str, str]:
 
 
 def skeleton(name: str, **more) -> nn.Module:
-    """A shallow timm model without weights."""
+    """A shallow timm model without weights; of its own depth where its arguments name every block."""
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return timm.create_model(name, **MODULES[entrypoints()[name]] | more)
+        try:
+            return timm.create_model(name, **MODULES[entrypoints()[name]] | more)
+        except AssertionError:
+            return timm.create_model(name, **more)
 
 
 def page(refusals: dict[str, str | None]) -> str:

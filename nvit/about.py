@@ -16,5 +16,7 @@ def describe() -> str:
     lines = [f"python {platform.python_version()}, torch {torch.__version__}", f"CUDA: {cuda}"]
     triton = importlib.util.find_spec("triton") is not None
     lines.append(f"Triton, for fused kernels on CUDA: {'there' if triton else 'missing; pip install triton'}")
+    theirs = importlib.util.find_spec("transformers") is not None
+    lines.append(f"transformers, for Hugging Face models: {'there' if theirs else 'missing; pip install nvit[hf]'}")
     lines += [f"native 2:4 library, {half}: {word}" for half, word in sparse24.native().items()]
     return "\n".join(lines)

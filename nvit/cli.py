@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,10 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from . import __version__, jobs
+from . import __version__, distributed, jobs
+from .budget import show as show_bytes
 from .config import (
     DIGITS,
     CompareCommand,
+    CorrelationCommand,
     EvaluateCommand,
     FinetuneCommand,
     LatencyCommand,
@@ -26,6 +29,7 @@ from .config import (
     WidthsCommand,
     from_toml,
 )
+from .progress import silent
 from .report import show
 from .snapshot import BUNDLED
 
@@ -38,7 +42,10 @@ class UsageError(Exception):
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on a terminal; elsewhere a line on stderr every ten seconds and when the work changes."""
+    """A bar on a terminal; elsewhere a line on stderr every ten seconds and when the work changes; of rank 0 alone."""
+    if not distributed.main():
+        yield silent
+        return
     console = Console(stderr=True)
     if not console.is_terminal:
         last = {"kind": "", "at": 0.0}
@@ -59,30 +66,37 @@ def _progress() -> Iterator[Callable[[int, int, str], None]]:
 
 @dataclass(frozen=True)
 class Command:
-    """A command line's shape: its dataclass, its leading words, and what runs it."""
+    """A command line's shape: its dataclass, its leading words, what runs it, and whether several ranks can."""
 
     config: type
     words: str
     run: Callable[[Any, Sequence[str]], None]
     least: int = 0
     most: int | None = 0
+    ranks: bool = False
 
 
 def _prune(command: PruneCommand, _: Sequence[str]) -> None:
     with _progress() as progress:
         found = jobs.run_prune(command, progress)
+    if not found:
+        return
     rows = [{"name": "dense", "predicted_ratio": 1.0, "measured_ratio": 1.0} | found["dense"]]
     rows += [{"name": f"pruned to {s['target']:g}"} | s for s in found["snapshots"]]
     show(f"{found['model']}: {found['latency_batch']} images a batch on {found['device']}", rows)
     for s in found["snapshots"]:
         off = s["measured_ratio"] / s["predicted_ratio"] - 1
         print(f"{s['path']}: measured latency is {off:+.1%} of the prediction; nvit.load({s['path']!r})")
+    if memory := found.get("memory"):
+        print(f"memory: peak {show_bytes(memory['peak'])} of {command.budget}; {memory['picked']}")
     print(f"{command.out}/result.json written after {found['seconds']:.0f} s")
 
 
 def _finetune(command: FinetuneCommand, words: Sequence[str]) -> None:
     with _progress() as progress:
         found = jobs.run_finetune(words[0], command, progress)
+    if not found:
+        return
     before = {"name": "before", "top1": found["top1_before"]}
     show(f"{words[0]}: {found['epochs']:g} epochs", [before, {"name": "after"} | found])
     print(f"{found['path']}: nvit.load({found['path']!r})")
@@ -137,14 +151,23 @@ def _widths(command: WidthsCommand, words: Sequence[str]) -> None:
     print(f"{found['csv']}\n{found['figure']}")
 
 
+def _correlation(command: CorrelationCommand, words: Sequence[str]) -> None:
+    with _progress() as progress:
+        found = jobs.run_correlation(words[0], command, progress)
+    rows = [{"name": f"{c['criterion']}, {c['kind']}"} | c for c in found["correlations"]]
+    show(f"{words[0]}: {found['bundles']} bundles removed one by one, {found['images']} images", rows)
+    print(f"{found['csv']}\n{found['figure']}")
+
+
 COMMANDS: dict[str, Command] = {
-    "prune": Command(PruneCommand, "[RECIPE.toml]", _prune),
-    "finetune": Command(FinetuneCommand, "MODEL [RECIPE.toml]", _finetune, 1, 1),
+    "prune": Command(PruneCommand, "[RECIPE.toml]", _prune, ranks=True),
+    "finetune": Command(FinetuneCommand, "MODEL [RECIPE.toml]", _finetune, 1, 1, ranks=True),
     "evaluate": Command(EvaluateCommand, "MODEL [RECIPE.toml]", _evaluate, 1, 1),
     "compare": Command(CompareCommand, "MODEL MODEL … [RECIPE.toml]", _compare, 1, None),
     "latency": Command(LatencyCommand, "[RECIPE.toml]", _latency),
     "sparsify": Command(SparsifyCommand, "SNAPSHOT [RECIPE.toml]", _sparsify, 1, 1),
     "analyze widths": Command(WidthsCommand, "SNAPSHOT …", _widths, 1, None),
+    "analyze correlation": Command(CorrelationCommand, "MODEL", _correlation, 1, 1),
 }
 
 
@@ -157,7 +180,7 @@ def _help() -> str:
     ]
     for name, command in COMMANDS.items():
         lines.append(f"  nvit {name} {command.words}".ljust(52) + command.config.__doc__.splitlines()[0])
-    lines += ["", f"MODEL is a timm name, a snapshot folder, or {DIGITS!r}. Every command has --help."]
+    lines += ["", f"MODEL is a timm name, a snapshot or Hugging Face folder, or {DIGITS!r}. Every command has --help."]
     return "\n".join(lines)
 
 
@@ -166,7 +189,8 @@ def _split(args: Sequence[str]) -> tuple[str, list[str], list[str]]:
     name, rest = args[0], list(args[1:])
     if name == "analyze":
         if not rest or rest[0].startswith("-"):
-            raise UsageError("usage: nvit analyze widths SNAPSHOT …")
+            analyses = [name.partition(" ")[2] for name in COMMANDS if name.startswith("analyze ")]
+            raise UsageError(f"usage: nvit analyze {{{','.join(analyses)}}} MODEL …")
         name = f"analyze {rest.pop(0)}"
     if name not in COMMANDS:
         raise UsageError(f"unknown command {name!r}; there are {', '.join(COMMANDS)}")
@@ -188,7 +212,7 @@ def _configure(name: str, command: Command, words: list[str], flags: list[str]) 
             recipes = [str(BUNDLED.with_name("digits.toml"))]
         defaults = from_toml(command.config, recipes[0]) if recipes else command.config()
         config = tyro.cli(command.config, prog=f"nvit {name} {command.words}", default=defaults, args=flags)
-        if isinstance(config, PruneCommand):
+        if isinstance(config, (PruneCommand, CorrelationCommand)):
             config.check()
     except ValueError as e:
         raise UsageError(str(e)) from None
@@ -196,7 +220,7 @@ def _configure(name: str, command: Command, words: list[str], flags: list[str]) 
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code."""
+    """Run a command line, under torchrun one process of it; returns the exit code."""
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):
         print(_help())
@@ -207,13 +231,19 @@ def main(args: Sequence[str] | None = None) -> int:
     config = None
     try:
         name, words, flags = _split(args)
-        config, words = _configure(name, COMMANDS[name], words, flags)
-        COMMANDS[name].run(config, words)
+        with _one_voice():
+            config, words = _configure(name, COMMANDS[name], words, flags)
+        if distributed.launched()[1] > 1 and not COMMANDS[name].ranks:
+            raise UsageError(f"nvit {name} runs in one process; start it without torchrun")
+        distributed.join()
+        with distributed.watch():
+            COMMANDS[name].run(config, words)
+        distributed.leave()
     except UsageError as e:
         return _say(e, BAD_USAGE)
     except BrokenPipeError:
         return FAILED
-    except (ValueError, FloatingPointError, OSError) as e:
+    except (ValueError, FloatingPointError, OSError, ModuleNotFoundError) as e:
         return _say(e, FAILED)
     except KeyboardInterrupt:
         again = "; the same command with --resume goes on" if hasattr(config, "resume") else ""
@@ -221,7 +251,20 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _one_voice() -> Iterator[None]:
+    """Help and usage errors from the first of several processes alone."""
+    with contextlib.ExitStack() as stack:
+        if distributed.launched()[0]:
+            nothing = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nothing))
+            stack.enter_context(contextlib.redirect_stderr(nothing))
+        yield
+
+
 def _say(error: object, code: int) -> int:
+    if not distributed.speaks():
+        return code
     print(f"nvit: {' '.join(str(error).split())}", file=sys.stderr)
     return code
 

@@ -22,7 +22,7 @@ else:
 DIGITS = "digits"
 """Names the bundled model and the bundled data."""
 
-CriterionName = Literal["hessian", "nvit", "abs", "taylor", "magnitude", "random"]
+CriterionName = Literal["hessian", "nvit", "abs", "fisher", "taylor", "magnitude", "random"]
 
 
 def _help(text: str, **kwargs):
@@ -33,7 +33,7 @@ def _help(text: str, **kwargs):
 class TrainingConfig:
     """How weights are trained, in pruning as in finetuning: the published recipe unless said otherwise."""
 
-    batch_size: Annotated[int, _help("images a step")] = 64
+    batch_size: Annotated[int, _help("images a step, of all ranks together")] = 64
     optimizer: Annotated[str, _help("as timm's create_optimizer_v2 names it")] = "adamw"
     weight_decay: Annotated[float, _help("not applied to biases and norms")] = 0.05
     grad_clip: Annotated[float, _help("largest gradient norm; 0 for none")] = 0.0
@@ -53,6 +53,9 @@ class TrainingConfig:
     cutmix: Annotated[float, _help("cutmix alpha")] = 0.0
     repeats: Annotated[int, _help("times an image comes in an epoch, each augmented anew")] = 1
     ema: Annotated[float, _help("decay of the weights' moving average; 0 for none")] = 0.0
+    fsdp: Annotated[
+        bool, _help("under torchrun: weights, gradients, optimiser state in shards over the ranks, not a copy on each")
+    ] = False
     seed: Annotated[int, _help("of data order, augmentation and drawn labels")] = 0
     save_every: Annotated[float, _help("seconds between run states on disk")] = 300.0
 
@@ -65,7 +68,9 @@ class PruneConfig(TrainingConfig):
         tuple[float, ...],
         _help("fractions of the dense latency, in (0, 1); a snapshot at each; in Python also a float"),
     ] = (0.5,)
-    criterion: Annotated[CriterionName, _help("what saliency is")] = "hessian"
+    criterion: Annotated[
+        Literal["auto"] | CriterionName, _help("what saliency is; auto: hessian while training, fisher with --no-train")
+    ] = "auto"
     train: Annotated[bool, _help("train between decisions; --no-train scores frozen weights and decides once")] = True
     lr: Annotated[float, _help("while pruning, at batch 512, scaled linearly")] = 1e-4
     interval: Annotated[int, _help("steps between two decisions")] = 100
@@ -79,8 +84,14 @@ class PruneConfig(TrainingConfig):
     labels: Annotated[
         Literal["true", "sampled"], _help("one-shot scores use the data's labels or ones drawn from the model")
     ] = "true"
+    budget: Annotated[
+        str, _help("memory that --no-train may take, as 8GB: resident on a CPU, allocated on CUDA; no limit if empty")
+    ] = ""
     only: Annotated[tuple[str, ...], _help(f"kinds to prune, of {', '.join(KINDS)}; all if empty")] = ()
     freeze: Annotated[tuple[str, ...], _help("groups to leave alone, as 'blocks.0.*'")] = ()
+    stages: Annotated[
+        tuple[int, ...], _help("stages of a hierarchical model to prune, from 0, as 2 for Swin's longest; all if empty")
+    ] = ()
     bundle_emb: Annotated[int, _help("channels of the stream that leave together")] = BUNDLE_SIZES["emb"]
     bundle_heads: Annotated[int, _help("heads that leave together")] = BUNDLE_SIZES["heads"]
     bundle_qk: Annotated[int, _help("query/key dims that leave together")] = BUNDLE_SIZES["qk_dim"]
@@ -107,10 +118,23 @@ class PruneConfig(TrainingConfig):
             raise ValueError(
                 f"only: unknown kind {unknown[0]!r}{_nearest(unknown[0], KINDS)}; kinds: {', '.join(KINDS)}"
             )
+        if self.budget and (self.train or self.finetune_epochs):
+            raise ValueError(
+                f"budget {self.budget} holds scoring and pruning only; give --no-train and no --finetune-epochs, and "
+                "train the snapshot afterwards with nvit finetune"
+            )
         positive = ("batch_size", "interval", "bundles_per_step", "rounds", "repeats")
         for name in (*positive, "bundle_emb", "bundle_heads", "bundle_qk", "bundle_v", "bundle_mlp"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def saliency(self) -> CriterionName:
+        """The criterion, chosen where it is `auto`: one shot `fisher` is far ahead (docs/saliency.md), and
+        `latency_weight` is on the scale of `hessian`."""
+        if self.criterion != "auto":
+            return self.criterion
+        return "hessian" if self.train else "fisher"
 
     @property
     def bundle_sizes(self) -> dict[str, int]:
@@ -141,7 +165,8 @@ class ModelFlags:
 
     checkpoint: Annotated[str, _help("weights for a timm model: a .safetensors or .pth file")] = ""
     pretrained: Annotated[bool, _help("load timm's pretrained weights when there is no checkpoint")] = True
-    num_classes: Annotated[int, _help("of a timm model without weights; 0 keeps the model's own")] = 0
+    num_classes: Annotated[int, _help("of a timm model; 0 keeps the model's own")] = 0
+    img_size: Annotated[int, _help("pixels a side of a timm model's images; 0 keeps the model's own")] = 0
     device: Annotated[str, _help("cpu, cuda, cuda:1; the GPU if there is one when empty")] = ""
     threads: Annotated[int, _help("CPU threads; as many as torch chooses when 0")] = 0
     kernels: Annotated[bool, _help("fused Triton kernels on CUDA")] = True
@@ -176,7 +201,7 @@ class LatencyFlags:
 class RunFlags:
     """What a run starts from and where it goes."""
 
-    model: Annotated[str, _help("a timm name or a snapshot folder")] = DIGITS
+    model: Annotated[str, _help("a timm name, a snapshot folder, or a Hugging Face folder")] = DIGITS
     out: Annotated[str, _help("folder for snapshots, table, history and result.json")] = "nvit-run"
     resume: Annotated[bool, _help("go on where an interrupted run in --out stopped")] = False
 
@@ -191,9 +216,7 @@ class FinetuneCommand(FinetuneConfig, DataFlags, ModelFlags):
     """Finetune a compact model; with --scratch, train a new one."""
 
     out: Annotated[str, _help("folder for the snapshot and result.json")] = "nvit-finetuned"
-    teacher: Annotated[str, _help("the unpruned model for L_full: a timm name or a snapshot folder; none if empty")] = (
-        ""
-    )
+    teacher: Annotated[str, _help("the unpruned model for L_full, named as MODEL is; none if empty")] = ""
     teacher_checkpoint: Annotated[str, _help("its weights")] = ""
     scratch: Annotated[bool, _help("start from random weights")] = False
     resume: Annotated[bool, _help("go on where an interrupted run in --out stopped")] = False
@@ -221,7 +244,7 @@ class CompareCommand(LatencyFlags, DataFlags, ModelFlags):
 class LatencyCommand(ModelFlags):
     """Measure a latency table, or show one."""
 
-    model: Annotated[str, _help("a timm name or a snapshot folder")] = DIGITS
+    model: Annotated[str, _help("a timm name, a snapshot folder, or a Hugging Face folder")] = DIGITS
     table: Annotated[str, _help("show this table instead of measuring; or `analytic`")] = ""
     latency_batch: Annotated[int, _help("images a batch")] = 64
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], _help("of weights and images")] = "float32"
@@ -248,6 +271,37 @@ class WidthsCommand:
     """Widths of every block of one or several snapshots, as a CSV and a figure (the paper's Fig. 4)."""
 
     out: Annotated[str, _help("folder for widths.csv, widths.png and result.json")] = "nvit-widths"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrelationCommand(DataFlags, ModelFlags):
+    """Saliency against the true loss change of removing a bundle, for some bundles of every group (App. B.5)."""
+
+    criterion: Annotated[tuple[CriterionName, ...], _help("saliencies to compare, on the same bundles and images")] = (
+        "hessian",
+        "abs",
+    )
+    bundles: Annotated[int, _help("bundles of every group, evenly over the ranks of each criterion")] = 8
+    batches: Annotated[int, _help("batches of --data that are scored and on which the loss change is measured")] = 4
+    batch_size: Annotated[int, _help("images a batch")] = 64
+    labels: Annotated[Literal["true", "sampled"], _help("of the scores: the data's, or drawn from the model")] = "true"
+    only: Annotated[tuple[str, ...], _help(f"kinds to look at, of {', '.join(KINDS)}; all if empty")] = ()
+    seed: Annotated[int, _help("of the choice of images")] = 0
+    out: Annotated[str, _help("folder for correlation.csv, correlation.png and result.json")] = "nvit-correlation"
+
+    def check(self) -> None:
+        """Raise ValueError where a value makes no sense."""
+        for name in ("bundles", "batches", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.criterion:
+            raise ValueError("criterion is empty; give at least one, as hessian")
+        self.scoring().check()
+
+    def scoring(self) -> PruneConfig:
+        """How its images are scored."""
+        shared = {name: getattr(self, name) for name in ("batch_size", "labels", "only", "seed")}
+        return PruneConfig(train=False, **shared)
 
 
 def _nearest(name: str, known) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 
-from . import adapters
+from . import adapters, distributed
 from .config import TrainingConfig
 
 DIGITS_EVAL = 360
@@ -148,7 +148,7 @@ class _Seeded(Dataset):
 
 
 class _EpochBatches(Sampler):
-    """Shuffled batches of one epoch from a given batch on."""
+    """Shuffled batches of one epoch from a given batch on; of each, this rank's share."""
 
     def __init__(self, size: int, batch_size: int, seed: int, epoch: int, start: int, repeats: int) -> None:
         order = np.random.default_rng([seed, epoch]).permutation(size).repeat(repeats)
@@ -160,11 +160,14 @@ class _EpochBatches(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         for b in range(self.start, self.start + len(self)):
             span = range(b * self.batch_size, min((b + 1) * self.batch_size, len(self.order)))
-            yield [(self.epoch, i, int(self.order[i])) for i in span]
+            yield [(self.epoch, span[i], int(self.order[span[i]])) for i in distributed.share(len(span))]
 
 
 class TrainingData:
-    """Batches of a data set, epoch after epoch, reproducible from any step on; the last ragged batch is left out."""
+    """Batches of a data set, epoch after epoch, reproducible from any step on; the last ragged batch is left out.
+
+    `batch_size` is that of all ranks together: the same batches for any number of them, each reads its share.
+    """
 
     def __init__(self, dataset: Dataset, batch_size: int, seed: int = 0, workers: int = 0, repeats: int = 1) -> None:
         self.dataset, self.batch_size, self.seed = _Seeded(dataset, seed), batch_size, seed
@@ -198,16 +201,33 @@ def image_folder(
         ValueError: no such folder, no images, or classes that do not fit the model.
     """
     pipeline = transform(adapters.preprocess(model), resize=resize)
-    classes = model.num_classes
+    classes = adapters.classes(model)
     dataset = open_images(folder, split, class_map=class_map, classes=classes, transform=pipeline)
     return TrainingData(dataset, batch_size, seed, workers)
+
+
+def shares(loader, batches: Iterator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's share of every batch of `loader`, or of `batches` from it.
+
+    Raises:
+        ValueError: a loader that is not `TrainingData` gives other batches on other ranks, which it must not.
+    """
+    batches = iter(loader) if batches is None else batches
+    if isinstance(loader, TrainingData) or distributed.world() == 1:
+        yield from batches
+        return
+    for i, (images, labels) in enumerate(batches):
+        if not i:
+            distributed.agree("the loader's first batch", {"images": images, "labels": labels})
+        yield distributed.take((images, labels))
 
 
 def endless(loader, seed: int, start: int = 0) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
     """`(step, batch)` from step `start` on, epoch after epoch.
 
     A loader that is not `TrainingData` (any sized iterable of batches) is seeded at each epoch and read from its
-    beginning, so that the same steps give the same batches if its own draws follow torch's seed.
+    beginning, so that the same steps give the same batches if its own draws follow torch's seed. With several ranks
+    each must be given whole batches, the same on all, and takes its share of them.
 
     Raises:
         ValueError: the loader gives no batch.
@@ -224,7 +244,7 @@ def endless(loader, seed: int, start: int = 0) -> Iterator[tuple[int, tuple[Tens
             batches = iter(loader)
             for _ in range(skip):
                 next(batches)
-        for batch in batches:
+        for batch in shares(loader, batches):
             yield step, batch
             step += 1
         if step == start:

@@ -52,9 +52,17 @@ def cnn_loss(
     return (1 - cnn_weight) * own + cnn_weight * F.cross_entropy(cls if dist is None else dist, cnn_labels)
 
 
-def sample_labels(logits: Tensor) -> Tensor:
-    """Labels drawn from the model's own softmax, int64 `(batch,)`: for scoring without labels."""
-    return torch.multinomial(logits.detach().float().softmax(-1), 1).squeeze(1)
+def sample_labels(logits: Tensor, rows: Sequence[int] = (), batch: int = 0) -> Tensor:
+    """Labels drawn from the model's own softmax, int64 `(batch,)`: for scoring without labels.
+
+    Args:
+        rows, batch: where `logits` are these rows of a larger batch, they get the labels they would get in it.
+    """
+    p = logits.detach().float().softmax(-1)
+    if not rows:
+        return torch.multinomial(p, 1).squeeze(1)
+    # What multinomial does inside, with the whole batch's draws.
+    return (p / p.new_empty(batch, p.shape[1]).exponential_()[list(rows)]).argmax(-1)
 
 
 @dataclass(frozen=True)
@@ -82,8 +90,10 @@ class Objective:
         return cls(teacher, cnn_teacher, smoothing=config.label_smoothing, renormalise=renormalise, **weights)
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        adapter = adapters.find(getattr(model, "module", model))
-        student = adapter.logits(model, images)
+        return self.of_logits(adapters.find(model).logits(model, images), images, labels)
+
+    def of_logits(self, student: Logits, images: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a student that has given these logits."""
         cnn_labels = None
         if self.cnn_teacher is not None:
             with torch.no_grad():

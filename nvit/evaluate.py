@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-import weakref
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from . import adapters
 from .masks import meta_copy
+from .memory import LiveBytes
 from .progress import Progress, silent
 
 
@@ -32,7 +31,7 @@ def accuracy(model: nn.Module, loader, *, amp: str = "no", progress: Progress = 
         images, labels = images.to(device), labels.to(device)
         start = time.perf_counter()
         with torch.autocast(device.type, dtype, enabled=amp != "no"):
-            logits = model(images).float()
+            logits = adapters.predict(model, images).float()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         busy += time.perf_counter() - start
@@ -63,38 +62,8 @@ def macs(model: nn.Module, input_size: tuple[int, ...]) -> int:
     """Multiply-accumulates of one image, by torch's FLOP counter on the meta device."""
     with FlopCounterMode(display=False) as counter:
         # Frozen: the counter's hooks stumble over a parameter that goes into a module as its input.
-        meta_copy(model).eval().requires_grad_(False)(torch.empty(1, *input_size, device="meta"))
+        meta_copy(model).to("meta").eval().requires_grad_(False)(torch.empty(1, *input_size, device="meta"))
     return counter.get_total_flops() // 2
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors alive at once, by storage."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, Tensor):
-                self._count(t.untyped_storage())
-        return out
-
-    def _count(self, storage) -> None:
-        key = storage._cdata
-        if key in self.known:
-            return
-        size = storage.nbytes()
-        self.known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._free, key, size)
-
-    def _free(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.live -= size
 
 
 @torch.no_grad()
@@ -110,6 +79,6 @@ def peak_memory(model: nn.Module, images: Tensor) -> int:
         torch.cuda.reset_peak_memory_stats(images.device)
         model(images)
         return held + torch.cuda.max_memory_allocated(images.device) - before
-    with _LiveBytes() as bytes_:
+    with LiveBytes([*model.parameters(), images]) as bytes_:
         model(images)
     return held + bytes_.peak

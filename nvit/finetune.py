@@ -8,7 +8,7 @@ from pathlib import Path
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from . import adapters
+from . import adapters, distributed
 from .config import FinetuneConfig
 from .data import endless
 from .distill import Objective
@@ -41,9 +41,13 @@ def finetune(
     Raises:
         FloatingPointError: the loss or a gradient is not finite; the last run state stays on disk.
     """
+    distributed.join()
     adapters.find(model).prepare(model)
+    distributed.same_weights_(model)
     objective = Objective.of(config, teacher, cnn_teacher, renormalise)
     trainer = Trainer(model, objective, config, config.lr, state_file)
+    if trainer.sharded and constrain is not None:
+        raise ValueError("constrain works on whole weights; finetune under it without fsdp")
     total = max(1, round(config.epochs * len(loader)))
     schedule = CosineLRScheduler(
         trainer.optimizer,
@@ -53,19 +57,20 @@ def finetune(
         warmup_prefix=True,
         t_in_epochs=False,
     )
-    if resume and state_file is not None and state_file.exists():
+    if distributed.from_main(lambda: resume and state_file is not None and state_file.exists()):
         trainer.load()
     if trainer.step < total:
-        for step, (images, labels) in endless(loader, config.seed, trainer.step):
-            schedule.step_update(step)
-            loss = trainer.train_step(images, labels)
-            if constrain is not None:
-                constrain()
-            trainer.after_step()
-            progress(trainer.step, total, f"finetune: loss {loss:.3f}")
-            if trainer.step >= total:
-                break
-            if trainer.due():
-                trainer.save({}, {})
+        with trainer.surviving(lambda: ({}, {})):
+            for step, (images, labels) in endless(loader, config.seed, trainer.step):
+                schedule.step_update(step)
+                loss = trainer.train_step(images, labels)
+                if constrain is not None:
+                    constrain()
+                trainer.after_step()
+                progress(trainer.step, total, f"finetune: loss {loss:.3f}")
+                if trainer.step >= total:
+                    break
+                if trainer.due():
+                    trainer.save({}, {})
     trainer.save({}, {})
     return trainer.averaged().eval()

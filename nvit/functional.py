@@ -7,7 +7,8 @@ The stream itself carries kept channels only, from `enter_stream` to the classif
 
 A tap, where one is given, is called as `tap(kind, activation, axis)` on the activation where units of that kind leave
 the network, units counted along `axis` (negative), and returns it unchanged; `nvit.saliency` uses it to read gate
-gradients in the backward pass. The first dimension is the image.
+gradients in the backward pass. The first dimension is the image. A fourth argument `(function, *tensors)` computes the
+activation once more from tensors that the backward pass keeps anyway, so that the activation itself need not be kept.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Tap = Callable[[str, Tensor, int], Tensor]
+Tap = Callable[..., Tensor]
 
 Projection = tuple[Tensor, Tensor | None, Tensor | None]
 """Weight `(out, in)` and bias of a linear layer, and its kept rows."""
@@ -120,7 +121,8 @@ class Rotary:
     """Rotary position embedding: dims come in pairs that turn by an angle of the token's place.
 
     Attributes:
-        sin, cos: `(tokens, dims)` or broadcastable to `(batch, heads, tokens, dims)`, alike for both of a pair.
+        sin, cos: `(tokens, dims)` or, where heads turn by angles of their own, `(heads, tokens, dims)` or anything else
+            broadcastable to `(batch, heads, tokens, dims)`; alike for both of a pair.
         prefix: so many tokens at the front have no place.
     """
 
@@ -128,9 +130,9 @@ class Rotary:
     cos: Tensor
     prefix: int = 0
 
-    def of(self, dims: Tensor | None) -> Rotary:
-        """The same for kept dims; None keeps all."""
-        return self if dims is None else Rotary(self.sin[..., dims], self.cos[..., dims], self.prefix)
+    def of(self, dims: Tensor | None, heads: Tensor | None = None) -> Rotary:
+        """The same for kept dims and kept heads; None keeps all."""
+        return Rotary(*(_kept_angles(t, dims, heads) for t in (self.sin, self.cos)), self.prefix)
 
     def __call__(self, x: Tensor, pairs: str) -> Tensor:
         """Turn `x` `(batch, heads, tokens, dims)`; pairs are `interleaved` (neighbours) or `half` a head apart."""
@@ -143,9 +145,14 @@ class Rotary:
         return torch.cat([still, (x * self.cos + turned * self.sin).to(x.dtype)], dim=-2)
 
 
+def _kept_angles(table: Tensor, dims: Tensor | None, heads: Tensor | None) -> Tensor:
+    table = table if dims is None else table.index_select(-1, dims)
+    return table if heads is None else table.index_select(-3, heads)
+
+
 def tap_windows(tap: Tap, windows: int) -> Tap:
     """A tap for activations of `(batch · windows, …)`: the first dimension is the image again."""
-    return lambda kind, x, axis: tap(kind, x.unflatten(0, (-1, windows)), axis).flatten(0, 1)
+    return lambda kind, x, axis, again=None: tap(kind, x.unflatten(0, (-1, windows)), axis).flatten(0, 1)
 
 
 def _tap_queries(tap: Tap, q: Tensor, pairs: str | None) -> Tensor:
@@ -324,17 +331,19 @@ def gated_mlp(
     gate, value = parts if len(parts) == 2 else parts[0].chunk(2, dim=-1)
     if gate_last:
         gate, value = value, gate
-    h = act(gate) * value
-    return _last(h, fc2_weight, fc2_bias, emb, hidden, norm, dropout, tap)
+    again = (lambda gate, value: act(gate) * value, gate, value)
+    return _last(again, fc2_weight, fc2_bias, emb, hidden, norm, dropout, tap)
 
 
-def _last(h, weight, bias, emb, hidden, norm, dropout, tap) -> Tensor:
-    """From kept hidden units back to the stream."""
+def _last(again, weight, bias, emb, hidden, norm, dropout, tap) -> Tensor:
+    """From kept hidden units, as `again` computes them, back to the stream."""
+    function, *inputs = again
+    h = function(*inputs)
     if dropout:
         h = F.dropout(h, dropout)
     h = h if norm is None else norm(h)
     if tap is not None:
-        h = tap("mlp", h, -1)
+        h = tap("mlp", h, -1, again if norm is None and not dropout else None)
     return linear(h, weight, bias, emb, hidden)
 
 
@@ -363,5 +372,5 @@ def mlp(
             first = take(fc1_weight, hidden, emb), None if fc1_bias is None else take(fc1_bias, hidden)
             second = take(fc2_weight, emb, hidden), None if fc2_bias is None else take(fc2_bias, emb)
             return kernels.mlp(x, *first, *second)
-    h = act(linear(x, fc1_weight, fc1_bias, hidden, emb))
-    return _last(h, fc2_weight, fc2_bias, emb, hidden, norm, dropout, tap)
+    again = (act, linear(x, fc1_weight, fc1_bias, hidden, emb))
+    return _last(again, fc2_weight, fc2_bias, emb, hidden, norm, dropout, tap)

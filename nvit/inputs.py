@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import timm
@@ -11,7 +12,8 @@ from timm.data import resolve_data_config
 from timm.models import load_checkpoint
 from torch import Tensor, nn
 
-from . import adapters, snapshot
+from . import adapters, distributed, snapshot
+from .adapters import hf_folder
 from .config import DIGITS, DataFlags, LatencyFlags, ModelFlags, TrainingConfig
 from .data import Digits, TrainingData, evaluation_loader, open_images, subset, transform
 from .distill import frozen, renormalisation
@@ -21,18 +23,19 @@ from .progress import Progress, silent
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a flag; the GPU if there is one when empty."""
+    """The device of a flag; the GPU if there is one when empty, each rank's own under torchrun."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise ValueError(f"device {name!r} is unknown; use cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r}: this machine has no usable CUDA GPU; use --device cpu")
-    return device
+    return distributed.own_device(device)
 
 
 def open_model(name: str, flags: ModelFlags, *, scratch: bool = False) -> nn.Module:
-    """A prepared model on its device: a snapshot folder, a timm name, or the bundled digits model.
+    """A prepared model on its device: a snapshot folder, a folder that transformers wrote, a timm name, or the bundled
+    digits model.
 
     Raises:
         ValueError: unknown name, damaged snapshot or checkpoint, unsupported family.
@@ -45,8 +48,11 @@ def open_model(name: str, flags: ModelFlags, *, scratch: bool = False) -> nn.Mod
         name = str(snapshot.BUNDLED)
     if snapshot.is_snapshot(name):
         model = snapshot.fresh(snapshot.load_spec(name)) if scratch else snapshot.load(name)
+        size = adapters.preprocess(model)["input_size"]
+        if flags.img_size not in (0, size[-1]):
+            raise ValueError(f"{name} takes images of {size[-2]} × {size[-1]}; leave out --img-size {flags.img_size}")
     elif Path(name).is_dir():
-        raise ValueError(f"{name} is a folder but not a snapshot: spec.json is missing")
+        model = _hf_model(name, flags, scratch)
     elif not timm.is_model(name):
         near = timm.list_models(f"*{name}*")[:3]
         hint = f"; did you mean {', '.join(near)}?" if near else ""
@@ -57,11 +63,22 @@ def open_model(name: str, flags: ModelFlags, *, scratch: bool = False) -> nn.Mod
     return model.to(device)
 
 
+def _hf_model(folder: str, flags: ModelFlags, scratch: bool) -> nn.Module:
+    if not hf_folder.is_folder(folder):
+        raise ValueError(
+            f"{folder} is a folder but not a snapshot (no spec.json) nor a Hugging Face model (no config.json)"
+        )
+    for flag, value in (("--checkpoint", flags.checkpoint), ("--num-classes", flags.num_classes)):
+        if value:
+            raise ValueError(f"{flag} goes with a timm name; {folder} is a Hugging Face model with its own")
+    return hf_folder.open_folder(folder, weights=flags.pretrained and not scratch)
+
+
 def _timm_model(name: str, flags: ModelFlags, scratch: bool) -> nn.Module:
-    classes = {"num_classes": flags.num_classes} if flags.num_classes else {}
+    asked = {key: value for key in ("num_classes", "img_size") if (value := getattr(flags, key))}
     pretrained = flags.pretrained and not flags.checkpoint and not scratch
     try:
-        model = timm.create_model(name, pretrained=pretrained, **classes)
+        model = timm.create_model(name, pretrained=pretrained, **asked)
     except Exception as e:
         if not pretrained:
             raise
@@ -69,8 +86,11 @@ def _timm_model(name: str, flags: ModelFlags, scratch: bool) -> nn.Module:
     if flags.checkpoint and not scratch:
         if not Path(flags.checkpoint).is_file():
             raise ValueError(f"checkpoint {flags.checkpoint} does not exist")
+        # timm's own filter brings position embeddings to another image size.
+        resampled = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        filter_fn = resampled if flags.img_size else None
         try:
-            load_checkpoint(model, flags.checkpoint, use_ema=False, weights_only=True)
+            load_checkpoint(model, flags.checkpoint, use_ema=False, weights_only=True, filter_fn=filter_fn)
         except (RuntimeError, KeyError, OSError, SafetensorError, EOFError, ValueError) as e:
             first = str(e).strip().splitlines()[0]
             raise ValueError(f"checkpoint {flags.checkpoint} does not fit {name}: {first}") from None
@@ -88,7 +108,7 @@ def open_training_data(
             raise ValueError("--data is missing: a folder of class folders, or a timm data set as torch/cifar10:FOLDER")
         recipe = config if augment else None
         pipeline = transform(adapters.preprocess(model), resize=flags.resize, training=recipe)
-        classes = model.num_classes
+        classes = adapters.classes(model)
         dataset = open_images(flags.data, "train", class_map=flags.class_map, classes=classes, transform=pipeline)
     return TrainingData(dataset, config.batch_size, config.seed, flags.workers, config.repeats if augment else 1)
 
@@ -102,7 +122,7 @@ def open_evaluation_data(model: nn.Module, flags: DataFlags, batch_size: int):
         return None
     else:
         pipeline = transform(adapters.preprocess(model), resize=flags.resize)
-        classes = model.num_classes
+        classes = adapters.classes(model)
         dataset = open_images(where, "validation", class_map=flags.class_map, classes=classes, transform=pipeline)
     return evaluation_loader(subset(dataset, flags.eval_images), batch_size, flags.workers)
 
@@ -164,9 +184,8 @@ def open_cnn_teacher(config: TrainingConfig, model: nn.Module):
         teacher = timm.create_model(config.cnn_teacher, pretrained=True).to(device)
     except Exception as e:
         raise ValueError(f"CNN teacher {config.cnn_teacher!r} cannot be had: {e}") from None
-    if teacher.num_classes != model.num_classes:
-        raise ValueError(
-            f"CNN teacher {config.cnn_teacher!r} has {teacher.num_classes} classes, the model {model.num_classes}"
-        )
-    mine, theirs = adapters.preprocess(model), resolve_data_config(model=teacher)
-    return frozen(teacher), renormalisation(mine, theirs, device)
+    theirs, mine = teacher.num_classes, adapters.classes(model)
+    if theirs != mine:
+        raise ValueError(f"CNN teacher {config.cnn_teacher!r} has {theirs} classes, the model {mine}")
+    images = adapters.preprocess(model), resolve_data_config(model=teacher)
+    return frozen(teacher), renormalisation(*images, device)

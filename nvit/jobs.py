@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import adapters, analysis, snapshot, sparse24
+from . import adapters, analysis, correlation, distributed, snapshot, sparse24
+from .budget import Budget
 from .config import (
     DIGITS,
     CompareCommand,
+    CorrelationCommand,
     EvaluateCommand,
     FinetuneCommand,
     LatencyCommand,
@@ -38,8 +41,10 @@ from .inputs import (
     sample_images,
 )
 from .latency import LatencyTable, time_models
+from .masks import unmasked_
+from .memory import Meter
 from .progress import Progress, silent
-from .pruner import Pruned, prune
+from .pruner import Pruned, prunable_groups, prune
 from .report import write_csv, write_result
 from .spec import BUNDLE_SIZES, KINDS
 
@@ -50,22 +55,25 @@ def _size(model: nn.Module) -> dict[str, Any]:
 
 
 def run_prune(command: PruneCommand, progress: Progress = silent) -> dict[str, Any]:
-    """`nvit prune`: dense accuracy, pruning, finetuning, accuracy and latency of each snapshot."""
+    """`nvit prune`: dense accuracy, pruning, finetuning, accuracy and latency of each snapshot.
+
+    Under torchrun every rank prunes and finetunes; rank 0 alone measures, evaluates, writes, and has a result.
+    """
     start = time.monotonic()
     out = Path(command.out)
-    if (out / "result.json").exists() and not command.resume:
+    if distributed.from_main((out / "result.json").exists) and not command.resume:
         raise ValueError(f"{out} holds a finished run; choose another --out or remove it")
     torch.manual_seed(command.seed)  # of a model without weights of its own
     model = open_model(command.model, command)
     loader = open_training_data(model, command, command, augment=command.train)
-    evaluation = open_evaluation_data(model, command, command.batch_size)
-    table_file = out / "latency_table.json"
-    if command.resume and table_file.exists():
-        table = LatencyTable.load(table_file)
-    else:
-        table = open_table(model, command, command.bundle_sizes, progress)
-    table.save(table_file)
+    evaluation = open_evaluation_data(model, command, _evaluation_batch(model, command))
+    meter = Meter(next(model.parameters()).device) if command.budget else None
+    table = distributed.from_main(lambda: _own_table(model, command, out / "latency_table.json", progress))
     cnn, renormalise = open_cnn_teacher(command, model)
+    dense = _size(model) | {"latency_ms": None, "top1": None}
+    if evaluation is not None and distributed.main():
+        dense["top1"] = accuracy(model, evaluation, amp=command.amp, progress=progress)["top1"]
+    before = meter.peak if meter else 0
     result = prune(
         model,
         loader,
@@ -77,16 +85,17 @@ def run_prune(command: PruneCommand, progress: Progress = silent) -> dict[str, A
         resume=command.resume,
         progress=progress,
     )
-    write_csv(out / "history.csv", result.history)
+    distributed.from_main(lambda: write_csv(out / "history.csv", result.history))
     if command.finetune_epochs:
         train = open_training_data(model, command, command)
         for pruned in result.snapshots:
             _finetune_snapshot(pruned, train, command, result.dense, cnn, renormalise, out, progress)
-    images = sample_images(result.dense, command.latency_batch)
-    times = time_models([result.dense, *(p.model for p in result.snapshots)], images, command.latency_seconds / 4)
-    dense = _size(result.dense) | {"latency_ms": times[0], "top1": None}
-    if evaluation is not None:
-        dense["top1"] = accuracy(result.dense, evaluation, amp=command.amp, progress=progress)["top1"]
+    if not distributed.main():
+        return {}
+    reference = unmasked_(model) if result.dense is None else result.dense
+    images = sample_images(reference, command.latency_batch)
+    times = time_models([reference, *(p.model for p in result.snapshots)], images, command.latency_seconds / 4)
+    dense["latency_ms"] = times[0]
     rows = []
     for pruned, ms in zip(result.snapshots, times[1:], strict=True):
         row = {"target": pruned.target, "predicted_ratio": pruned.predicted_ratio, "measured_ratio": ms / times[0]}
@@ -98,7 +107,7 @@ def run_prune(command: PruneCommand, progress: Progress = silent) -> dict[str, A
         rows.append(row | {"path": str(path)})
     found = {
         "model": command.model,
-        "criterion": command.criterion,
+        "criterion": command.saliency,
         "targets": [p.target for p in result.snapshots],
         "dense": dense,
         "snapshots": rows,
@@ -107,10 +116,39 @@ def run_prune(command: PruneCommand, progress: Progress = silent) -> dict[str, A
         "seconds": time.monotonic() - start,
         "recipe": dataclasses.asdict(command),
     }
+    if meter:
+        found["memory"] = result.memory | {"peak": max(before, meter.peak)}
     write_result(out, found)
     for state in out.glob("*_state*.safetensors"):
         state.unlink()
     return found
+
+
+def _own_table(model: nn.Module, command: PruneCommand, file: Path, progress: Progress) -> LatencyTable:
+    """The table of a run, kept in its folder: the one an interrupted run began with."""
+    if command.resume and file.exists():
+        return LatencyTable.load(file)
+    table = open_table(model, command, command.bundle_sizes, progress)
+    table.save(file)
+    return table
+
+
+def _evaluation_batch(model: nn.Module, command: PruneCommand) -> int:
+    """Images a forward pass while evaluating: under a budget, as many as fit in it beside compact models.
+
+    Raises:
+        ValueError: the batch of the latency measurement does not fit.
+    """
+    if not command.budget:
+        return command.batch_size
+    fits = Budget(command.budget, next(model.parameters()).device).forward_images
+    size, targets = adapters.preprocess(model)["input_size"], sum(command.latency_target)
+    if (most := fits(model, size, command.latency_batch, targets)) < command.latency_batch:
+        raise ValueError(
+            f"budget {command.budget} does not hold {command.latency_batch} images while latency is measured; give "
+            + (f"--latency-batch {most} or less, or a larger budget" if most else "a larger budget")
+        )
+    return max(1, fits(model, size, command.batch_size, targets))
 
 
 def _finetune_snapshot(
@@ -132,14 +170,17 @@ def _finetune_snapshot(
         progress=progress,
     )
     pruned.metrics["finetuned_epochs"] = command.finetune_epochs
-    pruned.save(out / f"target-{pruned.target:g}")
+    distributed.from_main(lambda: pruned.save(out / f"target-{pruned.target:g}"))
 
 
 def run_finetune(name: str, command: FinetuneCommand, progress: Progress = silent) -> dict[str, Any]:
-    """`nvit finetune`: train a compact model, or with `scratch` a new one, and save it as a snapshot."""
+    """`nvit finetune`: train a compact model, or with `scratch` a new one, and save it as a snapshot.
+
+    Under torchrun every rank trains; rank 0 alone evaluates, writes, and has a result.
+    """
     start = time.monotonic()
     out = Path(command.out)
-    if (out / snapshot.SPEC).exists() and not command.resume:
+    if distributed.from_main((out / snapshot.SPEC).exists) and not command.resume:
         raise ValueError(f"{out} holds a snapshot already; choose another --out or remove it")
     torch.manual_seed(command.seed)
     model = open_model(name, command, scratch=command.scratch)
@@ -150,7 +191,9 @@ def run_finetune(name: str, command: FinetuneCommand, progress: Progress = silen
         flags = ModelFlags(checkpoint=command.teacher_checkpoint, device=command.device)
         teacher = frozen(open_model(command.teacher, flags))
     cnn, renormalise = open_cnn_teacher(command, model)
-    before = None if evaluation is None else accuracy(model, evaluation, progress=progress)["top1"]
+    before = None
+    if evaluation is not None and distributed.main():
+        before = accuracy(model, evaluation, progress=progress)["top1"]
     state_file = out.with_name(f"{out.name}_state.safetensors")
     model = finetune(
         model,
@@ -163,6 +206,8 @@ def run_finetune(name: str, command: FinetuneCommand, progress: Progress = silen
         resume=command.resume,
         progress=progress,
     )
+    if not distributed.main():
+        return {}
     found = {"model": name, "epochs": command.epochs, "top1_before": before, "top1": None} | _size(model)
     if evaluation is not None:
         found["top1"] = accuracy(model, evaluation, progress=progress)["top1"]
@@ -305,3 +350,33 @@ def run_widths(names: Sequence[str], command: WidthsCommand) -> dict[str, Any]:
     result = {"widths": rows, "csv": str(out / "widths.csv"), "figure": str(out / "widths.png")}
     write_result(out, result)
     return result
+
+
+def run_correlation(name: str, command: CorrelationCommand, progress: Progress = silent) -> dict[str, Any]:
+    """`nvit analyze correlation`: the paper's appendix B.5 for any model and any criteria."""
+    start = time.monotonic()
+    model = open_model(name, command)
+    config = command.scoring()
+    loader = open_training_data(model, command, config, augment=False)
+    batches = list(itertools.islice(loader, command.batches))
+    groups = adapters.find(model).groups(model)
+    free = prunable_groups(groups, config.only, config.freeze)
+    scores = correlation.saliencies(model, batches, command.criterion, config, progress)
+    bundles = correlation.propose(scores, free, command.bundles)
+    changes = correlation.loss_changes(model, groups, bundles, batches, progress)
+    rows = correlation.rows_of(bundles, scores, changes)
+    out = Path(command.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_csv(out / "correlation.csv", rows)
+    correlation.plot(rows, command.criterion, out / "correlation.png")
+    found = {
+        "model": name,
+        "correlations": correlation.rank_correlations(rows, command.criterion),
+        "bundles": len(rows),
+        "images": sum(len(labels) for _, labels in batches),
+        "csv": str(out / "correlation.csv"),
+        "figure": str(out / "correlation.png"),
+        "seconds": time.monotonic() - start,
+    }
+    write_result(out, found)
+    return found

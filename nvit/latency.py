@@ -9,13 +9,11 @@ hides.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import math
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,9 +30,8 @@ from . import adapters
 from .files import write_atomically
 from .grid import Grid
 from .masks import compact, full_masks, meta_copy, widths
+from .memory import keep_freed_memory
 from .spec import BUNDLE_SIZES, KINDS, BlockWidths, Part, ViTSpec, block_widths
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 LEVELS = {"emb": 4, "heads": 3, "qk_dim": 3, "v_dim": 3, "mlp": 5}
 """Grid points per width, dense and smallest included."""
@@ -82,17 +79,6 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _keep_freed_memory() -> None:
-    """Have glibc keep what is freed, from here on.
-
-    By default it gives large blocks back to the system and faults them in again: a tenth of a whole model's time, but
-    nothing for one of its parts, so that parts would not add up.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(_M_MMAP_THRESHOLD, 2**25)
-
-
 def time_each(calls: Sequence[Callable[[], object]], device: torch.device | str, seconds: float) -> list[float]:
     """Median milliseconds of each call, all of them in turn, round after round, so that drift meets all alike.
 
@@ -100,7 +86,7 @@ def time_each(calls: Sequence[Callable[[], object]], device: torch.device | str,
     """
     device = torch.device(device)
     if device.type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory(True)
     rounds: list[list[float]] = []
     end = time.perf_counter() + seconds
     while len(rounds) < 2 or time.perf_counter() < end:
@@ -340,12 +326,18 @@ def _fingerprint(spec: ViTSpec, setting: Setting, parts: Sequence[Part], axes: S
     return hashlib.sha256(f"{key}{scipy.__version__}".encode()).hexdigest()[:16]
 
 
-def _narrow(adapter, spec: ViTSpec) -> nn.Module:
-    """The weightless model of `spec`."""
-    dense = adapter.build(spec)
-    groups = adapter.groups(dense)
-    keep = {g.name: torch.arange(g.size) < getattr(spec.blocks[g.blocks[0]], g.kind) for g in groups}
-    return compact(dense, groups, keep).eval()
+def _narrow(adapter, specs: Sequence[ViTSpec]) -> list[nn.Module]:
+    """The weightless models of `specs`; the dense one behind them is built once for each config."""
+    dense, found = {}, []
+    for spec in specs:
+        key = json.dumps(spec.config)
+        if key not in dense:
+            model = adapter.build(spec)
+            dense[key] = model, adapter.groups(model)
+        model, groups = dense[key]
+        keep = {g.name: torch.arange(g.size) < getattr(spec.blocks[g.blocks[0]], g.kind) for g in groups}
+        found.append(compact(model, groups, keep).eval())
+    return found
 
 
 @torch.inference_mode()
@@ -356,12 +348,12 @@ def _measure_parts(adapter, spec, parts, axes, batch_size, device, dtype, second
     """
     points = [(part, widths) for part, mine in zip(parts, axes, strict=True) for widths in product(*mine)]
     specs = [spec, *(adapter.sample_spec(spec, part, widths) for part, widths in points)]
-    models = [_narrow(adapter, s) for s in specs]
+    models = _narrow(adapter, specs)
     weights = torch.randn(max(p.numel() for m in models for p in m.parameters()), device=device, dtype=dtype)
     weights.mul_(0.02)
     for model in models:
         params = {n: weights[: p.numel()].view(p.shape) for n, p in model.named_parameters()}
-        adapter.resize(model, params, full_masks(adapter.groups(model)))
+        adapter.resize(model, params, full_masks(adapter.groups(model))).to(dtype)
     runs = [(models[0], spec.preprocess["input_size"])]
     runs += [adapter.piece(model, part) for model, (part, _) in zip(models[1:], points, strict=True)]
     inputs = torch.randn(batch_size * max(math.prod(shape) for _, shape in runs), device=device, dtype=dtype)

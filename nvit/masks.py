@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -114,14 +114,23 @@ def cut(params: Mapping[str, Tensor], weights: WeightMasks) -> dict[str, Tensor]
     return out
 
 
-def apply_(model: nn.Module, groups: Sequence[Group], masks: Mapping[str, Tensor]) -> WeightMasks:
-    """Mask a prepared model in place: layers compute over kept units, pruned weights become zero."""
+def apply_(
+    model: nn.Module, groups: Sequence[Group], masks: Mapping[str, Tensor], project: Callable = project_
+) -> WeightMasks:
+    """Mask a prepared model in place: layers compute over kept units, pruned weights become zero (by `project`)."""
     check_masks(groups, masks)
     params = dict(model.named_parameters())
     weights = weight_masks(params, groups, masks)
-    project_(params, weights)
+    project(params, weights)
     keep_(model, masks)
     return weights
+
+
+def unmasked_(model: nn.Module) -> nn.Module:
+    """Let a masked model compute over all units again, at the dense model's cost. What was pruned stays zero, so that
+    its outputs are neither the dense model's nor the masked one's."""
+    keep_(model, full_masks(adapters.find(model).groups(model)))
+    return model
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
@@ -130,11 +139,17 @@ def meta_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo=memo)
 
 
-def compact(model: nn.Module, groups: Sequence[Group], masks: Mapping[str, Tensor]) -> nn.Module:
-    """A narrower copy of a prepared model that computes what the masked one does."""
+def compact(
+    model: nn.Module, groups: Sequence[Group], masks: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """A narrower copy of a prepared model that computes what the masked one does.
+
+    Args:
+        weights: to cut instead of the model's own, as its moving average; only shapes are read from the model then.
+    """
     check_masks(groups, masks)
     params = dict(model.named_parameters())
-    weights = cut(params, weight_masks(params, groups, masks))
+    weights = cut(params if weights is None else weights, weight_masks(params, groups, masks))
     twin = meta_copy(model)
     twin.sparse24 = ()  # neighbours are others now
     return adapters.find(twin).resize(twin, weights, masks)

@@ -12,31 +12,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import adapters, snapshot
+from . import adapters, distributed, snapshot
+from .budget import Budget
 from .config import KINDS, PruneConfig
-from .data import endless, seed_draws
-from .distill import Objective, frozen, sample_labels
+from .data import endless
+from .distill import Objective, frozen
 from .latency import LatencyTable, current_setting
-from .masks import Masks, apply_, compact, full_masks, project_, widths
+from .masks import Masks, apply_, compact, full_masks, widths
 from .progress import Progress, silent
 from .saliency import CRITERIA, Evidence, GateRecorder, RunningMean
+from .scoring import score
 from .selection import drop_cheapest, drop_to_target
 from .spec import Group
 from .training import Trainer
 
 
-def prunable_groups(groups: Sequence[Group], only: Sequence[str], freeze: Sequence[str]) -> list[Group]:
+def prunable_groups(
+    groups: Sequence[Group], only: Sequence[str], freeze: Sequence[str], stages: Sequence[int] = ()
+) -> list[Group]:
     """The groups a user allows to shrink.
 
+    Args:
+        stages: counted as the residual streams are, from 0; all if empty.
+
     Raises:
-        ValueError: a pattern of `freeze` matches no group, or nothing is left.
+        ValueError: a pattern of `freeze` matches no group, a stage does not exist, or nothing is left.
     """
+    streams = [g.blocks for g in groups if g.kind == "emb"]
+    for stage in stages:
+        if not 0 <= stage < len(streams):
+            has = f"the stages 0 to {len(streams) - 1}" if len(streams) > 1 else "one stage, 0"
+            raise ValueError(f"stages: there is no stage {stage}; this model has {has}")
+    inside = {b for stage in stages or range(len(streams)) for b in streams[stage]}
     for pattern in freeze:
         if not fnmatch.filter([g.name for g in groups], pattern):
             raise ValueError(f"freeze: {pattern!r} matches no group; groups are named like emb, blocks.0.mlp")
-    free = [g for g in groups if not any(fnmatch.fnmatch(g.name, p) for p in freeze) and g.kind in (only or KINDS)]
+    allowed = [g for g in groups if g.kind in (only or KINDS) and inside.issuperset(g.blocks)]
+    free = [g for g in allowed if not any(fnmatch.fnmatch(g.name, p) for p in freeze)]
     if not free:
-        raise ValueError(f"nothing is left to prune with only={list(only)} and freeze={list(freeze)}")
+        found = f"only={list(only)}, freeze={list(freeze)} and stages={list(stages)}"
+        raise ValueError(f"nothing is left to prune with {found}")
     return free
 
 
@@ -57,6 +72,7 @@ class Pruner:
 
     Attributes:
         model: prepared and masked in place; parameter names do not change.
+        call: its logits as a module; `call.model` is `model` itself, or a twin of it in shards (see `work_in`).
         masks: what is kept.
         met: targets met so far, in the order of their size.
     """
@@ -67,9 +83,10 @@ class Pruner:
         adapter = adapters.find(model)
         self.model, self.table = adapter.prepare(model), table
         self.groups = adapter.groups(model, self.config.bundle_sizes)
-        self.free = prunable_groups(self.groups, self.config.only, self.config.freeze)
+        self.free = prunable_groups(self.groups, self.config.only, self.config.freeze, self.config.stages)
+        self.call = distributed.Call(self.model, adapter.logits)
         self.params = dict(model.named_parameters())
-        self.criterion = CRITERIA[self.config.criterion]
+        self.criterion = CRITERIA[self.config.saliency]
         self.targets = sorted(self.config.latency_target, reverse=True)
         self.met: list[float] = []
         self.history: list[dict[str, Any]] = []
@@ -86,14 +103,30 @@ class Pruner:
             self._record_gates()
 
     def _record_gates(self) -> None:
-        self.gates = GateRecorder(self.model, self.free, self.masks)
+        self.gates = GateRecorder(self.call.model, self.free, self.masks)
         self.gates.__enter__()
 
     def _set_masks(self, masks: Masks) -> None:
         self.masks = masks
-        self.weight_masks = apply_(self.model, self.groups, masks)
+        self.weight_masks = apply_(self.call.model, self.groups, masks, distributed.project_)
         if self.gates is not None:
             self.gates.masks = masks
+
+    def work_in(self, call: distributed.Call) -> None:
+        """Train and score `call` from now on: the model itself, or a twin of it whose parameters lie in shards."""
+        if call.model is not self.call.model:
+            recording = self.gates is not None
+            self.stop_recording()
+            self.call, self.params = call, dict(call.model.named_parameters())
+            self._set_masks(self.masks)
+            if recording:
+                self._record_gates()
+
+    def come_home(self) -> None:
+        """Back from shards to `model`: full weights, masked."""
+        if self.call.model is not self.model:
+            distributed.fill_(self.model, distributed.gathered(self.params))
+            self.work_in(distributed.Call(self.model, self.call.function))
 
     @property
     def ratio(self) -> float:
@@ -105,16 +138,28 @@ class Pruner:
         """Whether every target is met."""
         return len(self.met) == len(self.targets)
 
-    def observe(self, grads: Mapping[str, Tensor] | None = None) -> None:
+    def observe(self, grads: Mapping[str, Tensor] | None = None, gates: Mapping[str, Tensor] | None = None) -> None:
         """Add the last backward pass to the saliency, from `grads` or the parameters' own gradients.
+
+        With several ranks `grads` are the mean over all of them, as DDP and FSDP leave it.
+
+        Args:
+            gates: recorded already, as `GateRecorder.pop` gives them.
 
         Raises:
             ValueError: a score is not finite.
         """
         if grads is None:
             grads = {name: p.grad for name, p in self.params.items() if p.grad is not None}
-        seen = Evidence(self.params, grads, None if self.gates is None else self.gates.pop(), self.config.seed)
+        if gates is None and self.gates is not None:
+            gates = self.gates.pop()
+        params, grads = distributed.gathered(self.params), distributed.gathered(grads)
+        seen = Evidence(params, grads, gates, self.config.seed, distributed.mean)
         self.mean.update(self.criterion.score(self.free, seen))
+
+    def scores(self) -> dict[str, Tensor]:
+        """Saliency of what may be pruned, by group, from the batches observed so far: `(group.size,)`."""
+        return self.criterion.scores(self.mean.value())
 
     def step(self, grads: Mapping[str, Tensor] | None = None) -> list[float]:
         """After `optimizer.step()`, while gradients are still there: zero what is pruned, score, decide when due.
@@ -122,15 +167,16 @@ class Pruner:
         Returns:
             Targets met by this step.
         """
-        project_(self.params, self.weight_masks)
+        distributed.project_(self.params, self.weight_masks)
         self.steps += 1
         if self.done:
             return []
         self.observe(grads)
         if self.steps % self.config.interval:
             return []
+        scores = self.scores()
         masks = drop_cheapest(
-            self.mean.value(),
+            scores,
             self.masks,
             self.groups,
             self.table,
@@ -141,16 +187,22 @@ class Pruner:
             raise ValueError(
                 f"only last bundles are left at {self.ratio:.3f} of dense latency; raise the latency target"
             )
+        self._agree(scores, masks)
         self._set_masks(masks)
         return self._note()
 
     def decide_at(self, target: float) -> None:
         """One decision down to `target`, least saliency removed at that latency; no training in between."""
-        masks, eta = drop_to_target(
-            self.mean.value(), self.masks, self.groups, self.table, target * self.table.dense_ms
-        )
+        scores = self.scores()
+        masks, eta = drop_to_target(scores, self.masks, self.groups, self.table, target * self.table.dense_ms)
+        self._agree(scores, masks)
         self._set_masks(masks)
         self._note(eta=eta)
+
+    def _agree(self, scores: Mapping[str, Tensor], masks: Masks) -> None:
+        """Raise ValueError, before anything is masked, unless every rank decides alike."""
+        found = {f"score of {n}": s for n, s in scores.items()} | {f"mask of {n}": m for n, m in masks.items()}
+        distributed.agree(f"the decision at step {self.steps}", found)
 
     def _note(self, **more: Any) -> list[float]:
         now = self.ratio
@@ -170,9 +222,10 @@ class Pruner:
             self.gates.__exit__()
             self.gates = None
 
-    def compact(self) -> nn.Module:
-        """A narrower copy that computes what the masked model does."""
-        return compact(self.model, self.groups, self.masks).eval()
+    def compact(self, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """A narrower copy that computes what the masked model does; or with other full `weights`, as an average."""
+        weights = distributed.gathered(self.params) if weights is None else weights
+        return compact(self.model, self.groups, self.masks, weights).eval()
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Plain values and tensors from which `restore` goes on."""
@@ -192,47 +245,6 @@ class Pruner:
         self._stop_recording_when_done()
 
 
-def score(pruner: Pruner, loader, *, progress: Progress = silent) -> None:
-    """Add one pass over the data (or `score_batches`) to the pruner's saliency; weights stay as they are.
-
-    Cross entropy with the labels, or with labels drawn from the model's own softmax. Criteria that read gates alone
-    need no weight gradients: the weights are frozen meanwhile, which is faster and takes less memory.
-    """
-    config, model = pruner.config, pruner.model
-    if pruner.criterion.reads == "nothing":
-        pruner.observe({})
-        return
-    frozen_route = pruner.criterion.reads in ("gates", "either")
-    trainable = {name: p.requires_grad for name, p in pruner.params.items()}
-    device = next(model.parameters()).device
-    model.eval()
-    total = min(config.score_batches or len(loader), len(loader))
-    adapter = adapters.find(model)
-    try:
-        for p in pruner.params.values():
-            p.requires_grad_(not frozen_route)
-        if frozen_route:
-            pruner._record_gates()
-        for done, (images, labels) in enumerate(loader, start=1):
-            seed_draws(config.seed, 2**31 + done)
-            cls, dist = adapter.logits(model, images.to(device))
-            logits = cls if dist is None else (cls + dist) / 2
-            labels = labels.to(device) if config.labels == "true" else sample_labels(logits)
-            loss = nn.functional.cross_entropy(logits, labels)
-            if not bool(torch.isfinite(loss.detach())):
-                raise FloatingPointError(f"the loss is {float(loss.detach())} on scoring batch {done}; check the data")
-            loss.backward()
-            pruner.observe()
-            model.zero_grad(set_to_none=True)
-            progress(done, total, "score")
-            if done >= total:
-                break
-    finally:
-        pruner.stop_recording()
-        for name, p in pruner.params.items():
-            p.requires_grad_(trainable[name])
-
-
 @dataclass
 class Pruned:
     """A compact model at one target."""
@@ -243,7 +255,9 @@ class Pruned:
     metrics: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> Path:
-        """Write the snapshot folder."""
+        """Write the snapshot folder (of several ranks, the first does)."""
+        if not distributed.main():
+            return Path(path)
         plain = {"target": self.target, "predicted_ratio": self.predicted_ratio} | self.metrics
         return snapshot.save(path, self.model, plain)
 
@@ -257,14 +271,16 @@ class PruneResult:
         masks: of the last one, on the dense model.
         history: a row per decision.
         table: the latency table that decided.
-        dense: a copy of the model as it was given.
+        dense: a copy of the model as it was given; None under a budget, which is not spent on one.
+        memory: under a budget, what `Budget.report` says.
     """
 
     snapshots: list[Pruned]
     masks: Masks
     history: list[dict[str, Any]]
     table: LatencyTable
-    dense: nn.Module
+    dense: nn.Module | None
+    memory: dict[str, Any] | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -290,7 +306,8 @@ def prune(
 ) -> PruneResult:
     """Prune `model` to `config.latency_target`: the paper's iterative loop, or one shot with `train=False`.
 
-    `model` is masked (and trained) in place and computes what the last compact model does afterwards.
+    `model` is masked (and trained) in place and computes what the last compact model does afterwards. Called by every
+    process that torchrun started, it is one run of all of them: same masks and models on every rank, files by rank 0.
 
     Args:
         model: a model of a supported family, on the device to train on.
@@ -303,17 +320,26 @@ def prune(
     Raises:
         ValueError: an unsupported model, a table of another model or setting, a target that cannot be met.
         FloatingPointError: the loss or a gradient is not finite; the last run state stays on disk.
+        distributed.RankLost: another process is gone; the last run state is on disk.
     """
+    distributed.join()
     config = config or PruneConfig()
     config.check()
     device = next(model.parameters()).device
-    adapters.find(model).prepare(model)
-    dense = frozen(copy.deepcopy(model))
+    adapter = adapters.find(model)
+    adapter.prepare(model)
+    budget = Budget(config.budget, device) if config.budget else None
+    if budget and distributed.world() > 1:
+        raise ValueError("a budget bounds a run of one process; leave out --budget, or start without torchrun")
+    distributed.same_weights_(model)
+    dense = None if budget else frozen(copy.deepcopy(model))
     if table is None:
-        table = LatencyTable.measure(model, config.batch_size, device, bundle_sizes=config.bundle_sizes)
+        table = distributed.from_main(
+            lambda: LatencyTable.measure(model, config.batch_size, device, bundle_sizes=config.bundle_sizes)
+        )
     if table.setting is not None:
         s = table.setting
-        here = current_setting(device, getattr(torch, s.dtype), s.batch_size, adapters.find(model).tokens(model))
+        here = current_setting(device, getattr(torch, s.dtype), s.batch_size, adapter.tokens(model))
         table.check(here, table.dense)
     pruner = Pruner(model, table, config)
     keep = _Keeper(out, resume)
@@ -324,8 +350,13 @@ def prune(
         finally:
             pruner.stop_recording()
     else:
-        snapshots = _prune_one_shot(pruner, loader, keep, progress)
-    return PruneResult(snapshots, pruner.masks, pruner.history, table, dense)
+        if config.fsdp and distributed.world() > 1:
+            pruner.work_in(distributed.shard(model, adapter.logits))
+        with distributed.watch():
+            snapshots = _prune_one_shot(pruner, loader, keep, budget, progress)
+    pruner.come_home()
+    memory = budget.report() if budget else None
+    return PruneResult(snapshots, pruner.masks, pruner.history, table, dense, memory)
 
 
 class _Keeper:
@@ -339,12 +370,12 @@ class _Keeper:
         return self.out / f"target-{target:g}"
 
     def resumable(self) -> bool:
-        return self.resume and self.state_file is not None and self.state_file.exists()
+        return distributed.from_main(lambda: self.resume and self.state_file is not None and self.state_file.exists())
 
     def take(self, pruner: Pruner, target: float, model: nn.Module) -> Pruned:
         pruned = Pruned(target, model, pruner.ratio)
         if self.out is not None:
-            pruned.save(self.folder(target))
+            distributed.from_main(lambda: pruned.save(self.folder(target)))
         return pruned
 
     def again(self, targets: Sequence[float], device: torch.device) -> list[Pruned]:
@@ -360,6 +391,7 @@ class _Keeper:
 def _prune_training(pruner: Pruner, loader, objective: Objective, keep: _Keeper, progress: Progress) -> list[Pruned]:
     config = pruner.config
     trainer = Trainer(pruner.model, objective, config, config.lr, keep.state_file)
+    pruner.work_in(trainer.call)
     snapshots: list[Pruned] = []
     if keep.resumable():
         tensors, values = trainer.load()
@@ -368,32 +400,30 @@ def _prune_training(pruner: Pruner, loader, objective: Objective, keep: _Keeper,
     last = pruner.targets[-1]
     if pruner.done:
         return snapshots
-    for _, (images, labels) in endless(loader, config.seed, trainer.step):
-        loss = trainer.train_step(images, labels)
-        met = [] if trainer.skipped else pruner.step(trainer.grads())
-        trainer.after_step()
-        progress(
-            round(1000 * (1 - pruner.ratio)), round(1000 * (1 - last)), f"prune: {pruner.ratio:.3f}, loss {loss:.3f}"
-        )
-        for target in met:
-            small = (
-                pruner.compact() if trainer.ema is None else compact(trainer.averaged(), pruner.groups, pruner.masks)
-            )
-            snapshots.append(keep.take(pruner, target, small))
-        if met or trainer.due():
-            trainer.save(*pruner.state())
-        if pruner.done:
-            return snapshots
+    with trainer.surviving(pruner.state):
+        for _, (images, labels) in endless(loader, config.seed, trainer.step):
+            loss = trainer.train_step(images, labels)
+            met = [] if trainer.skipped else pruner.step(trainer.grads())
+            trainer.after_step()
+            so_far = f"prune: {pruner.ratio:.3f}, loss {loss:.3f}"
+            progress(round(1000 * (1 - pruner.ratio)), round(1000 * (1 - last)), so_far)
+            for target in met:
+                small = pruner.compact(None if trainer.ema is None else trainer.weights())
+                snapshots.append(keep.take(pruner, target, small))
+            if met or trainer.due():
+                trainer.save(*pruner.state())
+            if pruner.done:
+                return snapshots
     raise AssertionError("an endless loader ended")
 
 
-def _prune_one_shot(pruner: Pruner, loader, keep: _Keeper, progress: Progress) -> list[Pruned]:
+def _prune_one_shot(pruner: Pruner, loader, keep: _Keeper, budget: Budget | None, progress: Progress) -> list[Pruned]:
     snapshots = []
     for target in pruner.targets:
         start = pruner.ratio
         for r in range(1, pruner.config.rounds + 1):
             pruner.mean = RunningMean()
-            score(pruner, loader, progress=progress)
+            score(pruner, loader, budget, progress=progress)
             pruner.decide_at(start + (target - start) * r / pruner.config.rounds)
         snapshots.append(keep.take(pruner, target, pruner.compact()))
     return snapshots

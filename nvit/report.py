@@ -25,6 +25,8 @@ FORMATS = {
     "peak_memory": ("peak MB", lambda v: f"{v / 1e6:.1f}"),
     "top1": ("top-1 %", lambda v: f"{v:.2f}"),
     "top5": ("top-5 %", lambda v: f"{v:.2f}"),
+    "spearman": ("Spearman", lambda v: f"{v:.3f}"),
+    "loss_change_per_saliency": ("loss change per saliency", lambda v: f"{v:.3g}"),
 }
 """Column heads with units and number formats of tables, by key of result.json."""
 

@@ -7,11 +7,13 @@ The gate of a unit is a factor of 1 on it. Its gradient is read either from weig
 
 from __future__ import annotations
 
+import functools
 import itertools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +44,8 @@ def gate_gradients(
     sizes = [g.size for g in groups]
     starts = dict(zip((g.name for g in groups), [0, *itertools.accumulate(sizes)], strict=False))
     every = [(s.name, *(s.rows or (0, None)), s.view, s.axis, starts[g.name]) for g in groups for s in slices(g)]
-    if (fused := functional.group_dot(params, grads, every)) is not None:
+    # Fused, it holds every parameter at once: not where they are gathered one at a time.
+    if isinstance(params, dict) and (fused := functional.group_dot(params, grads, every)) is not None:
         return dict(zip(starts, fused.split(sizes), strict=True))
     totals, last = {}, (None, None, None)
     for g in groups:
@@ -80,19 +83,28 @@ def unit_saliency(group: Group, params: Mapping[str, Tensor], grads: Mapping[str
 
 
 class _Gate(torch.autograd.Function):
-    """Identity whose backward hands `activation * grad` to a sink. The anchor makes it differentiable even when
-    everything before it is frozen."""
+    """Identity whose backward hands the activation and its gradient to a sink, the activation as `again` computes it
+    from `kept`. The anchor makes it differentiable even when everything before it is frozen."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, anchor: Tensor, sink: Callable[[Tensor, Tensor], None]) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.sink = sink
+    def forward(ctx, x: Tensor, anchor: Tensor, sink: Callable, again: Callable, *kept: Tensor) -> Tensor:
+        ctx.save_for_backward(*kept)
+        ctx.sink, ctx.again = sink, again
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        ctx.sink(ctx.saved_tensors[0], grad)
-        return grad, None, None
+        kept = ctx.saved_tensors
+        ctx.sink(ctx.again(*kept), grad)
+        return grad, None, None, None, *[None] * len(kept)
+
+
+_AT_ONCE = 2**21
+"""Products of activation and gradient that are summed at once."""
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 class GateRecorder:
@@ -122,18 +134,23 @@ class GateRecorder:
             layer.tap = None
 
     def _tap(self, kinds: Mapping[str, str]):
-        def tap(kind: str, x: Tensor, axis: int) -> Tensor:
+        def tap(kind: str, x: Tensor, axis: int, again: tuple | None = None) -> Tensor:
             if kind not in kinds or not torch.is_grad_enabled():
                 return x
             anchor = torch.zeros((), device=x.device, requires_grad=True)
-            return _Gate.apply(x, anchor, lambda act, grad: self._add(kinds[kind], act, grad, axis))
+            function, *kept = again or (_itself, x)
+            sink = functools.partial(self._add, kinds[kind], axis)
+            return _Gate.apply(x, anchor, sink, function, *(t.detach() for t in kept))
 
         return tap
 
-    def _add(self, name: str, act: Tensor, grad: Tensor, axis: int) -> None:
+    def _add(self, name: str, axis: int, act: Tensor, grad: Tensor) -> None:
         """Sum `act * grad` over everything but the image and the unit."""
-        letters = "abcdefgh"[: act.dim()]
-        part = torch.einsum(f"{letters},{letters}->a{letters[axis]}", _wide(act), _wide(grad))
+        others = [d for d in range(1, act.dim()) if d != act.dim() + axis]
+        # A few images at a time: the products, wider than a bfloat16 activation, are never there as a whole.
+        few = max(1, _AT_ONCE // act[0].numel())
+        products = (_wide(a) * _wide(g) for a, g in zip(act.split(few), grad.split(few), strict=True))
+        part = torch.cat([p.sum(others) if others else p for p in products])
         self.sums[name] = self.sums[name] + part if name in self.sums else part
 
     def pop(self) -> dict[str, Tensor]:
@@ -158,17 +175,19 @@ class Evidence:
     Attributes:
         params, grads: by parameter name; `grads` empty where weights are frozen.
         gates: per-sample gate gradients by group, `(batch, group.size)`, where they were recorded.
+        over_ranks: a mean over ranks of tensors by name; gates are of this rank's samples, `grads` are means already.
     """
 
     params: Mapping[str, Tensor]
     grads: Mapping[str, Tensor] = field(default_factory=dict)
     gates: Mapping[str, Tensor] | None = None
     seed: int = 0
+    over_ranks: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
 
     def gate_gradients(self, groups: Sequence[Group]) -> dict[str, Tensor]:
         """`(group.size,)` by group: recorded ones summed over samples, else from weights."""
         if self.gates is not None:
-            return {g.name: self.gates[g.name].sum(0) for g in groups}
+            return self.over_ranks({g.name: self.gates[g.name].sum(0) for g in groups})
         return gate_gradients(groups, self.params, self.grads)
 
 
@@ -188,7 +207,42 @@ def nvit(groups: Sequence[Group], seen: Evidence) -> Scores:
 
 def absolute(groups: Sequence[Group], seen: Evidence) -> Scores:
     """Mean over samples of the absolute gate gradient of the sample's own loss. loss"""
-    return {g.name: seen.gates[g.name].abs().sum(0) for g in groups}
+    return seen.over_ranks({g.name: seen.gates[g.name].abs().sum(0) for g in groups})
+
+
+SHRINK = 0.5
+"""What products of different units count in `fisher`: of a thousand samples, half of what they say is noise."""
+
+
+def gate_products(groups: Sequence[Group], seen: Evidence) -> Scores:
+    """Mean over samples of the products of two units' gate gradients, `(group.size, group.size)`. loss²"""
+    here = torch.tensor([float(len(seen.gates[groups[0].name]))], dtype=torch.float64)
+    share = float(seen.over_ranks({"samples": here})["samples"])  # each gate gradient is one of so many
+    return seen.over_ranks({g.name: share * seen.gates[g.name].T @ seen.gates[g.name] for g in groups})
+
+
+def leave_in_turn(products: Tensor) -> Tensor:
+    """Saliency of units that leave one by one, each judged by what is gone already.
+
+    With the Fisher matrix F of the gates in place of the Hessian, removing a set of units costs ½ Σ F over all pairs
+    in it (as in optimal brain surgery, Hassibi & Stork 1992, without its update of what stays); different units'
+    products are shrunk by `SHRINK`. The unit that adds least leaves next. Its saliency is what it adds, or what an
+    earlier one added if that was more, by a last digit apart, so that sorting by saliency gives the order back.
+
+    Args:
+        products: `gate_products` of a group, or their mean over batches: `(units, units)`, symmetric.
+
+    Returns:
+        fp64 `(units,)` on the CPU, in loss².
+    """
+    pairs = products.detach().cpu().double().numpy()
+    adds, saliency, most = pairs.diagonal() / 2, np.empty(len(pairs)), 0.0
+    for _ in range(len(pairs)):
+        unit = int(adds.argmin())
+        most = saliency[unit] = max(adds[unit], np.nextafter(most, np.inf))
+        adds += SHRINK * pairs[unit]
+        adds[unit] = np.inf
+    return torch.from_numpy(saliency)
 
 
 def taylor(groups: Sequence[Group], seen: Evidence) -> Scores:
@@ -223,16 +277,32 @@ def _over_weights(groups: Sequence[Group], value: Callable[[Slice], Tensor]) -> 
 
 @dataclass(frozen=True)
 class Criterion:
-    """A saliency and what it reads: `gates` (per sample), `weights` (with gradients), `either`, or `nothing`."""
+    """A saliency, what it reads, and what turns its mean over batches into scores.
+
+    Attributes:
+        score: what one batch says, by group.
+        reads: `gates` (per sample), `weights` (with gradients), `either`, or `nothing`.
+        finish: from a group's mean over batches to its scores `(group.size,)`; None where it is them already.
+    """
 
     score: Callable[[Sequence[Group], Evidence], Scores]
     reads: str
+    finish: Callable[[Tensor], Tensor] | None = None
+
+    def memory(self, groups: Sequence[Group]) -> int:
+        """Bytes of what one batch says and of its mean over batches."""
+        return 2 * 4 * sum(g.size if self.finish is None else g.size**2 for g in groups)
+
+    def scores(self, mean: Mapping[str, Tensor]) -> Scores:
+        """Saliency by group, `(group.size,)`, from the mean over batches."""
+        return dict(mean) if self.finish is None else {name: self.finish(t) for name, t in mean.items()}
 
 
 CRITERIA: dict[str, Criterion] = {
     "hessian": Criterion(hessian, "either"),
     "nvit": Criterion(nvit, "weights"),
     "abs": Criterion(absolute, "gates"),
+    "fisher": Criterion(gate_products, "gates", leave_in_turn),
     "taylor": Criterion(taylor, "weights"),
     "magnitude": Criterion(magnitude, "nothing"),
     "random": Criterion(random, "nothing"),
@@ -256,7 +326,7 @@ class RunningMean:
                 raise ValueError(f"{name}: saliency is not finite after {self.count} good batches; the loss diverged")
         keep, add = (1.0, 1.0) if self.momentum is None else (self.momentum, 1 - self.momentum)
         for name, s in scores.items():
-            self.sums[name] = self.sums[name] * keep + s * add if name in self.sums else s * add
+            self.sums[name] = self.sums[name].mul_(keep).add_(s, alpha=add) if name in self.sums else s * add
         self.count += 1
 
     def value(self) -> Scores:

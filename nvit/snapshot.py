@@ -32,9 +32,10 @@ def spec_of(model: nn.Module) -> ViTSpec:
     groups = adapter.groups(model)
     spec = adapter.spec(model, widths(groups, full_masks(groups)))
     kept = {
-        layer.axes["qk_dim"]: layer.frequencies
+        layer.axes[axis]: units
         for layer in prunable_layers(model).values()
-        if isinstance(layer, Attention) and layer.frequencies is not None
+        if isinstance(layer, Attention)
+        for axis, units in layer.places.items()
     }
     return replace(spec, sparse=getattr(model, "sparse24", ()), kept=kept)
 

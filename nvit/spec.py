@@ -120,7 +120,7 @@ class ViTSpec:
         name: the model's name in its library, for people.
         sparse: weights that are 2:4 sparse: at most two nonzeros of each four neighbours along the input.
         kept: by group, the dense model's units that are left, where it matters which: rotary pairs turn by frequencies
-            of their own.
+            of their own, heads look theirs up in a table that all blocks share.
     """
 
     family: str

@@ -2,18 +2,20 @@
 
 Two sets of widths go by that name. `revit_widths` is the paper's *rule*, for any width and depth. `PUBLISHED` holds the
 *published* widths of the two models it trained, which are not the rule's: rounding happens before the middle blocks are
-doubled, and the first and the last block have 10 heads and twice the query/key width. The registered models are the
-published ones; no pretrained weights exist for them.
+doubled, and the first and the last block have 10 heads and twice the query/key width. The registered transformers are
+the published ones. The registered Swin follows the rule, stage by stage. No pretrained weights exist for any of them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from timm.models import register_model
 from torch import nn
 
+from .adapters.timm_layers import mlp_ratio
 from .snapshot import fresh
 from .spec import BlockWidths, ViTSpec
 
@@ -97,18 +99,64 @@ def revit(widths: Sequence[BlockWidths], *, distilled: bool = False, name: str =
         "depth": len(widths),
         "num_heads": max(b.heads for b in widths),
         "head_dim": max(V_DIM, *(max(b.qk_dim, b.v_dim) for b in widths)),
-        "mlp_ratio": max(b.mlp for b in widths) / emb,
+        "mlp_ratio": mlp_ratio(emb, max(b.mlp for b in widths)),
         "act_layer": "gelu",
     }
     architecture = "VisionTransformerDistilled" if distilled else "VisionTransformer"
     return fresh(ViTSpec("timm_vit", architecture, dense | config, tuple(widths), IMAGENET, name))
 
 
-def _published(size: str, distilled: bool, pretrained: bool, config: dict[str, Any]) -> nn.Module:
-    name = f"revit_{size}_{'distilled_' if distilled else ''}patch16_224"
+def revit_swin_widths(emb: int = 88, depths: Sequence[int] = (2, 2, 6, 2)) -> tuple[tuple[BlockWidths, ...], ...]:
+    """The ReViT rule for each stage of a Swin model whose first is `emb` wide and each further twice the one before.
+
+    A stage of two blocks is all middle, so that both are doubled. With Swin-T's depths, 88 comes near to its MACs.
+    """
+    return tuple(revit_widths(emb * 2**stage, depth) for stage, depth in enumerate(depths))
+
+
+def revit_swin(stages: Sequence[Sequence[BlockWidths]], *, name: str = "revit_swin", **config: Any) -> nn.Module:
+    """A newly initialised Swin model of these widths, ready to train, save and prune further.
+
+    It is cut out of a dense timm model in the same way as `revit`, with that model's logit scale in every block.
+
+    Args:
+        stages: widths of the blocks of each stage; `emb` the same in all of a stage.
+        config: further arguments of timm's SwinTransformer, as `window_size`, `num_classes` or `img_size`.
+
+    Raises:
+        ValueError: a stage without blocks or with blocks whose `emb` differ, or an argument that timm does not take.
+    """
+    for place, blocks in enumerate(stages):
+        if len({b.emb for b in blocks}) != 1:
+            raise ValueError(f"stage {place} has blocks of emb {[b.emb for b in blocks]}; it has to have one width")
+    first = max(math.ceil(blocks[0].emb / 2**place) for place, blocks in enumerate(stages))
+    dense = {
+        "patch_size": 4,
+        "window_size": 7,
+        "embed_dim": first,
+        "depths": [len(blocks) for blocks in stages],
+        "num_heads": [max(b.heads for b in blocks) for blocks in stages],
+        "head_dim": [max(V_DIM, *(max(b.qk_dim, b.v_dim) for b in blocks)) for blocks in stages],
+        "mlp_ratio": [mlp_ratio(first * 2**i, max(b.mlp for b in blocks)) for i, blocks in enumerate(stages)],
+    }
+    blocks = tuple(block for stage in stages for block in stage)
+    return fresh(ViTSpec("timm_swin", "SwinTransformer", dense | config, blocks, IMAGENET, name))
+
+
+def _timm_arguments(name: str, pretrained: bool, config: dict[str, Any]) -> dict[str, Any]:
+    """What timm's factory passes on to a model's constructor.
+
+    Raises:
+        ValueError: pretrained weights are asked for.
+    """
     if pretrained:
         raise ValueError(f"{name} has no pretrained weights; train it with `nvit finetune {name} --scratch`")
-    passed = {k: v for k, v in config.items() if not k.startswith("pretrained_") and k != "cache_dir"}
+    return {k: v for k, v in config.items() if not k.startswith("pretrained_") and k != "cache_dir"}
+
+
+def _published(size: str, distilled: bool, pretrained: bool, config: dict[str, Any]) -> nn.Module:
+    name = f"revit_{size}_{'distilled_' if distilled else ''}patch16_224"
+    passed = _timm_arguments(name, pretrained, config)
     return revit(PUBLISHED[size], distilled=distilled, name=name, **passed)
 
 
@@ -134,3 +182,10 @@ def revit_small_distilled_patch16_224(pretrained: bool = False, **config: Any) -
 def revit_tiny_distilled_patch16_224(pretrained: bool = False, **config: Any) -> nn.Module:
     """ReViT-T with a distillation token: 5.34 M parameters, 1.135 GMAC."""
     return _published("tiny", True, pretrained, config)
+
+
+@register_model
+def revit_swin_patch4_window7_224(pretrained: bool = False, **config: Any) -> nn.Module:
+    """The rule at Swin-T's depths and windows: 30.60 M parameters, 4.589 GMAC, where Swin-T has 28.29 and 4.491."""
+    name = "revit_swin_patch4_window7_224"
+    return revit_swin(revit_swin_widths(), name=name, **_timm_arguments(name, pretrained, config))

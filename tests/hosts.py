@@ -75,7 +75,7 @@ def randomise_(model: nn.Module, seed: int = 0) -> nn.Module:
     g = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=g, dtype=torch.float64).to(p)
-        if name.endswith(("cls_token", "dist_token", "reg_token", "pos_embed")):
+        if name.endswith(("_token", "_tokens", "pos_embed", "position_embeddings")):
             p.copy_(noise * 0.5)
         elif p.dim() > 1:
             p.copy_(noise / p[0].numel() ** 0.5)

@@ -213,6 +213,32 @@ def absolute(w, sample_grads: list, depth: int, heads: int, dim: int) -> dict[st
     return {name: sum(e[name].abs() for e in each) / len(each) for name in each[0]}
 
 
+def fisher(w, sample_grads: list, depth: int, heads: int, dim: int, shrink: float) -> dict[str, Tensor]:
+    """Units leave one by one: the next is the one whose removal adds least to ½ Σ F over the pairs that are gone.
+
+    F is the mean over samples of the products of gate gradients of the sample's own loss, products of different units
+    times `shrink`. The saliency of a unit is the most that it or one before it added.
+    """
+    each = [gate_hessian(w, g, depth, heads, dim) for g in sample_grads]
+    out = {}
+    for name in each[0]:
+        pairs = sum(e[name][:, None] * e[name][None, :] for e in each) / len(each)
+        pairs = pairs * (shrink + (1 - shrink) * torch.eye(len(pairs)))
+
+        def cost(gone: list[int], pairs: Tensor = pairs) -> float:
+            return float(pairs[gone][:, gone].sum()) / 2
+
+        gone: list[int] = []
+        most, out[name] = 0.0, torch.zeros(len(pairs), dtype=torch.float64)
+        while len(gone) < len(pairs):
+            adds = {u: cost([*gone, u]) - cost(gone) for u in range(len(pairs)) if u not in gone}
+            unit = min(adds, key=adds.get)
+            most = max(most, adds[unit])
+            out[name][unit] = most
+            gone.append(unit)
+    return out
+
+
 def _weights_of(w: dict[str, Tensor], values: dict[str, Tensor], depth: int, heads: int, dim: int):
     """By group, the entries of each unit where it leaves the network, `(units, entries)`.
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 
 from nvit import functional
 from tests.references import masked_attention, masked_layer_norm
@@ -143,3 +144,85 @@ def test_dense_operations_gather_nothing():
     assert functional.take(w) is w
     x = rand(1, 2, 4)
     assert functional.enter_stream(x, None) is x
+
+
+# --- rotary position embedding ----------------------------------------------------------------------------------------
+
+LAYOUTS = ["interleaved", "half"]
+
+
+def pairs_of(dims: int, layout: str) -> torch.Tensor:
+    """The two places of every pair, `(pairs, 2)`."""
+    places = torch.arange(dims)
+    return places.view(-1, 2) if layout == "interleaved" else places.view(2, -1).T
+
+
+def rotary(layout: str, tokens: int = 5, dims: int = 12, prefix: int = 2, heads: tuple[int, ...] = ()):
+    """A rotary embedding by random angles, and its table as timm holds it."""
+    angles = rand(*heads, tokens, dims // 2, seed=7) * 3
+    spread = torch.empty(*heads, tokens, dims, dtype=torch.float64)
+    for place in pairs_of(dims, layout).T:
+        spread[..., place] = angles
+    return functional.Rotary(spread.sin(), spread.cos(), prefix), torch.cat([spread.sin(), spread.cos()], -1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("heads", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rotary_is_timms(layout, heads, dtype):
+    """The table may be finer than the queries; the turn is rounded once, at the end, bit for bit as in timm."""
+    rope, table = rotary(layout, heads=heads)
+    x = rand(2, 3, 7, 12).to(dtype)
+    got = rope(x, layout)
+    assert got.dtype == dtype
+    assert torch.equal(got[..., :2, :], x[..., :2, :]), "tokens without a place do not turn"
+    assert torch.equal(got[..., 2:, :], apply_rot_embed_cat(x[..., 2:, :], table, half=layout == "half"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rotary_turns_every_pair_by_its_angle(layout):
+    rope, _ = rotary(layout)
+    x, y = rand(2, 3, 7, 12), rand(2, 3, 7, 12, seed=1)
+    first, second = (pairs_of(12, layout)[:, i] for i in (0, 1))
+
+    def as_complex(t):
+        return torch.complex(t[..., first], t[..., second])
+
+    got = as_complex(rope(x, layout))[..., 2:, :]
+    turn = torch.complex(rope.cos[..., first], rope.sin[..., first])
+    torch.testing.assert_close(got, as_complex(x)[..., 2:, :] * turn, **EXACT)
+    torch.testing.assert_close((rope(x, layout) * rope(y, layout)).sum(-1), (x * y).sum(-1), **EXACT)
+
+
+@settings(max_examples=20)
+@given(st.sampled_from(LAYOUTS), st.integers(0, 99), st.booleans())
+def test_rotary_of_kept_pairs_is_cutting_after_the_turn(layout, seed, own_angles):
+    rope, _ = rotary(layout, heads=(3,) if own_angles else ())
+    x, kept, head = rand(2, 3, 7, 12, seed=seed), keep(6, seed), keep(3, seed + 1)
+    dims = pairs_of(12, layout)[kept].flatten().sort().values
+    narrow = rope.of(dims, index(head) if own_angles else None)
+    torch.testing.assert_close(narrow(x[:, head][..., dims], layout), rope(x, layout)[:, head][..., dims], **EXACT)
+    assert torch.equal(rope.of(None)(x, layout), rope(x, layout))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_pairs_gate_is_the_same_before_and_after_the_turn(layout):
+    rope, _ = rotary(layout)
+    q, k, pairs = rand(2, 3, 7, 12), rand(2, 3, 7, 12, seed=1), pairs_of(12, layout)
+
+    def gate_gradients(before: bool):
+        gate = torch.ones(6, dtype=torch.float64, requires_grad=True)
+        spread = torch.ones(12, dtype=torch.float64)
+        for place in pairs.T:
+            spread = spread.index_put((place,), gate)
+        turned = rope(q * spread, layout) if before else rope(q, layout) * spread
+        (turned @ rope(k, layout).transpose(-1, -2)).softmax(-1).square().sum().backward()
+        return gate.grad
+
+    before, after = gate_gradients(True), gate_gradients(False)
+    torch.testing.assert_close(before, after, **EXACT)
+    assert before.abs().min() > 1e-6
+    # Not so for one dim of a pair, which is why they leave together.
+    alone = torch.zeros(12, dtype=torch.float64)
+    alone[0] = 1
+    assert not torch.allclose(rope(q * alone, layout), rope(q, layout) * alone)

@@ -10,7 +10,7 @@ LEAVES = {"progress": set(), "files": set(), "report": {"files"}}
 """Helpers that anyone may import, and what they import themselves."""
 ORDER = [
     {"spec"},
-    {"functional", "grid"},
+    {"functional", "grid", "memory"},
     {"modules"},
     {"adapters"},
     {"masks"},
@@ -19,9 +19,10 @@ ORDER = [
     {"snapshot"},
     {"config", "distributed", "analysis", "zoo"},
     {"data", "distill", "evaluate"},
-    {"training"},
+    {"training", "budget"},
+    {"scoring"},
     {"finetune", "pruner", "export", "sparse24"},
-    {"inputs"},
+    {"inputs", "correlation"},
     {"jobs"},
     {"cli", "about"},
     {"__main__"},

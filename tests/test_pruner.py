@@ -325,6 +325,7 @@ def test_three_heads_of_one_shot_become_two_or_none():
     [
         {},
         {"criterion": "abs", "momentum": 0.5},
+        {"criterion": "fisher", "bundles_per_step": 1},
         {"ema": 0.9, "mixup": 0.8, "cutmix": 1.0, "grad_clip": 1.0, "optimizer": "sgd"},
         {"criterion": "random", "train_mode": True, "amp": "bf16"},
     ],

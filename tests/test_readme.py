@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_cli import folder_of_images
+
 ROOT = Path(__file__).parents[1]
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 
@@ -44,8 +46,19 @@ def test_hand_written_loop_runs(tmp_path):
     run(SNIPPETS[1] + "\nassert pruner.done and sum(p.numel() for p in small.parameters()) < 2e5\n", tmp_path)
 
 
+def test_hugging_face_snippet_runs(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tiny = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    config = transformers.ViTConfig(**tiny, image_size=16, patch_size=8, num_labels=3)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "google" / "vit-base-patch16-224")
+    folder_of_images(tmp_path / "imagenet" / "train", 3)
+    code = SNIPPETS[2].replace("LatencyTable.measure(model, batch_size=8)", "LatencyTable.analytic(model)")
+    check = "\nassert type(small) is type(model) and small.num_parameters() < 0.7 * model.num_parameters()\n"
+    run(code.replace("batch_size=64", "batch_size=3") + check, tmp_path, HF_HUB_OFFLINE="1")
+
+
 def test_no_other_python_snippet():
-    assert len(SNIPPETS) == 2, "test the new one as well"
+    assert len(SNIPPETS) == 3, "test the new one as well"
 
 
 def test_shell_snippets_parse(monkeypatch):
@@ -53,7 +66,7 @@ def test_shell_snippets_parse(monkeypatch):
 
     monkeypatch.chdir(ROOT)
     lines = re.findall(r"^nvit (.*?)(?:\s+#.*)?$", (ROOT / "README.md").read_text(), re.M)
-    assert len(lines) == 3
+    assert len(lines) == 4
     for line in lines:
         name, words, flags = cli._split(line.split())
         cli._configure(name, cli.COMMANDS[name], words, flags)

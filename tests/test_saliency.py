@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 
 from nvit import adapters
 from nvit.masks import apply_
-from nvit.saliency import CRITERIA, Evidence, GateRecorder, RunningMean, gate_gradients, unit_saliency
+from nvit.saliency import (
+    CRITERIA,
+    SHRINK,
+    Evidence,
+    GateRecorder,
+    RunningMean,
+    gate_gradients,
+    leave_in_turn,
+    unit_saliency,
+)
 from tests import references
 from tests.hosts import TINY_HOSTS, images, labels, masks_for, prepared, random_masks
 
@@ -108,6 +117,35 @@ def test_absolute_is_the_mean_over_samples_of_their_own_loss(host):
     gates = record(model, groups, masks, x, y)
     expected = references.absolute(dict(model.named_parameters()), samples, *shape(model))
     assert_close(CRITERIA["abs"].score(groups, Evidence({}, {}, gates)), expected)
+
+
+@pytest.mark.parametrize("host", ["plain", "deit_distilled"])
+def test_fisher_lets_the_cheapest_unit_leave_given_those_gone(host):
+    """In two batches of different sizes, whose mean over batches goes into one order."""
+    model, groups = prepared(host, torch.float64)
+    masks = random_masks(groups)
+    apply_(model, groups, masks)
+    mean, criterion, expected = RunningMean(), CRITERIA["fisher"], []
+    for seed in (0, 1):
+        x, y = images(model, 4, seed), labels(model, 4, seed)
+        expected += [backward(model, x[i : i + 1], y[i : i + 1])[1] for i in range(4)]
+        mean.update(criterion.score(groups, Evidence({}, {}, record(model, groups, masks, x, y))))
+    got = criterion.scores(mean.value())
+    params = dict(model.named_parameters())
+    assert_close(got, references.fisher(params, expected, *shape(model), SHRINK))
+    for g in groups:
+        assert got[g.name].shape == (g.size,)
+        assert len(got[g.name].unique()) == g.size, "sorting gives one order"
+
+
+def test_fisher_takes_what_cancels_together():
+    """Once the first has left, the one that does its opposite follows before a smaller one that does the same."""
+    gates = torch.tensor([[1.0, -1.5, 1.1]])
+    assert gates[0].abs().argsort().tolist() == [0, 2, 1]
+    saliency = leave_in_turn(gates.T @ gates)
+    assert saliency.argsort().tolist() == [0, 1, 2]
+    # It adds 9/8 - 3/4 of shrunk product, less than the half that the first added.
+    torch.testing.assert_close(saliency, torch.full((3,), 0.5, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["heads", "v_dim", "mlp", "emb"])

@@ -25,13 +25,22 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from . import timm_vit
+from . import hf_vit, timm_beit, timm_eva, timm_swin, timm_vit
 
-FAMILIES: dict[str, ModuleType] = {"timm_vit": timm_vit}
+FAMILIES: dict[str, ModuleType] = {
+    "timm_vit": timm_vit,
+    "timm_swin": timm_swin,
+    "timm_eva": timm_eva,
+    "timm_beit": timm_beit,
+    "hf_vit": hf_vit,
+}
 
-SUPPORTED = "timm's VisionTransformer (ViT, DeiT, DINOv2, CLIP, SigLIP and alike); docs/models.md lists them."
+SUPPORTED = (
+    "timm's VisionTransformer (ViT, DeiT, DINOv2, CLIP, SigLIP and alike), SwinTransformer, Eva (EVA02, DINOv3, PE and "
+    "alike) and Beit; Hugging Face's ViT, DeiT and DINOv2 for image classification; docs/models.md lists them."
+)
 
 
 def refusal(model: nn.Module) -> str | None:
@@ -54,3 +63,14 @@ def find(model: nn.Module) -> ModuleType:
 def preprocess(model: nn.Module) -> dict[str, Any]:
     """How images are prepared for a model of a supported family: timm's data config, at the model's own size."""
     return find(model).preprocess(model)
+
+
+def predict(model: nn.Module, images: Tensor) -> Tensor:
+    """Logits `(batch, classes)` of any classifier, also one that hands them out in an object, as transformers' do."""
+    out = model(images)
+    return out if isinstance(out, Tensor) else out.logits
+
+
+def classes(model: nn.Module) -> int:
+    """How many classes a model tells apart, under timm's name for it or transformers'."""
+    return model.num_classes if hasattr(model, "num_classes") else model.num_labels

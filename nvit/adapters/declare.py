@@ -110,6 +110,15 @@ def collect(
     return groups
 
 
+def fill_buffers_(module: nn.Module) -> None:
+    """Give one of timm's modules that was built on the meta device its buffers on the CPU; parameters stay there."""
+    params = dict(module.named_parameters(recurse=False))
+    if any(b.is_meta for b in module.buffers()):
+        module.to_empty(device="cpu").init_non_persistent_buffers()
+        for name, p in params.items():
+            setattr(module, name, nn.Parameter(p.to("meta"), requires_grad=p.requires_grad))
+
+
 def resize_layers(model: nn.Module, params: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
     """Give a prepared model these parameters and the widths that `masks` leaves, in place; masks and taps are gone
     afterwards, and buffers are where the parameters are."""

@@ -5,7 +5,7 @@ each axis. Parameter names are the host's, and buffers are not saved: a masked m
 model's.
 """
 
-from .attention import Attention
+from .attention import Attention, head_layout
 from .base import Layout, Prunable, keep_, prunable_layers
 from .mlp import GatedMlp, Mlp
 from .stream import EmbeddingNorm, LayerScale, Linear, Norm, StreamEntry
@@ -21,6 +21,7 @@ __all__ = [
     "Norm",
     "Prunable",
     "StreamEntry",
+    "head_layout",
     "keep_",
     "prunable_layers",
 ]

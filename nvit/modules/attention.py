@@ -17,6 +17,13 @@ from .stream import Norm
 PARTS = ("q", "k", "v")
 
 
+def head_layout(qk_dim: int, pairs: str | None = None) -> Layout:
+    """Of the query/key dims of one head of `qk_dim` units, see `Attention` for `pairs`."""
+    if pairs is None:
+        return Layout.of("qk_dim", qk_dim)
+    return Layout(("qk_dim", None), (qk_dim, 2)) if pairs == "interleaved" else Layout((None, "qk_dim"), (2, qk_dim))
+
+
 class Attention(Prunable):
     """Self-attention; its parameters keep the host's names.
 
@@ -34,6 +41,12 @@ class Attention(Prunable):
         q_norm, k_norm: of queries and keys; `norm`, of all heads' outputs together.
         pairs: how a rotary pair lies among a head's dims: `interleaved` (neighbours) or `half` (half the head apart).
         bias_table: name of a parameter `(offsets, heads)` whose rows `bias_index` `(tokens, tokens)` looks up.
+        shared_heads: the heads of all blocks read one table of the host's, which keeps its dense width: it gives the
+            angles or the position bias of every head.
+
+    Attributes:
+        places: axis -> the dense model's units that are left, of the axes where it matters which: rotary pairs turn by
+            frequencies of their own, and so do heads that read a shared table.
     """
 
     def __init__(
@@ -54,6 +67,7 @@ class Attention(Prunable):
         pairs: str | None = None,
         bias_table: str | None = None,
         bias_index: Tensor | None = None,
+        shared_heads: bool = False,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
     ) -> None:
@@ -65,12 +79,15 @@ class Attention(Prunable):
         self.pairs, self.bias_table_name = pairs, bias_table
         self.attn_drop, self.proj_drop = attn_drop, nn.Dropout(proj_drop)
         self.kept = (heads, qk_dim, v_dim)
-        self.frequencies: tuple[int, ...] | None = tuple(range(qk_dim)) if pairs else None
-        self.head_dim = qk_dim * self.span("qk_dim")  # of the host's rotary table; pruning does not change it
+        placed = {"qk_dim": qk_dim} if pairs else {}
+        placed |= {"heads": heads} if shared_heads else {}
+        self.dense_sizes = placed  # of the host's tables; pruning does not change them
+        self.places = {axis: tuple(range(n)) for axis, n in placed.items()}
         self._constant("bias_index", bias_index)
         for name in ("emb", "q_rows", "v_rows", "out", "kept_heads"):
             self._index(name, None)
-        self._constant("rotary_dims", None)
+        for name in ("table_dims", "table_heads"):
+            self._constant(name, None)
 
     @property
     def inputs(self) -> list[nn.Linear]:
@@ -87,16 +104,8 @@ class Attention(Prunable):
         """Of the rows of `q`, `k` or `v`; the latter is that of the columns of the last layer as well."""
         if part == "v":
             return Layout(("heads", "v_dim"), (self.heads, self.v_dim))
-        if self.pairs == "interleaved":
-            return Layout(("heads", "qk_dim", None), (self.heads, self.qk_dim, 2))
-        if self.pairs == "half":
-            return Layout(("heads", None, "qk_dim"), (self.heads, 2, self.qk_dim))
-        return Layout(("heads", "qk_dim"), (self.heads, self.qk_dim))
-
-    def head_layout(self) -> Layout:
-        """Of the query/key dims of one head."""
-        whole = self.layout("q")
-        return Layout(whole.axes[1:], whole.sizes[1:])
+        head = head_layout(self.qk_dim, self.pairs)
+        return Layout(("heads", *head.axes), (self.heads, *head.sizes))
 
     def extra_repr(self) -> str:
         return "heads={}, qk_dim={}, v_dim={}".format(*self.kept)
@@ -109,29 +118,32 @@ class Attention(Prunable):
         self._index("kept_heads", index(keeps["heads"]))
         self._index("q_rows", index(torch.cat([q, q, v]) if len(self.input_names) == 1 else q))
         self._index("v_rows", index(v))
-        self._turn(keeps["qk_dim"])
+        self._place(keeps)
 
     def keep_all_(self) -> None:
         super().keep_all_()
         self.kept = (self.heads, self.qk_dim, self.v_dim)
-        self._turn(torch.ones(self.qk_dim, dtype=torch.bool))
+        self._place({axis: torch.ones(len(units), dtype=torch.bool) for axis, units in self.places.items()})
 
     def resize_(self, keeps: Mapping[str, Tensor]) -> None:
         self.heads, self.qk_dim, self.v_dim = (int(keeps[kind].sum()) for kind in ("heads", "qk_dim", "v_dim"))
-        if self.frequencies is not None:
-            self.frequencies = tuple(f for f, k in zip(self.frequencies, keeps["qk_dim"].tolist(), strict=True) if k)
+        self.places = {axis: self._left(axis, keeps) for axis in self.places}
         super().resize_(keeps)
 
-    def _turn(self, keep: Tensor) -> None:
-        """Which columns of the host's rotary table the kept pairs turn by."""
-        if self.frequencies is None:
-            return
-        every = torch.zeros(self.head_dim // 2, dtype=torch.bool)
-        every[[f for f, k in zip(self.frequencies, keep.tolist(), strict=True) if k]] = True
-        factors = (every.unsqueeze(1), torch.ones(2, dtype=torch.bool))
-        dims = factors[0] & factors[1] if self.pairs == "interleaved" else (factors[0] & factors[1]).T
-        dims = index(dims.flatten())
-        self._constant("rotary_dims", dims if dims is None else dims.to(next(self.parameters()).device))
+    def _left(self, axis: str, keeps: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """The dense model's units of an axis that these masks leave."""
+        return tuple(unit for unit, kept in zip(self.places[axis], keeps[axis].tolist(), strict=True) if kept)
+
+    def _place(self, keeps: Mapping[str, Tensor]) -> None:
+        """Where in the host's tables the kept rotary dims and heads are found."""
+        every = {axis: torch.zeros(n, dtype=torch.bool) for axis, n in self.dense_sizes.items()}
+        for axis, mask in every.items():
+            mask[list(self._left(axis, keeps))] = True
+        dims = index(head_layout(self.dense_sizes["qk_dim"], self.pairs).keep(every)) if self.pairs else None
+        heads = index(every["heads"]) if "heads" in every else None
+        device = next(self.parameters()).device
+        for name, kept in (("table_dims", dims), ("table_heads", heads)):
+            self._constant(name, kept if kept is None else kept.to(device))
 
     def slices(self) -> Iterator[tuple[str, Slice]]:
         yield from self._input_slices()
@@ -199,11 +211,12 @@ class Attention(Prunable):
         )
 
     def position_bias(self) -> Tensor | None:
-        """Relative position bias of the kept heads, `(heads, tokens, tokens)`."""
+        """Relative position bias of the kept heads, `(1, heads, tokens, tokens)`, as the fused CPU kernel wants it."""
         if self.bias_table_name is None:
             return None
         table = functional.take(getattr(self, self.bias_table_name), None, self.kept_heads)
-        return table[self.bias_index.flatten()].view(*self.bias_index.shape, -1).permute(2, 0, 1)
+        bias = table[self.bias_index.flatten()].view(*self.bias_index.shape, -1)
+        return bias.permute(2, 0, 1).contiguous().unsqueeze(0)
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Rotary | None = None
@@ -242,7 +255,7 @@ class Attention(Prunable):
             k_norm=self.k_norm,
             norm=self.norm,
             gate=None if self.gate_name is None else self._gate(),
-            rope=None if rope is None or self.pairs is None else rope.of(self.rotary_dims),
+            rope=None if rope is None or self.pairs is None else rope.of(self.table_dims, self.table_heads),
             pairs=self.pairs,
             bias=self.position_bias(),
             attn_mask=attn_mask,

@@ -79,13 +79,16 @@ class Norm(Prunable):
     def forward(self, x: Tensor) -> Tensor:
         if self.entry:
             x = functional.enter_stream(x, self.kept)
-        y = functional.kept_norm(x, self.weight, self.bias, self.kept, self.eps, rms=self.rms)
+        y = self._norm(x)
         if self.tap is None or not self.reads_stream:
             return y
         if len(self.layout.sizes) == 1:
-            return self.tap("emb", y, -1)
+            return self.tap("emb", y, -1, (self._norm, x))
         neighbours = self.layout.sizes[0]
         return self.tap("emb", y.unflatten(-1, (neighbours, -1)), -1).flatten(-2)
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return functional.kept_norm(x, self.weight, self.bias, self.kept, self.eps, rms=self.rms)
 
 
 class EmbeddingNorm(Norm):
@@ -101,21 +104,23 @@ class EmbeddingNorm(Norm):
 
 
 class LayerScale(Prunable):
-    """The stream's channels times `gamma`, a parameter `(emb,)`, kept under the host's name for it."""
+    """The stream's channels times a parameter `(emb,)`, kept under the host's name for it."""
 
-    def __init__(self, gamma: nn.Parameter) -> None:
+    def __init__(self, gamma: nn.Parameter, name: str = "gamma") -> None:
         super().__init__()
-        self.gamma = gamma
+        self.name = name
+        self.register_parameter(name, gamma)
         self._index("emb", None)
 
     def keep_(self, keeps: Mapping[str, Tensor]) -> None:
         self._index("emb", index(keeps["emb"]))
 
     def slices(self) -> Iterator[tuple[str, Slice]]:
-        yield from dim_slices("gamma", tuple(self.gamma.shape), 0, Layout.of("emb", self.gamma.numel()))
+        gamma = getattr(self, self.name)
+        yield from dim_slices(self.name, tuple(gamma.shape), 0, Layout.of("emb", gamma.numel()))
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.layer_scale(x, self.gamma, self.emb)
+        return functional.layer_scale(x, getattr(self, self.name), self.emb)
 
 
 class Linear(Prunable):
@@ -167,7 +172,8 @@ class Linear(Prunable):
                 yield axis, replace(s, scored=self.reads_stream)
         if self.outputs is not None:
             for name, p in self.named_parameters():
-                yield from dim_slices(name, tuple(p.shape), 0, self.outputs)
+                for axis, s in dim_slices(name, tuple(p.shape), 0, self.outputs):
+                    yield axis, replace(s, published=True)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.tap is not None and self.reads_stream:

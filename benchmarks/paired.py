@@ -1,0 +1,51 @@
+"""Differences between two models on the same images, with their uncertainty."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean over images of `a - b`.
+
+    Attributes:
+        mean: in the unit of the inputs; a share for right-or-wrong answers, 100 times that in points of top-1.
+        low, high: the central 95 % of the bootstrap's means.
+        better: share of the bootstrap in which `a` is above `b`; draws count half.
+    """
+
+    mean: float
+    low: float
+    high: float
+    better: float
+
+    @property
+    def significant(self) -> bool:
+        """Whether 0 lies outside the interval."""
+        return self.low > 0 or self.high < 0
+
+
+def paired_bootstrap(a: Sequence[float], b: Sequence[float], resamples: int = 10_000, seed: int = 0) -> Difference:
+    """Bootstrap over images of the mean of `a - b` (Efron & Tibshirani 1993, percentile interval).
+
+    The same images are drawn for both, so that what is hard for both cancels.
+
+    Args:
+        a, b: one value per image in the same order, `(images,)`: right or wrong, or a loss.
+
+    Raises:
+        ValueError: different numbers of images, or none.
+    """
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if a.shape != b.shape or a.ndim != 1 or not a.size:
+        raise ValueError(f"values of shapes {a.shape} and {b.shape}; expected one per image, the same images in both")
+    difference, draws = a - b, np.random.default_rng(seed)
+    means = np.array([difference[draws.integers(a.size, size=a.size)].mean() for _ in range(resamples)])
+    low, high = np.quantile(means, (0.025, 0.975))
+    return Difference(
+        float(difference.mean()), float(low), float(high), float((means > 0).mean() + 0.5 * (means == 0).mean())
+    )
