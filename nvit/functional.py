@@ -180,6 +180,7 @@ def attention(
     gate: Projection | None = None,
     rope: Rotary | None = None,
     pairs: str | None = None,
+    bias: Tensor | None = None,
     attn_mask: Tensor | None = None,
     dropout: float = 0.0,
     tap: Tap | None = None,
@@ -199,7 +200,9 @@ def attention(
         norm: over all heads' outputs together, `(batch, tokens, heads·v)` to the same shape.
         gate: a projection of `x` whose sigmoid multiplies the heads' outputs, after their norm.
         rope, pairs: turn queries and keys, after their norms, see `Rotary`.
-        attn_mask: additive or boolean, broadcastable to `(batch, heads, tokens, tokens)`.
+        bias: of the position, added to the logits of every kept head, `(heads, tokens, tokens)` or with a 1 in front.
+        attn_mask: additive or boolean, broadcastable to `(batch, heads, tokens, tokens)`, or `(windows, 1, tokens,
+            tokens)` for a batch whose windows come one image after another.
 
     Returns:
         `(batch, tokens, kept emb)`.
@@ -215,7 +218,7 @@ def attention(
         q, k = rope(q, pairs), rope(k, pairs)
     if tap is not None:
         q = _tap_queries(tap, q, pairs)
-    out = _attend(q, k, v, scale, attn_mask, dropout).transpose(1, 2).reshape(batch, tokens, heads * v_dim)
+    out = _attend(q, k, v, scale, bias, attn_mask, dropout).transpose(1, 2).reshape(batch, tokens, heads * v_dim)
     out = out if norm is None else norm(out)
     if gate is not None:
         weight, bias, rows = gate
@@ -248,17 +251,56 @@ def _plan(slices: tuple[DotSlice, ...], shapes: tuple[tuple[str, tuple[int, ...]
     return functional.GroupDotPlan([functional.DotSlice(*s) for s in slices], dict(shapes))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, attn_mask: Tensor | None, dropout: float) -> Tensor:
-    """softmax(scale · q kᵀ) v: `(batch, heads, tokens, v_dim)`."""
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, attn_mask: Tensor | None, dropout: float
+) -> Tensor:
+    """softmax(scale · q kᵀ + bias + mask) v: `(batch, heads, tokens, v_dim)`."""
     qk_dim, v_dim = q.shape[-1], v.shape[-1]
-    if attn_mask is None and not dropout and (kernels := _kernels(q, qk_dim, v_dim)):
-        return kernels.attention(q, k, v, scale)
+    if not dropout and (kernels := _kernels(q, qk_dim, v_dim)):
+        added = _per_head_and_window(q, bias, attn_mask)
+        if added is not None:
+            return kernels.attention(q, k, v, scale, bias=added[0], mask=added[1])
     if qk_dim != v_dim and q.device.type == "cpu":
         # The fused CPU kernel wants one width: zero columns add nothing to the logits or are cut off again.
         wide = max(qk_dim, v_dim)
         q, k, v = (F.pad(t, (0, wide - t.shape[-1])) if t.shape[-1] < wide else t for t in (q, k, v))
+    attn_mask = _one_mask(len(q), bias, attn_mask)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, scale=scale)
     return out[..., :v_dim]
+
+
+def _per_head_and_window(
+    q: Tensor, bias: Tensor | None, attn_mask: Tensor | None
+) -> tuple[Tensor | None, Tensor | None] | None:
+    """What the fused kernel adds: a bias `(heads, tokens, tokens)` and a mask `(windows, tokens, tokens)`.
+
+    None where the two are not of this form: a boolean mask, one that differs by image and head, or is learned.
+    """
+    batch, heads, tokens, _ = q.shape
+    square = (tokens, tokens)
+    bias = None if bias is None else bias.view(heads, *square)
+    if attn_mask is None:
+        return bias, None
+    if not attn_mask.is_floating_point():
+        return None
+    if attn_mask.shape in ((heads, *square), (1, heads, *square)):
+        of_heads = attn_mask.reshape(heads, *square)
+        return of_heads if bias is None else bias + of_heads, None
+    windows = attn_mask.shape[0] if attn_mask.dim() == 4 else 1
+    if attn_mask.shape != (windows, 1, *square) or batch % windows or attn_mask.requires_grad:
+        return None
+    return bias, attn_mask.squeeze(1)
+
+
+def _one_mask(batch: int, bias: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
+    """Bias and mask as one that broadcasts to `(batch, heads, tokens, tokens)`."""
+    if attn_mask is not None and attn_mask.dim() == 4 and len(attn_mask) not in (1, batch):
+        attn_mask = attn_mask.repeat(batch // len(attn_mask), 1, 1, 1)
+    if bias is None or attn_mask is None:
+        return attn_mask if bias is None else bias
+    if attn_mask.dtype == torch.bool:
+        return bias.masked_fill(~attn_mask, -torch.inf)
+    return bias + attn_mask
 
 
 def gated_mlp(

@@ -20,16 +20,17 @@ from triton.compiler import ASTSource
 
 from nvit_kernels import configs
 from nvit_kernels.launch import FUSED_MULTIPLY_ADD
-from nvit_kernels.ops import attention, group_dot, kept_layer_norm, matmul
+from nvit_kernels.ops import attention, attention_kernels, group_dot, kept_layer_norm, matmul
 
 ARCHS = (80, 86, 89, 90, 100)
 INT64_POINTERS = {"pointers", "tiles", "reductions", "outputs", "contributions"}
 INT32_POINTERS = {"index", "count", "heads", "heads_n"}
 MASKS = {"mask", "qk_mask", "v_mask"}
-FLOAT_POINTERS = {"stats", "delta", "v_part", "qk_part", "part", "mean", "rstd", "workspace", "sums", "scores"}
+FLOAT_POINTERS = {"stats", "delta", "v_part", "qk_part", "bias_part", "part", "mean", "rstd", "workspace", "sums",
+                  "scores"}  # fmt: skip
 FLOATS = {"scale", "scale_log2", "eps"}
-TENSORS = {"q", "k", "v", "o", "do", "dq", "dk", "dv", "a", "b", "bias", "out", "out2", "out3", "aux", "aux2", "w", "x",
-           "y", "residual", "total", "dx", "dy", "dtotal"}  # fmt: skip
+TENSORS = {"q", "k", "v", "o", "do", "dq", "dk", "dv", "a", "b", "bias", "window", "out", "out2", "out3", "aux", "aux2",
+           "w", "x", "y", "residual", "total", "dx", "dy", "dtotal"}  # fmt: skip
 KINDS = (
     (INT64_POINTERS, "*i64"),
     (INT32_POINTERS, "*i32"),
@@ -71,19 +72,29 @@ class Report:
     cubin_bytes: int
 
 
+def attention_cases(qk: int, v: int, kept: bool, added: bool = False) -> Iterator[Case]:
+    """Attention at these head widths; with kept lists; with a float32 bias and a 16-bit window mask."""
+    shape = dict(BIAS=added, WINDOW=added, MASK_QK=kept, MASK_V=kept, PRECISION="ieee", BLOCK_QK=qk, BLOCK_V=v)
+    tag, kinds = f"{qk}x{v}{' kept' if kept else ''}{' bias' if added else ''}", (("bias", "*fp32"),)
+    dq = shape | dict(SCORES=True, BLOCK_M=attention.score_rows(max(qk, v)))
+    yield Case(f"attention forward {tag}", attention_kernels.forward_kernel, shape, "attention_forward", kinds)
+    yield Case(f"attention dkv {tag}", attention_kernels.dkv_kernel, shape, "attention_dkv", kinds)
+    yield Case(f"attention dq {tag}", attention_kernels.dq_kernel, dq, "attention_dq", kinds)
+    if added:
+        yield Case(f"attention dbias {tag}", attention_kernels.dbias_kernel, shape, "attention_dbias", kinds)
+
+
 def cases() -> Iterator[Case]:
     """Every kernel at 16-bit, each role at the widths that real models have."""
     for qk, v in ((64, 64), (32, 64), (16, 64), (128, 128), (256, 256)):
-        flags = (False, True) if (qk, v) in ((64, 64), (256, 256)) else (False,)
-        for masked in flags:
-            shape = dict(MASK_QK=masked, MASK_V=masked, PRECISION="ieee", BLOCK_QK=qk, BLOCK_V=v)
-            tag = f"{qk}x{v}{' kept' if masked else ''}"
-            yield Case(f"attention forward {tag}", attention.forward_kernel, shape, "attention_forward")
-            yield Case(f"attention dkv {tag}", attention.dkv_kernel, shape, "attention_dkv")
-            dq = shape | dict(SCORES=True, BLOCK_M=attention.score_rows(max(qk, v)))
-            yield Case(f"attention dq {tag}", attention.dq_kernel, dq, "attention_dq")
+        for kept in (False, True) if (qk, v) in ((64, 64), (256, 256)) else (False,):
+            yield from attention_cases(qk, v, kept)
+    for qk, v, kept in ((64, 64, True), (32, 32, False), (128, 128, False), (256, 256, True)):
+        yield from attention_cases(qk, v, kept, added=True)
     yield Case(
-        "attention delta", attention.delta_kernel, dict(SCORES=True, BLOCK_V=64, BLOCK_M=attention.score_rows(64))
+        "attention delta",
+        attention_kernels.delta_kernel,
+        dict(SCORES=True, BLOCK_V=64, BLOCK_M=attention.score_rows(64)),
     )
     for role, b_by, kept, gather, bias in (
         ("gelu", "n", "n", True, True), ("swiglu", "n", "n", True, True), ("linear", "n", "n", True, True),

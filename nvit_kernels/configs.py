@@ -12,6 +12,7 @@ KEYS = {
     "attention_forward": ["N", "QK8", "V8"],
     "attention_dkv": ["N", "QK8", "V8"],
     "attention_dq": ["N", "QK8", "V8"],
+    "attention_dbias": ["N", "QK8", "V8"],
     "tokens": ["M", "N8", "K8", "ROLE"],
     "tokens_backward": ["M", "N8", "K8", "ROLE"],
     "weights": ["T", "M8", "N8"],
@@ -39,16 +40,33 @@ CONFIGS = {  # by the largest head dim they hold without spilling; 0 where there
         WIDE: [_config(8, 1, N=32), _config(8, 2, N=32)],
         WIDEST: [_config(8, 1, N=16)],
     },
+    "attention_dbias": {
+        NARROW: [_config(4, 1, M=64, N=32), _config(4, 2, M=64, N=32), _config(8, 2, M=64, N=32)],
+        WIDE: [_config(8, 1, M=64, N=32), _config(8, 2, M=64, N=32)],
+        WIDEST: [_config(8, 1, M=32, N=16)],
+    },
     "tokens_backward": {0: [_config(8, 3, N=64, K=32), _config(8, 3, N=64, K=64)]},
     "tokens": {0: [_config(4, 3, N=64, K=32), _config(8, 3, N=128, K=32), _config(8, 3, N=128, K=64)]},
     "weights": {
         0: [_config(4, 3, M=64, N=64, K=32), _config(8, 3, M=128, N=128, K=32), _config(8, 3, M=128, N=128, K=64)]
     },
 }
+WITH_ADDED = {  # in place of the above where a bias or a window mask takes registers too
+    "attention_forward": {
+        NARROW: [_config(4, 1, M=64, N=32), _config(8, 2, M=64, N=64), _config(8, 3, M=128, N=64)],
+        WIDEST: [_config(8, 1, M=64, N=16)],
+    },
+    "attention_dkv": {
+        NARROW: [_config(4, 1, M=32, N=64), _config(8, 1, M=32, N=64), _config(8, 2, M=32, N=64)],
+        WIDEST: [_config(8, 1, M=16, N=16)],
+    },
+    "attention_dq": {NARROW: [_config(4, 1, N=32), _config(4, 2, N=32), _config(8, 2, N=32)]},
+}
 INTERPRETED = {  # time grows with the number of operations, so large blocks
     "attention_forward": _config(4, 1, M=256, N=256),
     "attention_dkv": _config(4, 1, M=256, N=256),
     "attention_dq": _config(4, 1, N=256),
+    "attention_dbias": _config(4, 1, M=256, N=256),
     "tokens": _config(4, 1, N=256, K=256),
     "tokens_backward": _config(4, 1, N=256, K=256),
     "weights": _config(4, 1, M=256, N=256, K=256),
@@ -64,7 +82,9 @@ def shared_bytes(name: str, config: triton.Config, meta: dict, itemsize: int) ->
             staged, held = held, staged
         head = block["BLOCK_QK"] + block["BLOCK_V"]
         scratch = 0 if name == "attention_forward" else block["BLOCK_M"] * block["BLOCK_N"]
-        return itemsize * (head * (staged * config.num_stages + held) + scratch)
+        tiles = itemsize * (head * (staged * config.num_stages + held) + scratch)
+        added = sum(bool(meta.get(flag)) for flag in ("BIAS", "WINDOW"))  # as float32 at most
+        return tiles + 4 * added * (config.num_stages - 1) * block["BLOCK_M"] * block["BLOCK_N"]
     return itemsize * config.num_stages * block["BLOCK_K"] * (block["BLOCK_M"] + block["BLOCK_N"])
 
 
@@ -72,7 +92,9 @@ def fitting(name: str, arch: int, meta: dict, itemsize: int = 2) -> list[triton.
     """The configs of kernel `name` for these constants that fit compute capability `arch`, as 80 or 90."""
     limit = SHARED_BYTES.get(arch, min(SHARED_BYTES.values()))
     head = max(meta.get("BLOCK_QK", 0), meta.get("BLOCK_V", 0))
-    small, *rest = CONFIGS[name][min(held for held in CONFIGS[name] if held >= head)]
+    held = min(held for held in CONFIGS[name] if held >= head)
+    added = meta.get("BIAS") or meta.get("WINDOW")
+    small, *rest = (added and WITH_ADDED.get(name, {}).get(held)) or CONFIGS[name][held]
     return [small, *(c for c in rest if shared_bytes(name, c, meta, itemsize) <= limit)]
 
 

@@ -28,6 +28,7 @@ if HAS_TRITON:
     from nvit_kernels.ops.swiglu import swiglu as fused_swiglu
 
 __all__ = ["DotSlice", "GroupDotPlan", "Kept", "attention", "group_dot", "kept_layer_norm", "mlp", "swiglu"]
+LARGEST_BATCH = 65535  # of a CUDA grid; windows count
 FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -57,14 +58,17 @@ def attention(
     head_scores: Tensor | None = None,
     qk_scores: Tensor | None = None,
     v_scores: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale · q kᵀ) v over kept heads and dims, with their scores; see `reference.attention`."""
+    """softmax(scale · q kᵀ + bias + mask) v over kept heads and dims, with their scores; see `reference.attention`."""
     q, k, v = _autocast(q, k, v)
     widest = max(q.shape[-1], v.shape[-1])
     fits = widest <= (64 if q.is_cuda and q.dtype == torch.float32 else 256)  # a float32 tile is twice the memory
+    fits &= len(q) <= LARGEST_BATCH
     fused = fits and takes_kernels(q, q.shape[-1], v.shape[-1])
     run = fused_attention if fused else reference.attention
-    return run(q, k, v, scale, heads, qk, v_dim, head_scores, qk_scores, v_scores)
+    return run(q, k, v, scale, heads, qk, v_dim, head_scores, qk_scores, v_scores, bias, mask)
 
 
 def mlp(

@@ -53,8 +53,10 @@ def attention(
     head_scores: Tensor | None = None,
     qk_scores: Tensor | None = None,
     v_scores: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale · q kᵀ) v over kept heads and dims; what is pruned comes out as exact zeros.
+    """softmax(scale · q kᵀ + bias + mask) v over kept heads and dims; what is pruned comes out as exact zeros.
 
     Scores are of the gates that would stand on the units, so sums of value · gradient over tokens (and heads):
     `head_scores` Σ o·∂o of each head, `v_scores` Σ o·∂o of each v dim, `qk_scores` Σ q·∂q of each qk dim. The backward
@@ -65,12 +67,16 @@ def attention(
         v: `(batch, heads, tokens, v_dim)`; `v_dim` need not equal `qk_dim`.
         scale: factor on the logits; after pruning still the dense model's.
         heads, qk, v_dim: kept units, None keeps all. One list of qk (v) dims serves all heads.
+        bias: `(heads, tokens, tokens)` added to every sample's logits, float32 or of q's dtype; differentiable.
+        mask: `(windows, tokens, tokens)` of the same dtypes, added to sample i's logits from window i modulo windows;
+            a constant. It may hold -inf, but no row of -inf alone.
 
     Returns:
         `(batch, heads, tokens, v_dim)`, a view of `(batch, tokens, heads, v_dim)` memory.
 
     Raises:
-        ValueError: shapes or dtypes disagree; on CUDA also head dims that are no multiple of 8 or over 256.
+        ValueError: shapes or dtypes disagree, or the windows do not divide the batch; on CUDA also head dims that are
+            no multiple of 8 or over 256.
     """
     q_kept = take(take(q, heads, 1), qk, 3)
     k_kept = take(take(k, heads, 1), qk, 3)
@@ -80,8 +86,12 @@ def attention(
         return spread(_wide(q_kept.detach() * grad).sum((1, 2)), qk, 1)
 
     q_kept_ = on_gradient(q_kept, qk_scores, q_score)
-    weights = (q_kept_ @ k_kept.transpose(-2, -1) * scale).softmax(-1)
-    out = weights @ v_kept
+    logits = q_kept_ @ k_kept.transpose(-2, -1) * scale
+    if bias is not None:
+        logits = logits + take(bias, heads, 0)
+    if mask is not None:
+        logits = (logits.unflatten(0, (-1, len(mask))) + mask.detach().unsqueeze(1)).flatten(0, 1)
+    out = logits.softmax(-1).to(v.dtype) @ v_kept
 
     def o_score(dims, kept):
         return lambda grad: spread(_wide(out_value * grad).sum(dims), kept, 1)

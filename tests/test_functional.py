@@ -107,6 +107,30 @@ def test_attention_mask_reaches_the_logits(kind):
     torch.testing.assert_close(full[:, 3:], free[:, 3:], **EXACT)
 
 
+@pytest.mark.parametrize("kind", ["none", "boolean", "windows", "windows of every image", "heads"])
+def test_a_position_bias_joins_any_mask(kind):
+    """Against one additive mask for every window and head; windows of an image follow one another in the batch."""
+    x, w, p, bias = rand(6, 4, 6), rand(18, 6, seed=1), rand(6, 6, seed=2), rand(2, 4, 4, seed=3)
+    masks = {
+        "none": None,
+        "boolean": torch.ones(4, 4, dtype=torch.bool).tril(),
+        "windows": rand(3, 1, 4, 4, seed=4),
+        "windows of every image": rand(6, 1, 4, 4, seed=4),
+        "heads": rand(2, 4, 4, seed=4),
+    }
+    mask = masks[kind]
+    added = torch.zeros(6, 2, 4, 4, dtype=torch.float64) if mask is None else mask
+    if kind == "boolean":
+        added = torch.zeros(4, 4, dtype=torch.float64).masked_fill(~mask, -torch.inf)
+    elif kind == "windows":
+        added = torch.cat([mask, mask])
+    widths = {"heads": 2, "qk_dim": 3, "v_dim": 3, "scale": 0.5}
+    expected = functional.attention(x, [(w, None, None)], p, None, attn_mask=bias + added, **widths)
+    for each in (bias, bias.unsqueeze(0)):
+        got = functional.attention(x, [(w, None, None)], p, None, bias=each, attn_mask=mask, **widths)
+        torch.testing.assert_close(got, expected, **EXACT)
+
+
 def test_mlp_with_masks_equals_mlp_with_zeros():
     x, w1, b1, w2, b2 = rand(2, 3, 6), rand(9, 6, seed=1), rand(9, seed=2), rand(6, 9, seed=3), rand(6, seed=4)
     emb, hidden = keep(6, 1), keep(9, 2)

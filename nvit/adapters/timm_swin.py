@@ -60,7 +60,7 @@ class WindowAttention(Attention):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """`x` `(batch · windows, tokens, kept emb)`, `mask` `(windows, tokens, tokens)` added to the logits."""
         if mask is not None:
-            mask = mask.to(x.dtype).unsqueeze(1).repeat(len(x) // len(mask), 1, 1, 1)
+            mask = mask.to(x.dtype).unsqueeze(1)
         return self.attend(x, mask, windows=self.windows)
 
     def set_window_size(self, window_size: tuple[int, int]) -> None:

@@ -231,13 +231,11 @@ class Attention(Prunable):
         """Attention over `(batch · windows, tokens, kept emb)`.
 
         Args:
-            attn_mask: additive or boolean, broadcastable to `(batch, heads, tokens, tokens)`.
+            attn_mask: additive or boolean, broadcastable to `(batch, heads, tokens, tokens)`, or `(windows, 1, tokens,
+                tokens)`, the same for every image. It is added to the position bias.
             rope: the host's rotary table, for layers with `pairs`.
             windows: so many of the batch belong to one image.
         """
-        bias = self.position_bias()
-        if bias is not None:
-            attn_mask = bias if attn_mask is None else bias + attn_mask
         heads, qk_dim, v_dim = self.kept
         tap = self.tap
         if tap is not None and windows > 1:
@@ -259,6 +257,7 @@ class Attention(Prunable):
             gate=None if self.gate_name is None else self._gate(),
             rope=None if rope is None or self.pairs is None else rope.of(self.table_dims, self.table_heads),
             pairs=self.pairs,
+            bias=self.position_bias(),
             attn_mask=attn_mask,
             dropout=self.attn_drop if self.training else 0.0,
             tap=tap,

@@ -27,6 +27,20 @@ def test_attention_equals_the_sliced_dense_one():
     torch.testing.assert_close(out, expected)
 
 
+def test_bias_and_window_mask_equal_one_mask_of_every_sample():
+    q, k, v, bias, mask = double(6, 3, 9, 8), double(6, 3, 9, 8), double(6, 3, 9, 16), double(3, 9, 9), double(2, 9, 9)
+    heads = torch.tensor([True, False, True])
+    leaves, copies = ([t.clone().requires_grad_() for t in (q, k, v, bias)] for _ in range(2))
+    out = functional.attention(*leaves[:3], 0.25, Kept.from_mask(heads), bias=leaves[3], mask=mask)
+    each = copies[3] + torch.cat([mask] * 3).unsqueeze(1)  # sample i meets window i modulo 2
+    expected = F.scaled_dot_product_attention(*copies[:3], attn_mask=each, scale=0.25) * heads[:, None, None]
+    torch.testing.assert_close(out, expected)
+    for t in (out, expected):
+        t.square().sum().backward()
+    for mine, its in zip(leaves, copies, strict=True):
+        torch.testing.assert_close(mine.grad, its.grad)
+
+
 def test_scores_are_gradients_of_gates():
     """A score is the gradient of a factor of 1 on the unit where it leaves the network, per sample."""
     q, k, v = (double(2, 3, 9, 8) for _ in range(3))

@@ -52,6 +52,40 @@ def test_attention(tokens, qk, v, masked, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "windows", "tokens", "qk", "v"), [(128, 64, 49, 32, 32), (3, 1, 197, 64, 64), (4, 2, 50, 24, 56)]
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_with_a_bias_and_a_window_mask(batch, windows, tokens, qk, v, masked, dtype):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, batch, 3, tokens, qk, device="cuda").to(dtype).unbind(0)
+    value = torch.randn(batch, 3, tokens, v, device="cuda").to(dtype)
+    bias = torch.randn(3, tokens, tokens, device="cuda")
+    mask = torch.zeros(windows, tokens, tokens, device="cuda").masked_fill(
+        bias.new_empty(tokens).uniform_() < 0.3, -100
+    )
+    kept = (some(3), some(qk), some(v)) if masked else ()
+
+    def call(module):
+        return lambda q, k, v, bias: module.attention(q, k, v, qk**-0.5, *kept, bias=bias, mask=mask)
+
+    assert_as_accurate(call(functional), call(reference), dtype, [q, k, value, bias])
+    assert_as_accurate(call(functional), call(reference), dtype, [q, k, value, bias.to(dtype)])
+
+
+def test_the_gradient_of_a_bias_is_bitwise_repeatable():
+    q, k, v = torch.randn(3, 128, 3, 49, 32, device="cuda", dtype=torch.bfloat16)
+    bias = torch.randn(3, 49, 49, device="cuda", requires_grad=True)
+
+    def gradient():
+        out = functional.attention(q, k, v, 0.2, bias=bias)
+        return torch.autograd.grad(out, bias, torch.ones_like(out))[0]
+
+    first = gradient()
+    assert first.abs().max() > 0 and all(torch.equal(first, gradient()) for _ in range(20))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("way", ways.WAYS)
 @pytest.mark.parametrize("name", ["mlp", "swiglu"])
 @pytest.mark.parametrize(("tokens", "width", "hidden"), [(197, 192, 768), (257, 104, 496), (1, 8, 24)])

@@ -92,10 +92,21 @@ def test_what_a_caller_gets_wrong_is_named(wrong):
 def test_opcheck():
     q, k, v = (t.requires_grad_() for t in tensors(1, 2, 8, 8, 16, torch.float32).values())
     heads, qk = Kept.from_mask(torch.tensor([True, False])), Kept.all(8)
-    arguments = (q, k, v, 0.2, heads.index, heads.count, qk.mask, None, None, None, None)
+    arguments = (q, k, v, 0.2, heads.index, heads.count, qk.mask, *[None] * 6)
     torch.library.opcheck(op._forward, arguments)
     with torch.no_grad():
         o, stats = op._forward(*arguments)
     scores = (torch.zeros(1, 2), torch.zeros(8), torch.zeros(1, 16))
-    saved = (torch.randn_like(o), *(t.detach() for t in (q, k, v)), o, stats, 0.2, *arguments[4:8], *scores)
+    saved = (
+        torch.randn_like(o),
+        *(t.detach() for t in (q, k, v)),
+        o,
+        stats,
+        0.2,
+        *arguments[4:8],
+        *scores,
+        None,
+        None,
+        False,
+    )
     torch.library.opcheck(op._backward, saved)
