@@ -114,6 +114,11 @@ def _read(replay: Replay, layer: Prunable, end: str, batch: int, norm: nn.Module
     return found[::-1]
 
 
+def _first(out: Tensor | tuple) -> Tensor:
+    """What a layer gives to the stream, of all that it gives: transformers' attention has its weights beside it."""
+    return out if isinstance(out, Tensor) else out[0]
+
+
 def entries(replay: Replay, layers: Mapping[str, Prunable]) -> dict[str, Entry]:
     """How each of a block's layers enters the stream, measured on one batch of the dense model.
 
@@ -122,7 +127,7 @@ def entries(replay: Replay, layers: Mapping[str, Prunable]) -> dict[str, Entry]:
     norms = {n: m for n, m in layers.items() if isinstance(m, Norm) and m.reads_stream}
     calls: list[tuple[str, Tensor, Tensor]] = []
     hooks = [
-        m.register_forward_hook(lambda _, args, out, n=n: calls.append((n, args[0], out)))
+        m.register_forward_hook(lambda _, args, out, n=n: calls.append((n, args[0], _first(out))))
         for n, m in layers.items()
         if n in norms or refittable(m)
     ]
@@ -131,7 +136,7 @@ def entries(replay: Replay, layers: Mapping[str, Prunable]) -> dict[str, Entry]:
     finally:
         for hook in hooks:
             hook.remove()
-    calls.append(("", end if isinstance(end, Tensor) else end[0], end))
+    calls.append(("", _first(end), _first(end)))
     found = {}
     for i, (name, x, out) in enumerate(calls[:-1]):
         before = next((c for c in calls[:i] if c[0] in norms and c[2] is x), None)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import tests.families
 from nvit import LatencyTable, PruneConfig, adapters, prune, snapshot
 from nvit.evaluate import macs
-from nvit.masks import apply_, compact, full_masks, kept_counts, widths
+from nvit.masks import apply_, compact, full_masks, kept_counts, weight_masks, widths
 from nvit.saliency import CRITERIA, Evidence, GateRecorder
 from nvit.spec import KINDS
 from tests.hosts import masks_for, random_masks
@@ -187,6 +187,25 @@ def test_one_shot_meets_its_target_and_reloads(name, tmp_path):
     result = prune(model, [(x, torch.tensor([0, 2]))], config, table)
     assert result.snapshots[0].predicted_ratio <= 0.7
     assert_close(out(snapshot.load(result.save(tmp_path / "s")), x), out(model, x), 1e-5)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_a_refit_brings_every_family_nearer_to_the_dense_model(name):
+    """Its own measure: squared error of every layer on images held back, none of which may grow."""
+    model, groups, x = build(name, torch.float32)
+    bundles = {"bundle_heads": 1, "bundle_emb": 8, "bundle_qk": 2, "bundle_v": 2, "bundle_mlp": 4}
+    config = PruneConfig(latency_target=0.7, train=False, refit=True, batch_size=4, **bundles)
+    table = LatencyTable.analytic(model, config.bundle_sizes)
+    g = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(4, *x.shape[1:], generator=g), torch.zeros(4, dtype=torch.long)) for _ in range(5)]
+    result = prune(model, batches, config, table)
+    assert result.snapshots[0].predicted_ratio <= 0.7 and result.history[-1]["refit_error"] < 1
+    assert_close(out(result.model, x), out(model.eval(), x), 1e-5)
+    params = dict(model.named_parameters())
+    for name, dims in weight_masks(params, groups, result.masks).items():
+        for d, keep in enumerate(dims):
+            if keep is not None:
+                assert not params[name].index_select(d, (~keep).nonzero().squeeze(1)).any(), f"{name} came back"
 
 
 @pytest.mark.parametrize("name", HOSTS)
