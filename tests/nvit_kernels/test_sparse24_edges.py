@@ -129,11 +129,11 @@ def test_one_schema_for_both_paths():
 @COMPILED_ONLY
 def test_operators_refuse_what_they_would_read_out_of_bounds():
     x = half(32, 64)
-    with pytest.raises(RuntimeError, match="no multiple"):
+    with pytest.raises((RuntimeError, ValueError), match="no multiple"):
         torch.ops.nvit.compress_2to4([x[:31]], [], None, True)
-    with pytest.raises(RuntimeError, match="differ in shape"):
+    with pytest.raises((RuntimeError, ValueError), match="differ in shape"):
         torch.ops.nvit.compress_2to4([x], [torch.ones(32, 32, dtype=torch.bool)], None, True)
-    with pytest.raises(RuntimeError, match="differ in shape"):
+    with pytest.raises((RuntimeError, ValueError), match="differ in shape"):
         torch.ops.nvit.decompress_2to4([x], [torch.zeros(32, 4, dtype=torch.int16)], True)
 
 
