@@ -155,7 +155,8 @@ def test_torchrun_with_a_killed_rank_leaves_a_state_that_one_process_ends(tmp_pa
         run.terminate()
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values()), "an orphan"
     words = (tmp_path / "said").read_text()
-    assert sum(line.startswith("nvit: ") for line in words.splitlines()) == 1, words
+    # One line at most: the launcher may end rank 0 as it is about to speak, its state already saved.
+    assert sum(line.startswith("nvit: ") for line in words.splitlines()) <= 1, words
     _, values = snapshot.load_run_state(tmp_path / "o" / "run_state.safetensors")
     assert values["trainer"]["step"] > 0, "saved by rank 0 once it knew: no save was due within five minutes"
     assert cli.main([*prune, "--resume"]) == 0

@@ -66,7 +66,7 @@ def test_shell_snippets_parse(monkeypatch):
 
     monkeypatch.chdir(ROOT)
     lines = re.findall(r"^nvit (.*?)(?:\s+#.*)?$", (ROOT / "README.md").read_text(), re.M)
-    assert len(lines) == 4
+    assert len(lines) == 6
     for line in lines:
         name, words, flags = cli._split(line.split())
         cli._configure(name, cli.COMMANDS[name], words, flags)
