@@ -147,8 +147,10 @@ class Pruner:
             gates: recorded already, as `GateRecorder.pop` gives them.
 
         Raises:
-            ValueError: a score is not finite.
+            ValueError: a score is not finite, or the criterion is `remaining`.
         """
+        if self.criterion is None:
+            raise ValueError("criterion remaining is not observed batch by batch; give the model to nvit.prune")
         if grads is None:
             grads = {name: p.grad for name, p in self.params.items() if p.grad is not None}
         if gates is None and self.gates is not None:
