@@ -10,7 +10,7 @@ LEAVES = {"progress": set(), "files": set(), "report": {"files"}}
 """Helpers that anyone may import, and what they import themselves."""
 ORDER = [
     {"spec"},
-    {"functional", "grid", "memory"},
+    {"functional", "grid", "memory", "taps"},
     {"modules"},
     {"adapters"},
     {"masks"},
