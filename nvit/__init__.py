@@ -7,7 +7,8 @@ from .data import image_folder
 from .evaluate import accuracy
 from .finetune import finetune
 from .latency import LatencyTable
-from .pruner import Pruner, PruneResult, prune
+from .pruner import Pruner
+from .run import PruneResult, prune
 from .snapshot import BUNDLED
 from .sparse24 import load
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from tyro.conf import arg
 
@@ -112,6 +112,7 @@ class PruneConfig(TrainingConfig):
 
     def check(self) -> None:
         """Raise ValueError where a value makes no sense; `prune` and `Pruner` do so before anything else."""
+        check_choices(self)
         if not self.latency_target:
             raise ValueError("latency_target is empty; give at least one fraction, as 0.5")
         for t in self.latency_target:
@@ -139,6 +140,8 @@ class PruneConfig(TrainingConfig):
         for name in (*positive, "bundle_emb", "bundle_heads", "bundle_qk", "bundle_v", "bundle_mlp"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.score_batches < 0:
+            raise ValueError(f"score_batches is {self.score_batches}; it must be at least 1, or 0 for all batches")
 
     @property
     def saliency(self) -> str:
@@ -303,6 +306,7 @@ class CorrelationCommand(DataFlags, ModelFlags):
 
     def check(self) -> None:
         """Raise ValueError where a value makes no sense."""
+        check_choices(self)
         for name in ("bundles", "batches", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -321,11 +325,29 @@ def _nearest(name: str, known) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """The values that an annotation made of literals allows; empty where any will do."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    inside = get_args(hint)[:1] if get_origin(hint) is Annotated else get_args(hint)
+    return tuple(value for part in inside for value in _choices(part))
+
+
+def check_choices(config: Any) -> None:
+    """Raise ValueError where a field of a command's dataclass is none of the few values it may have."""
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        found, known = getattr(config, name), _choices(hint)
+        for value in found if isinstance(found, tuple) else (found,):
+            if known and value not in known:
+                near = _nearest(str(value), known)
+                raise ValueError(f"{name}: unknown value {value!r}{near}; expected one of {', '.join(known)}")
+
+
 def from_toml(cls: type, path: str | Path) -> Any:
     """A command's dataclass from a recipe.
 
     Raises:
-        ValueError: no such file, not TOML, an unknown key (names the nearest known one), or a value of a wrong type.
+        ValueError: no such file, not TOML, an unknown key or choice (names the nearest), or a value of a wrong type.
     """
     try:
         raw = tomllib.loads(Path(path).read_text())
@@ -337,19 +359,26 @@ def from_toml(cls: type, path: str | Path) -> Any:
 
 
 def from_dict(cls: type, raw: Mapping[str, Any], source: str) -> Any:
+    """`from_toml` of what was read already; `source` names it in messages."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     values = {}
     for key, value in raw.items():
         if key not in fields:
             raise ValueError(f"{source}: unknown key {key!r}{_nearest(key, fields)}")
         values[key] = _typed(source, key, value, fields[key].default)
-    return cls(**values)
+    config = cls(**values)
+    try:
+        check_choices(config)
+    except ValueError as e:
+        raise ValueError(f"{source}: {e}") from None
+    return config
 
 
 def _typed(source: str, key: str, value: Any, default: Any) -> Any:
     """`value` as the type of the field's default; TOML knows no tuples, and writes whole floats as integers."""
     if isinstance(default, tuple):
         value = tuple(value) if isinstance(value, list) else (value,)
+        value = tuple(_typed(source, key, v, default[0]) for v in value) if default else value
     elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not type(default):

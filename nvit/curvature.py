@@ -7,7 +7,7 @@ the model. No labels are read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from . import adapters
 from .modules import prunable_layers
 from .progress import Progress, silent
 from .spec import Group
+from .taps import observed
 
 _TAP = {"heads": None, "v_dim": "out", "mlp": "out", "qk_dim": "qk", "emb": "emb"}
 """Which of a layer's places a tap of a kind reads; `heads` and `v_dim` see the same activation."""
@@ -72,21 +73,6 @@ def probe(logits: Tensor, generator: torch.Generator) -> Tensor:
     return (half - p * half.sum(-1, keepdim=True)).to(logits)
 
 
-class _Watch(torch.autograd.Function):
-    """Identity that hands `(activation, gradient)` to a sink; the anchor makes it differentiable in a frozen model."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, anchor: Tensor, sink: Callable[[Tensor, Tensor], None]) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.sink = sink
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        ctx.sink(ctx.saved_tensors[0], grad)
-        return grad, None, None
-
-
 def rows_of(kind: str, x: Tensor, axis: int, pairs: bool = False) -> Tensor:
     """An activation as a tap gets it, as rows `(places of all images, d)`; dims of all heads side by side, units last.
 
@@ -108,26 +94,31 @@ def watch(
     total: int = 0,
     progress: Progress = silent,
 ) -> dict[Place, Seen]:
-    """One pass over images through a prepared model, forward and backward; weights are frozen meanwhile."""
+    """One pass over images through a prepared model, forward and backward; weights are frozen meanwhile.
+
+    Raises:
+        ValueError: there is no batch.
+        FloatingPointError: a logit is not finite.
+    """
     seen: dict[Place, Seen] = {}
     layers = prunable_layers(model)
     trainable = {p: p.requires_grad for p in model.parameters()}
     device = next(model.parameters()).device
     images_now = [0]
 
-    def watched(place: Place, kind: str, x: Tensor, axis: int) -> Tensor:
+    def watched(place: Place, kind: str, x: Tensor, axis: int, again: tuple | None = None) -> Tensor:
         pairs = getattr(layers[place[0]], "pairs", None) is not None
 
         def sink(act: Tensor, grad: Tensor) -> None:
             rows = (rows_of(kind, t, axis, pairs).float() for t in (act, grad))
             seen.setdefault(place, Seen()).add(*rows, images_now[0])
 
-        return _Watch.apply(x, torch.zeros((), device=x.device, requires_grad=True), sink)
+        return observed(x, sink, again)
 
     def tap(name: str):
-        def at(kind: str, x: Tensor, axis: int, *_) -> Tensor:
-            place = _TAP.get(kind)
-            return x if place is None else watched((name, place), kind, x, axis)
+        def at(kind: str, x: Tensor, axis: int, again: tuple | None = None) -> Tensor:
+            place = _TAP[kind]
+            return x if place is None else watched((name, place), kind, x, axis, again)
 
         return at
 
@@ -147,6 +138,8 @@ def watch(
             images_now[0] = len(images)
             cls, dist = adapters.find(model).logits(model, images.to(device))
             logits = cls if dist is None else (cls + dist) / 2
+            if not bool(logits.isfinite().all()):
+                raise FloatingPointError(f"a logit is not finite on calibration batch {done}; check weights and data")
             logits.backward(probe(logits, generator))
             progress(done, total, "curvature")
     finally:
@@ -156,6 +149,8 @@ def watch(
             layer.tap = None
         for p, was in trainable.items():
             p.requires_grad_(was)
+    if not seen:
+        raise ValueError("no batch of calibration images; the loader gave none")
     return seen
 
 
@@ -177,7 +172,7 @@ def remaining_loss(
     for name, layer in prunable_layers(model).items():
         for axis, group in layer.axes.items():
             place = (name, _TAP.get(axis) or "out")
-            if group in names and place in seen and not (axis == "emb" and place[1] != "emb"):
+            if group in names and place in seen:
                 places.setdefault(group, []).append((place, axis))
     scores = {}
     for name, g in names.items():

@@ -44,8 +44,9 @@ from .latency import LatencyTable, time_models
 from .masks import unmasked_
 from .memory import Meter
 from .progress import Progress, silent
-from .pruner import Pruned, prunable_groups, prune
+from .pruner import prunable_groups
 from .report import write_csv, write_result
+from .run import Pruned, prune
 from .spec import BUNDLE_SIZES, KINDS
 
 

@@ -11,33 +11,28 @@ from typing import Any
 from torch import Tensor
 
 from .budget import Budget
-from .curvature import remaining_loss, watch
+from .curvature import Place, Seen, remaining_loss, watch
 from .distill import frozen
 from .memory import most_held
 from .progress import Progress
+from .pruner import Pruner
 from .refit import refit_
 from .rotation import rotate_
 from .saliency import RunningMean
-from .scoring import score
-
-
-def _batches(pruner, loader) -> int:
-    return min(pruner.config.score_batches or len(loader), len(loader))
+from .scoring import batches_to_score, score
 
 
 class Refitter:
     """What a one-shot run keeps for closed-form refits.
 
     Attributes:
-        dense: the model before anything left, in the basis it was rotated to.
-        seen: of that model.
-        seconds: spent here so far.
+        dense: the model before anything left, in the basis it was rotated to; None where nothing is refitted.
+        seen: of that model, see `curvature.watch`.
     """
 
-    def __init__(self, pruner, loader, progress: Progress) -> None:
-        self.pruner, self.loader, self.progress, self.seconds = pruner, loader, progress, 0.0
-        start = time.monotonic()
-        self.total = _batches(pruner, loader)
+    def __init__(self, pruner: Pruner, loader, progress: Progress) -> None:
+        self.pruner, self.loader, self.progress = pruner, loader, progress
+        self.total = batches_to_score(pruner, loader)
         pruner.model.eval()
         self.seen = self._watch()
         self.fresh = True
@@ -45,12 +40,11 @@ class Refitter:
         if pruner.config.refit:
             rotate_(pruner.model, self.seen)
             self.dense = frozen(copy.deepcopy(pruner.model))
-        self.seconds += time.monotonic() - start
 
     def _images(self) -> Iterator[Tensor]:
         return (images for images, _ in islice(self.loader, self.total))
 
-    def _watch(self):
+    def _watch(self) -> dict[Place, Seen]:
         return watch(
             self.pruner.model, self._images(), seed=self.pruner.config.seed, total=self.total, progress=self.progress
         )
@@ -68,7 +62,6 @@ class Refitter:
         start = time.monotonic()
         pruner = self.pruner
         rows = refit_(pruner.model, self.dense, pruner.groups, self._images(), seen=self.seen, progress=self.progress)
-        self.seconds += time.monotonic() - start
         before, after = (sum(r[key] for r in rows) for key in ("before", "after"))
         return {
             "refit_seconds": time.monotonic() - start,
@@ -77,7 +70,7 @@ class Refitter:
         }
 
 
-def prune_one_shot(pruner, loader, keep, budget: Budget | None, progress: Progress) -> list:
+def prune_one_shot(pruner: Pruner, loader, keep, budget: Budget | None, progress: Progress) -> list:
     """A snapshot for each target: score, decide, refit, in `rounds` equal steps of latency from one to the next."""
     config, remaining = pruner.config, pruner.config.saliency == "remaining"
     refitter = Refitter(pruner, loader, progress) if config.refit or remaining else None

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from . import functional
 from .modules import prunable_layers
 from .spec import Group, Slice
+from .taps import observed
 
 
 def gate_gradients(
@@ -82,29 +83,8 @@ def unit_saliency(group: Group, params: Mapping[str, Tensor], grads: Mapping[str
     return gate_gradients([group], params, grads)[group.name].square()
 
 
-class _Gate(torch.autograd.Function):
-    """Identity whose backward hands the activation and its gradient to a sink, the activation as `again` computes it
-    from `kept`. The anchor makes it differentiable even when everything before it is frozen."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, anchor: Tensor, sink: Callable, again: Callable, *kept: Tensor) -> Tensor:
-        ctx.save_for_backward(*kept)
-        ctx.sink, ctx.again = sink, again
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        kept = ctx.saved_tensors
-        ctx.sink(ctx.again(*kept), grad)
-        return grad, None, None, None, *[None] * len(kept)
-
-
 _AT_ONCE = 2**21
 """Products of activation and gradient that are summed at once."""
-
-
-def _itself(x: Tensor) -> Tensor:
-    return x
 
 
 class GateRecorder:
@@ -137,10 +117,7 @@ class GateRecorder:
         def tap(kind: str, x: Tensor, axis: int, again: tuple | None = None) -> Tensor:
             if kind not in kinds or not torch.is_grad_enabled():
                 return x
-            anchor = torch.zeros((), device=x.device, requires_grad=True)
-            function, *kept = again or (_itself, x)
-            sink = functools.partial(self._add, kinds[kind], axis)
-            return _Gate.apply(x, anchor, sink, function, *(t.detach() for t in kept))
+            return observed(x, functools.partial(self._add, kinds[kind], axis), again)
 
         return tap
 

@@ -12,9 +12,15 @@ from .budget import Budget, Plan
 from .data import seed_draws, shares
 from .distill import sample_labels
 from .progress import Progress, silent
+from .pruner import Pruner
 
 
-def score(pruner, loader, budget: Budget | None = None, *, progress: Progress = silent) -> None:
+def batches_to_score(pruner: Pruner, loader) -> int:
+    """`score_batches`, or all of one pass, and never more than there are."""
+    return min(pruner.config.score_batches or len(loader), len(loader))
+
+
+def score(pruner: Pruner, loader, budget: Budget | None = None, *, progress: Progress = silent) -> None:
     """Add one pass over the data (or `score_batches`) to the pruner's saliency; weights stay as they are.
 
     Cross entropy with the labels, or with labels drawn from the model's own softmax. Criteria that read gates alone
@@ -22,14 +28,13 @@ def score(pruner, loader, budget: Budget | None = None, *, progress: Progress = 
     batch may go through the model in parts; its scores are those of the whole batch, up to rounding.
 
     Args:
-        pruner: a `Pruner`.
         budget: picks how batches are scored; whole, as they come, when None.
 
     Raises:
         ValueError: the budget does not hold what is needed.
         FloatingPointError: the loss is not finite.
     """
-    config, model = pruner.config, pruner.call.model
+    model = pruner.call.model
     reads = pruner.criterion.reads
     weights = sum(p.numel() * p.element_size() for p in pruner.params.values())
     # A compact model has about its target's share of the weights.
@@ -43,7 +48,7 @@ def score(pruner, loader, budget: Budget | None = None, *, progress: Progress = 
     trainable = {name: p.requires_grad for name, p in pruner.params.items()}
     plan = Plan(weight_gradients=not frozen_route) if budget is None else None
     model.eval()
-    total = min(config.score_batches or len(loader), len(loader))
+    total = batches_to_score(pruner, loader)
     try:
         for p in pruner.params.values():
             p.requires_grad_(not frozen_route)
@@ -53,7 +58,7 @@ def score(pruner, loader, budget: Budget | None = None, *, progress: Progress = 
                 plan = budget.choose(model, pruner.free, images.shape, **needs, later=later)
                 progress(0, total, f"budget: {plan}")
             if frozen_route and pruner.gates is None:
-                pruner._record_gates()
+                pruner.start_recording()
             gates = _backward(pruner, plan, images, labels, done)
             grads = {name: p.grad for name, p in pruner.params.items() if p.grad is not None}
             # Shards hold the mean over ranks already.
@@ -68,7 +73,7 @@ def score(pruner, loader, budget: Budget | None = None, *, progress: Progress = 
             p.requires_grad_(trainable[name])
 
 
-def _backward(pruner, plan: Plan, images: Tensor, labels: Tensor, number: int) -> dict[str, Tensor] | None:
+def _backward(pruner: Pruner, plan: Plan, images: Tensor, labels: Tensor, number: int) -> dict[str, Tensor] | None:
     """Gradients of one batch's loss, part by part; its gate gradients `(images, group.size)` where they are recorded.
 
     `images` are this rank's share of the batch; without ranks, all of it.

@@ -1,6 +1,7 @@
 """The command line end to end on the bundled model and digits, and what it says to wrong input."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -108,6 +109,21 @@ def test_auto_is_hessian_while_training_and_fisher_in_one_shot():
 )
 def test_every_recipe_is_valid(path):
     assert cli.from_toml(cli.PruneCommand, path).saliency in ("nvit", "hessian")
+
+
+@pytest.mark.parametrize(
+    ("cls", "line", "says"),
+    [
+        (cli.PruneCommand, 'criterion = "hesian"', "criterion: unknown value 'hesian' (did you mean 'hessian'?)"),
+        (cli.FinetuneCommand, 'amp = "fp8"', "amp: unknown value 'fp8'"),
+        (cli.CorrelationCommand, 'criterion = ["abs", "remaining"]', "criterion: unknown value 'remaining'"),
+        (cli.PruneCommand, 'latency-target = ["half"]', "latency_target is 'half', expected float"),
+    ],
+)
+def test_a_recipe_with_a_value_nobody_knows_is_refused(cls, line, says, tmp_path):
+    (tmp_path / "r.toml").write_text(line)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        cli.from_toml(cls, tmp_path / "r.toml")
 
 
 def folder_of_images(root, classes, images=2):

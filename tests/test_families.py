@@ -3,7 +3,9 @@ explicit zeros, through the disk and in a new process; both routes to a gate gra
 
 import copy
 import importlib
+import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -165,6 +167,17 @@ def test_activations_route_equals_weights_route(name):
         assert found[g.name].shape == (len(x), g.size)
         atol = 1e-9 * float(expected[g.name].max())
         torch.testing.assert_close(found[g.name].sum(0).square(), expected[g.name], rtol=1e-8, atol=atol, msg=g.name)
+
+
+def test_the_table_of_the_adapter_package_lists_what_every_family_has():
+    listed = re.findall(r"^\| `(\w+)\((.*?)\)` \|", adapters.__doc__, re.M)
+    used = set()
+    for file in (ROOT / "nvit").glob("*.py"):
+        used |= set(re.findall(r"(?:adapter|find\(\w+\)|FAMILIES\[[^]]*\])\.(\w+)\(", file.read_text()))
+    assert used and used <= {name for name, _ in listed}, "the engine calls nothing else"
+    for family, adapter in adapters.FAMILIES.items():
+        for name, arguments in listed:
+            assert list(inspect.signature(getattr(adapter, name)).parameters) == arguments.split(", "), (family, name)
 
 
 @pytest.mark.parametrize("name", HOSTS)

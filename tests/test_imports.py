@@ -10,7 +10,7 @@ LEAVES = {"progress": set(), "files": set(), "report": {"files"}}
 """Helpers that anyone may import, and what they import themselves."""
 ORDER = [
     {"spec"},
-    {"functional", "grid", "memory"},
+    {"functional", "grid", "memory", "taps"},
     {"modules"},
     {"adapters"},
     {"masks"},
@@ -19,10 +19,10 @@ ORDER = [
     {"snapshot"},
     {"config", "distributed", "analysis", "zoo"},
     {"data", "distill", "evaluate"},
-    {"training", "budget"},
+    {"training", "budget", "pruner"},
     {"scoring"},
     {"finetune", "oneshot", "export", "sparse24"},
-    {"pruner"},
+    {"run"},
     {"inputs", "correlation"},
     {"jobs"},
     {"cli", "about"},

@@ -423,10 +423,20 @@ def test_config_refuses_what_makes_no_sense():
         ({"latency_target": (1.0,)}, r"latency_target 1 is not in \(0, 1\)"),
         ({"latency_target": (0.5, 0.0)}, r"latency_target 0 is not in \(0, 1\)"),
         ({"only": ("mpl",)}, "unknown kind 'mpl'.*'mlp'"),
+        ({"criterion": "hesian"}, "criterion: unknown value 'hesian'.*'hessian'.*expected one of auto, remaining, hes"),
+        ({"labels": "drawn"}, "labels: unknown value 'drawn'; expected one of true, sampled"),
+        ({"score_batches": -1}, "score_batches is -1; it must be at least 1, or 0 for all"),
     ):
         with pytest.raises(ValueError, match=message):
             model = make("plain")
             Pruner(model, LatencyTable.analytic(model), PruneConfig(**bad))
+
+
+def test_a_loop_of_ones_own_cannot_observe_what_remains_after_a_refit():
+    model = make("plain")
+    pruner = Pruner(model, LatencyTable.analytic(model), PruneConfig(train=False, criterion="remaining"))
+    with pytest.raises(ValueError, match="criterion remaining is not observed batch by batch; give"):
+        pruner.observe({})
 
 
 def test_a_run_of_another_recipe_is_not_resumed(tmp_path):

@@ -287,6 +287,17 @@ def test_watching_leaves_no_trace_and_reads_no_labels():
     assert all(s.isfinite().all() and (s >= 0).all() for s in scores.values())
 
 
+def test_images_that_say_nothing_are_refused_before_anything_changes():
+    model, dense, _ = lone("plain")
+    with pytest.raises(ValueError, match="no batch of calibration images"):
+        watch(model, [])
+    broken = [torch.full_like(x, torch.nan) for x in batches(model, 1)]
+    with pytest.raises(FloatingPointError, match="a logit is not finite on calibration batch 2"):
+        watch(model, [*batches(model, 1), *broken])
+    assert not any(m.tap or m._forward_pre_hooks for m in prunable_layers(model).values())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_a_run_with_refit_meets_its_targets_and_states_its_cost(rounds):
     more = {"train": False, "refit": True, "criterion": "remaining", "rounds": rounds}

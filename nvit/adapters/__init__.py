@@ -1,18 +1,21 @@
 """One adapter per model family: which weights leave together, declared rather than traced.
 
-An adapter is a module with these functions; nothing outside `adapters/` knows a host's attribute names.
+An adapter is a module with these functions; nothing outside `adapters/` knows a host's attribute names. All but the
+first three and `preprocess` get prepared models, dense or compact. `prepare` and `resize` return the model; a prepared
+one goes through `prepare` unchanged. `groups` takes `spec.BUNDLE_SIZES` where none are given, and `preprocess` always
+holds an `input_size`. `build` raises ValueError for a spec it does not know.
 
 | function | does |
 |---|---|
 | `knows(model)` | whether the model is of this family at all |
-| `refusal(model)` | why a model of this family is not supported, or None |
+| `refusal(model)` | why a model of this family, prepared or not, is not supported, or None |
 | `prepare(model)` | swaps in prunable layers, in place; same outputs, same parameter names |
 | `groups(model, bundle_sizes)` | the prunable widths and their slices |
 | `spec(model, blocks)` | the `ViTSpec` of the model with these block widths |
 | `build(spec, device)` | the prepared dense model, a skeleton on the meta device unless told otherwise |
-| `resize(model, params, masks)` | gives a prepared model cut parameters and the widths that masks leave, in place |
-| `logits(model, images)` | `(class token's, distillation token's or None)` in any mode |
-| `preprocess(model)` | input size, mean, std, crop: how images are prepared for it |
+| `resize(model, params, masks)` | gives it cut parameters and the widths that masks leave, in place |
+| `logits(model, images)` | `(class token's, distillation token's or None)`, each `(batch, classes)` |
+| `preprocess(model)` | how images are prepared for it, as timm's data config; `input_size` is always there |
 | `tokens(model)` | tokens in the residual stream |
 | `parts(model)` | the `Part`s whose latencies add up to a prepared model's |
 | `part_macs(model, part)` | a function of a part's widths: multiply-accumulates an image of one piece, multilinear |
