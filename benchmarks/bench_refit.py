@@ -183,7 +183,7 @@ class Bench:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", choices=SECTIONS, default=["mlp", "kinds", "global"])
+    parser.add_argument("sections", nargs="*", choices=SECTIONS, help="mlp, kinds and global by default")
     parser.add_argument("--images", type=int, default=256, help="calibration images")
     parser.add_argument("--eval-images", type=int, default=0, help="evaluation images; 0 for all")
     args = parser.parse_args()
@@ -191,7 +191,7 @@ def main() -> int:
         sys.exit("NVIT_DATA is not set: this needs DeiT-Ti's weights and the image samples")
     torch.set_num_threads(1)
     bench = Bench(Path(os.environ["NVIT_DATA"]), args.images, args.eval_images)
-    for section in args.sections:
+    for section in args.sections or ("mlp", "kinds", "global"):
         bench.begin(section)
         {"global": bench.globally}.get(section, getattr(bench, section, None))()
     return 0

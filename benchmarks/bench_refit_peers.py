@@ -154,7 +154,7 @@ def plot(results: Path) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("cases", nargs="*", choices=TARGETS, help="all of them by default")
     parser.add_argument("--images", type=int, default=256, help="calibration images")
     parser.add_argument("--eval-images", type=int, default=0, help="evaluation images; 0 for all")
     parser.add_argument("--plot", action="store_true", help="draw the figure from the CSV that is there")
@@ -164,7 +164,7 @@ def main() -> int:
             sys.exit("NVIT_DATA is not set: this needs DeiT-Ti's weights and the image samples")
         torch.set_num_threads(1)
         bench = PeerBench(Bench(Path(os.environ["NVIT_DATA"]), args.images, args.eval_images))
-        for case in args.cases:
+        for case in args.cases or TARGETS:
             for target in TARGETS[case]:
                 bench.at(case, target)
     print(plot(records.RESULTS))
