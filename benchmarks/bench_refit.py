@@ -183,15 +183,17 @@ class Bench:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", choices=SECTIONS, help="mlp, kinds and global by default")
+    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; by default {', '.join(SECTIONS[:3])}")
     parser.add_argument("--images", type=int, default=256, help="calibration images")
     parser.add_argument("--eval-images", type=int, default=0, help="evaluation images; 0 for all")
     args = parser.parse_args()
+    if unknown := set(args.sections).difference(SECTIONS):  # `choices` refuses an empty list before Python 3.12
+        parser.error(f"unknown sections {sorted(unknown)}; there are {', '.join(SECTIONS)}")
     if "NVIT_DATA" not in os.environ:
         sys.exit("NVIT_DATA is not set: this needs DeiT-Ti's weights and the image samples")
     torch.set_num_threads(1)
     bench = Bench(Path(os.environ["NVIT_DATA"]), args.images, args.eval_images)
-    for section in args.sections or ("mlp", "kinds", "global"):
+    for section in args.sections or SECTIONS[:3]:
         bench.begin(section)
         {"global": bench.globally}.get(section, getattr(bench, section, None))()
     return 0

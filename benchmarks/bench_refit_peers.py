@@ -1,14 +1,14 @@
 """Top-1 of DeiT-Ti pruned in one shot to equal MACs by Torch-Pruning 1.6 and by us, no training.
 
-    NVIT_DATA=FOLDER python -m benchmarks.bench_refit_peers [mlp all] [--images 256] [--eval-images 0] [--plot]
+    NVIT_DATA=FOLDER python -m benchmarks.bench_refit_peers [mlp=0.722 …] [--images 256] [--eval-images 0]
 
-`mlp`: hidden MLP units alone. `all`: every structure. Torch-Pruning ranks all of them together by its Taylor or its
+By case and share of dense MACs. `mlp`: hidden MLP units alone. `all`: every structure. Torch-Pruning ranks all of them together by its Taylor or its
 magnitude importance, and for `all` also apart by structure (isomorphic pruning, arXiv:2407.04616); its gradients are
 those of the same calibration images that we have, with their true labels. It keeps at least the target's share of MACs,
 ours at most. Ours is criterion `remaining`, without and with a refit, labels unread; its rows have the gain over
 Torch-Pruning's best at that target, with its 95 % interval (paired bootstrap over images). Writes refit_peers_cpu.csv
-and, from it and refit_global_cpu.csv, refit_cpu.png in benchmarks/results; `--plot` draws without measuring. Needs
-`pip install torch-pruning`.
+(rows that are there of other points stay) and, from it and refit_global_cpu.csv, refit_cpu.png in benchmarks/results;
+`--plot` draws without measuring. Needs `pip install torch-pruning`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import csv
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import timm
@@ -32,7 +33,8 @@ from nvit.evaluate import macs
 from nvit.masks import full_masks
 from nvit.selection import drop_to_target
 
-TARGETS = {"mlp": (0.833, 0.722), "all": (0.936, 0.846, 0.8, 0.65)}
+POINTS = (("mlp", 0.722), ("all", 0.846), ("all", 0.65), ("mlp", 0.833), ("all", 0.8), ("all", 0.936))
+CASES = ("dense", "mlp", "all")
 TITLES = {"all": "all structures", "mlp": "hidden MLP units alone"}
 INPUT = (3, 224, 224)
 LINES = {
@@ -103,22 +105,38 @@ class PeerBench:
         for refit in (False, True):
             small = b.pruned(masks, refit=refit)
             self.measure(small, over=best, method="ours, refitted" if refit else "ours", **row)
+        self.save()
+
+    def save(self) -> None:
+        """Rows measured now, and those of other points that the file has."""
+        now = list(self.records.rows)
+        measured = {_key(r) for r in now}
+        kept = [r for r in _read(self.records.path) if _key(r) not in measured]
+        self.records.rows = sorted(kept + now, key=lambda r: (CASES.index(r["case"]), -_key(r)[1]))
         self.records.save()
+        self.records.rows = now
+
+
+def _key(row: Mapping) -> tuple[str, float]:
+    return row["case"], float(row.get("target") or 1)
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as f:
+        return list(csv.DictReader(f))
 
 
 def points(results: Path) -> dict[tuple[str, str], dict[float, float]]:
     """Top-1 by share of MACs, by case and method; the dense model belongs to all."""
-    with (results / "refit_peers_cpu.csv").open(newline="") as f:
-        rows = list(csv.DictReader(f))
+    rows = _read(results / "refit_peers_cpu.csv")
     dense = next(float(r["top1"]) for r in rows if r["case"] == "dense")
-    more = results / "refit_global_cpu.csv"
-    if more.exists():
-        with more.open(newline="") as f:
-            rows += [
-                r | {"case": "all", "method": "ours, refitted" if r["refit"] == "True" else "ours"}
-                for r in csv.DictReader(f)
-                if r["case"] == "global" and r["criterion"] == "remaining"
-            ]
+    rows += [
+        r | {"case": "all", "method": "ours, refitted" if r["refit"] == "True" else "ours"}
+        for r in _read(results / "refit_global_cpu.csv")
+        if r["case"] == "global" and r["criterion"] == "remaining"
+    ]
     found: dict[tuple[str, str], dict[float, float]] = {}
     for r in rows:
         if r["case"] != "dense":
@@ -152,9 +170,16 @@ def plot(results: Path) -> Path:
     return path
 
 
+def point(text: str) -> tuple[str, float]:
+    case, _, share = text.partition("=")
+    if case not in TITLES:
+        raise argparse.ArgumentTypeError(f"{text!r} is no point; expected {' or '.join(f'{c}=SHARE' for c in TITLES)}")
+    return case, float(share)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", choices=TARGETS, help="all of them by default")
+    parser.add_argument("points", nargs="*", type=point, help="CASE=SHARE; six by default")
     parser.add_argument("--images", type=int, default=256, help="calibration images")
     parser.add_argument("--eval-images", type=int, default=0, help="evaluation images; 0 for all")
     parser.add_argument("--plot", action="store_true", help="draw the figure from the CSV that is there")
@@ -164,9 +189,8 @@ def main() -> int:
             sys.exit("NVIT_DATA is not set: this needs DeiT-Ti's weights and the image samples")
         torch.set_num_threads(1)
         bench = PeerBench(Bench(Path(os.environ["NVIT_DATA"]), args.images, args.eval_images))
-        for case in args.cases or TARGETS:
-            for target in TARGETS[case]:
-                bench.at(case, target)
+        for case, target in args.points or POINTS:
+            bench.at(case, target)
     print(plot(records.RESULTS))
     return 0
 
