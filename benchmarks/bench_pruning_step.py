@@ -10,22 +10,17 @@ to the resident memory of a forked child of its own. Needs `pip install torch-pr
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import sys
 import time
-import types
-import warnings
 from collections.abc import Callable
 
 import timm
 import torch
-import torch.nn.functional as F
-import torch_pruning as tp
-from timm.models.vision_transformer import Attention
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.records import Records, median_ratio, peak_mib
+from benchmarks.torch_pruning_vit import finish, pruner_of, twin_of
 from nvit.evaluate import macs
 from nvit.latency import LatencyTable
 from nvit.masks import widths
@@ -41,52 +36,6 @@ def with_gradients(name: str) -> nn.Module:
     model = timm.create_model(name).eval()
     for p in model.parameters():
         p.grad = torch.randn_like(p) * 1e-3
-    return model
-
-
-def twin_of(model: nn.Module) -> nn.Module:
-    """A copy with its gradients."""
-    other = copy.deepcopy(model)
-    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
-        theirs.grad = mine.grad.clone()
-    return other
-
-
-def _width_free(attn: Attention, x: Tensor, **_) -> Tensor:
-    """timm's attention for a head width that has changed; the host reshapes to the embedding's width."""
-    batch, tokens, _ = x.shape
-    qkv = attn.qkv(x).reshape(batch, tokens, 3, attn.num_heads, attn.head_dim)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    out = F.scaled_dot_product_attention(q, k, v, scale=attn.scale)
-    return attn.proj(out.transpose(1, 2).reshape(batch, tokens, -1))
-
-
-def theirs(model: nn.Module, ratio: float) -> tp.pruner.BasePruner:
-    """Torch-Pruning's pruner as it is meant for timm's ViT: all widths ranked together, head dims within heads."""
-    heads = {}
-    for m in model.modules():
-        if isinstance(m, Attention):
-            m.forward = types.MethodType(_width_free, m)
-            heads[m.qkv] = m.num_heads
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return tp.pruner.BasePruner(
-            model,
-            torch.randn(1, *INPUT),
-            importance=tp.importance.GroupTaylorImportance(),
-            global_pruning=True,
-            pruning_ratio=ratio,
-            ignored_layers=[model.head],
-            num_heads=heads,
-        )
-
-
-def finish(model: nn.Module, pruner: tp.pruner.BasePruner) -> nn.Module:
-    """Tell timm's attention its new head widths, which Torch-Pruning leaves to its user."""
-    for m in model.modules():
-        if isinstance(m, Attention):
-            m.num_heads = pruner.num_heads[m.qkv]
-            m.head_dim = m.qkv.out_features // (3 * m.num_heads)
     return model
 
 
@@ -140,7 +89,7 @@ def compare(records: Records, name: str, ratio: float, rounds: int) -> str | Non
     share = 0.0
     for _ in range(rounds):
         model = twin_of(dense)
-        graph_s, pruner = timed(theirs, model, ratio)
+        graph_s, pruner = timed(pruner_of, model, ratio)
         step_s, _ = timed(pruner.step)
         small = finish(model, pruner)
         share = share or macs(small, INPUT) / macs(dense, INPUT)
@@ -154,7 +103,7 @@ def compare(records: Records, name: str, ratio: float, rounds: int) -> str | Non
             seconds.setdefault(case, []).append(s)
         del model, pruner, small, masked, step
     memory = {
-        "torch-pruning": peak_mib(lambda: theirs(twin_of(dense), ratio).step),
+        "torch-pruning": peak_mib(lambda: pruner_of(twin_of(dense), ratio).step),
         "ours": peak_mib(lambda: ours_ready(twin_of(dense), table, share, False)),
         "ours, compact": peak_mib(lambda: ours_ready(twin_of(dense), table, share, True)),
     }

@@ -42,6 +42,7 @@ from nvit.spec import KINDS, Group
 SECTIONS = ("mlp", "kinds", "global", "images", "labels")
 TARGETS = (0.9, 0.8, 0.65, 0.5)
 BATCH = 50
+MODEL = "deit_tiny_patch16_224"
 
 
 @torch.inference_mode()
@@ -80,7 +81,8 @@ class Bench:
             data=flags["--data"], eval_data=flags["--eval-data"], class_map=flags["--class-map"], resize=False,
             eval_images=evaluate,
         )  # fmt: skip
-        self.plain = open_model("deit_tiny_patch16_224", ModelFlags(checkpoint=flags["--checkpoint"], device="cpu"))
+        self.checkpoint = flags["--checkpoint"]
+        self.plain = open_model(MODEL, ModelFlags(checkpoint=self.checkpoint, device="cpu"))
         loader = open_training_data(self.plain, where, PruneConfig(batch_size=BATCH), augment=False)
         self.calibration = [batch for batch, _ in zip(loader, range(-(-images // BATCH)), strict=False)]
         self.evaluation = list(open_evaluation_data(self.plain, where, BATCH))
@@ -110,17 +112,23 @@ class Bench:
         score(pruner, batches or self.calibration)
         return pruner.scores()
 
+    def pruned(self, masks: Masks, *, refit: bool, batches=None) -> nn.Module:
+        """The compact model of one choice."""
+        model = copy.deepcopy(self.model)
+        apply_(model, self.groups, masks)
+        if refit:
+            refit_(model, self.model, self.groups, [x for x, _ in batches or self.calibration], seen=self.seen)
+        return compact(model, self.groups, masks)
+
     def compare(self, masks: Masks, *, batches=None, **row) -> None:
         """Rows of one choice, without and with a refit."""
         batches = batches or self.calibration
         right = {}
         for refitted in (False, True):
-            model, start = copy.deepcopy(self.model), time.process_time()
-            apply_(model, self.groups, masks)
-            if refitted:
-                refit_(model, self.model, self.groups, [x for x, _ in batches], seen=self.seen)
+            start = time.process_time()
+            small = self.pruned(masks, refit=refitted, batches=batches)
             seconds = time.process_time() - start
-            right[refitted] = answers(compact(model, self.groups, masks), self.evaluation)
+            right[refitted] = answers(small, self.evaluation)
             more = {}
             if refitted:
                 d = paired_bootstrap(right[True].tolist(), right[False].tolist())
@@ -175,15 +183,17 @@ class Bench:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", choices=SECTIONS, default=["mlp", "kinds", "global"])
+    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; by default {', '.join(SECTIONS[:3])}")
     parser.add_argument("--images", type=int, default=256, help="calibration images")
     parser.add_argument("--eval-images", type=int, default=0, help="evaluation images; 0 for all")
     args = parser.parse_args()
+    if unknown := set(args.sections).difference(SECTIONS):  # `choices` refuses an empty list before Python 3.12
+        parser.error(f"unknown sections {sorted(unknown)}; there are {', '.join(SECTIONS)}")
     if "NVIT_DATA" not in os.environ:
         sys.exit("NVIT_DATA is not set: this needs DeiT-Ti's weights and the image samples")
     torch.set_num_threads(1)
     bench = Bench(Path(os.environ["NVIT_DATA"]), args.images, args.eval_images)
-    for section in args.sections:
+    for section in args.sections or SECTIONS[:3]:
         bench.begin(section)
         {"global": bench.globally}.get(section, getattr(bench, section, None))()
     return 0

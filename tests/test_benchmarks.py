@@ -21,8 +21,6 @@ NAMES = sorted(p.stem for p in Path(records.__file__).parent.glob("bench_*.py"))
 
 @pytest.mark.parametrize("name", NAMES)
 def test_help(name, monkeypatch, capsys):
-    if name == "bench_pruning_step":
-        pytest.importorskip("torch_pruning", reason="torch-pruning, an extra for this benchmark alone, is missing")
     bench = importlib.import_module(f"benchmarks.{name}")
     if not hasattr(bench, "main"):
         pytest.skip("takes no arguments")
