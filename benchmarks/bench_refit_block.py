@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import os
 import sys
 import time
@@ -52,7 +53,7 @@ def seconds(depth: int, images: list[torch.Tensor]) -> dict[str, float]:
     apply_(model, groups, masks)
     refit_(model, dense, groups, images, seen=seen)
     marks.append(time.process_time())
-    found = dict(zip(STEPS, (b - a for a, b in zip(marks, marks[1:], strict=False)), strict=True))
+    found = dict(zip(STEPS, (b - a for a, b in itertools.pairwise(marks)), strict=True))
     return found | {"peak_mib": (meter.peak - held) / 2**20}
 
 
