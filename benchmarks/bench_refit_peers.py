@@ -2,11 +2,11 @@
 
     NVIT_DATA=FOLDER python -m benchmarks.bench_refit_peers [mlp=0.722 …] [--images 256] [--eval-images 0]
 
-By case and share of dense MACs. `mlp`: hidden MLP units alone. `all`: every structure. Torch-Pruning ranks all of them
+By case and share of dense MACs. `mlp`: hidden MLP units alone. `all`: every structure. Torch-Pruning ranks all units
 together by its Taylor or its magnitude importance, and for `all` also apart by structure (isomorphic pruning,
 arXiv:2407.04616); its gradients are those of the same calibration images that we have, with their true labels. It keeps
 at least the target's share of MACs, ours at most. Ours is criterion `remaining`, without and with a refit, labels
-unread; its rows have the gain over Torch-Pruning's best at that target, with its 95 % interval (paired bootstrap over
+unread; its rows have the gain over Torch-Pruning's best at that point, with its 95 % interval (paired bootstrap over
 images). Writes refit_peers_cpu.csv (rows that are there of other points stay) and, from it and refit_global_cpu.csv,
 refit_cpu.png in benchmarks/results;
 `--plot` draws without measuring. Needs `pip install torch-pruning`.
