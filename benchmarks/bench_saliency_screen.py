@@ -1,13 +1,13 @@
 """Which saliency foretells best what a real DeiT-Ti can spare, one shot, without training: width by width and globally.
 
 Every saliency is made of the same recorded gate gradients of imagenet_sample1000 (true labels, or random probes of the
-model's own output). A quarter of imagenet_val1300 (every fourth image) chooses, by the KL divergence to the dense
-model, which tells more from few images than top-1 does; the half of odd places reports the finalists. All images are
-the centre crop of 224 without resizing. One kind of width shrinks until it costs as much as that share less of it
-would, all groups of the kind ranked together; `all` ranks all kinds together against an analytic latency table.
+model's own output). The half of imagenet_val1300 at even places chooses, by the KL divergence to the dense model, which
+tells more from few images than top-1 does; the half at odd places reports the finalists. All images are the centre crop
+of 224 without resizing. One kind of width shrinks until it costs as much as that share less of it would, all groups of
+the kind ranked together; `all` ranks all kinds together against an analytic latency table.
 
-The data is read from the folder that NVIT_DATA names. Recorded gradients and evaluations are kept in --cache, from
-which everything but the table can be had again without it.
+The data is read from the folder that NVIT_DATA names. Recorded gradients and evaluations are kept in --cache, so that
+structures can be measured by several processes at once; the run that names none of them then writes the table.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.bench_saliency import MODEL, images_of
-from benchmarks.gate_samples import record
+from benchmarks.gate_samples import record, token_products
 from benchmarks.paired import paired_bootstrap
 from benchmarks.records import Records
 from benchmarks.saliencies import candidates, score
@@ -38,10 +38,10 @@ from nvit.masks import Masks, compact, full_masks, kept_counts
 from nvit.selection import drop_to_target
 from nvit.spec import KINDS
 
-FINALISTS = ("hessian", "fisher")
-SCREENED = {"emb": 0.3, "heads": 0.3, "qk_dim": 0.3, "v_dim": 0.3, "mlp": 0.3}
-REPORTED = [("all", 0.9), ("all", 0.8), ("all", 0.65), ("mlp", 0.5)]
-PARTS = {"screen": slice(0, None, 4), "report": slice(1, None, 2)}
+FINALISTS = (("leave", "hessian"), ("leave", "fisher"))
+SCREENED_AT = 0.3
+REPORTED_AT = {"all": (0.9, 0.8, 0.65)} | {kind: (0.1, 0.2, 0.3, 0.5) for kind in KINDS}
+PARTS = {"choose": slice(0, None, 2), "report": slice(1, None, 2)}
 BATCH = 10
 
 
@@ -90,6 +90,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=Path("saliency-cache"), help="folder for what was measured")
     parser.add_argument("--quick", action="store_true", help="60 images of each set, MLP alone, nothing written")
+    parser.add_argument("--structures", nargs="+", choices=list(REPORTED_AT), help="only these, nothing written")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     if not os.environ.get("NVIT_DATA"):
@@ -107,7 +108,9 @@ def main() -> int:
     if not file.exists():
         scored, start = images_of(root / "imagenet_sample1000", dense, None)[few], time.process_time()
         found = record(copy.deepcopy(dense), scored, lambda n: print(f"recorded {n} of {len(scored)}", file=sys.stderr))
-        save_file(found, file)
+        prepared = copy.deepcopy(dense)
+        adapters.find(prepared).prepare(prepared)
+        save_file(found | token_products(prepared, [image for image, _ in scored]), file)
         print(f"{time.process_time() - start:.0f} CPU seconds for {len(scored)} images", file=sys.stderr)
     samples = load_file(file)
 
@@ -127,11 +130,11 @@ def main() -> int:
             target = table.model_ms([replace(b, **{kind: getattr(b, kind) * (1 - share)}) for b in table.dense])
         return drop_to_target(scores, full, groups, table, target)[0]
 
-    for kind, share in REPORTED if not args.quick else [("mlp", 0.5)]:
+    def reported(kind: str, share: float) -> None:
         base = None
-        for name in FINALISTS:
-            masks = masks_of(kind, share, "leave", name)
-            chosen, report = evaluate(masks, "screen"), evaluate(masks, "report")
+        for place, name in FINALISTS:
+            masks = masks_of(kind, share, place, name)
+            chosen, report = evaluate(masks, "choose"), evaluate(masks, "report")
             base = base or report
             gain, kl = (paired_bootstrap(report[key], base[key]) for key in ("right", "kl"))
             kept = kept_counts(masks)
@@ -139,7 +142,7 @@ def main() -> int:
             records.add(
                 stage="report",
                 structure=kind,
-                gate="leave",
+                gate=place,
                 saliency=name,
                 fraction=share,
                 images=len(report["kl"]),
@@ -153,15 +156,18 @@ def main() -> int:
                 kl_high=kl.high,
                 **{f"kept_{k}": float(v) for k, v in mean.items()},
             )
-        if not args.quick:
-            records.save()
-    for kind, share in SCREENED.items() if not args.quick else [("mlp", 0.3)]:
-        for place, name in candidates(kind) if not args.quick else [("leave", n) for n in FINALISTS]:
-            found = evaluate(masks_of(kind, share, place, name), "screen")
-            row = {"stage": "screen", "structure": kind, "gate": place, "saliency": name, "fraction": share}
+
+    structures = args.structures or (["mlp"] if args.quick else list(REPORTED_AT))
+    for kind in structures:
+        for place, name in candidates(kind) if kind in KINDS and not args.quick else ():
+            found = evaluate(masks_of(kind, SCREENED_AT, place, name), "choose")
+            row = {"stage": "screen", "structure": kind, "gate": place, "saliency": name, "fraction": SCREENED_AT}
             records.add(**row, images=len(found["kl"]), **_columns(found, "choose"))
-        if not args.quick:
-            records.save()
+    for kind in structures:
+        for share in (0.5,) if args.quick else REPORTED_AT[kind]:
+            reported(kind, share)
+    if not (args.quick or args.structures):
+        records.save()
     return 0
 
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from nvit.curvature import Seen, watch
+
 PASSES = ("true", "probe")
 BATCH = 10
 
@@ -100,3 +102,27 @@ def record(
         progress(start + len(part))
     sites.close()
     return out | {name: (total / len(samples)).float() for name, total in sites.tokens.items()}
+
+
+def token_products(model: nn.Module, images: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Products of two units' gate gradients as if tokens were independent of each other: E x xᵀ ∘ Σ_tokens E g gᵀ.
+
+    The Kronecker factors of Martens & Grosse 2015 (arXiv:1503.05671), of a prepared model with its own probes of the
+    logits' curvature. `pairs.mlp.I`, `pairs.heads.I`, `pairs.v_dim.I`, `pairs.qk_dim.I`, `pairs.emb.0`, fp32
+    `(units, units)`.
+    """
+    seen = watch(model, [torch.stack(list(images[i : i + BATCH])) for i in range(0, len(images), BATCH)])
+
+    def pairs(s: Seen) -> Tensor:
+        return (s.xx / s.rows * s.curvature).float()
+
+    out = {"pairs.emb.0": sum(pairs(s) for (_, place), s in seen.items() if place == "emb")}
+    for i, block in enumerate(model.blocks):
+        heads = block.attn.heads
+        by_head = {end: pairs(seen[f"blocks.{i}.attn", end]) for end in ("out", "qk")}
+        by_head = {end: p.view(heads, len(p) // heads, heads, -1) for end, p in by_head.items()}
+        out[f"pairs.mlp.{i}"] = pairs(seen[f"blocks.{i}.mlp", "out"])
+        out[f"pairs.heads.{i}"] = by_head["out"].sum((1, 3))
+        out[f"pairs.v_dim.{i}"] = by_head["out"].sum((0, 2))
+        out[f"pairs.qk_dim.{i}"] = by_head["qk"].sum((0, 2))
+    return out

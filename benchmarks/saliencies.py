@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nvit.saliency import leave_in_turn
+from nvit.saliency import SHRINK, leave_in_turn
 from nvit.spec import KINDS
 
 Samples = Mapping[str, Tensor]
@@ -47,12 +47,16 @@ def expected_batch_squares(g: Tensor, size: int) -> Tensor:
     return (squares / n / size + (size - 1) / size * (total.square() - squares) / (n * (n - 1))).float()
 
 
-def in_turn(g: Tensor, shrink: float = 0.5) -> Tensor:
+def in_turn(g: Tensor, shrink: float = SHRINK) -> Tensor:
     """`fisher`, with the shrinkage of different units' products in its hand."""
     g = g.double()
-    pairs = g.T @ g / len(g)
+    return pairs_in_turn(g.T @ g / len(g), shrink)
+
+
+def pairs_in_turn(pairs: Tensor, shrink: float) -> Tensor:
+    """Units that leave one by one, from products of theirs `(units, units)`."""
     diagonal = pairs.diagonal().diag()
-    return leave_in_turn((pairs - diagonal) * (shrink / 0.5) + diagonal)
+    return leave_in_turn((pairs - diagonal) * (shrink / SHRINK) + diagonal)
 
 
 AVERAGES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -101,10 +105,12 @@ PLACES = {
 def candidates(kind: str) -> list[tuple[str, str]]:
     """Place and name of every saliency of a kind."""
     found = [("leave", name) for name in AVERAGES]
-    found += [("leave", f"{name}, probe") for name in ("squares", "abs", "fisher")]
+    found += [("leave", f"{name}, probe") for name in ("squares", "abs", "fisher", "fisher, not shrunk")]
+    found += [("leave", "fisher, both")]
     found += [("leave", "second order")]
     found += [(place, "abs") for place in PLACES[kind][1:]]
-    return found + ([("tokens", name) for name in ("abs", "energies")] if kind in ("v_dim", "mlp") else [])
+    found += [("tokens", name) for name in ("abs", "energies")] if kind in ("v_dim", "mlp") else []
+    return found + [("tokens", "pairs"), ("tokens", "pairs, not shrunk")]
 
 
 def score(samples: Samples, kind: str, place: str, name: str) -> dict[str, Tensor]:
@@ -114,10 +120,16 @@ def score(samples: Samples, kind: str, place: str, name: str) -> dict[str, Tenso
     for block in range(1 if kind == "emb" else DEPTH):
         if name == "second order":
             value = _first_and_second(samples, kind, block)
+        elif name.startswith("pairs"):
+            value = pairs_in_turn(samples[f"pairs.{kind}.{block}"], 1.0 if name.endswith("not shrunk") else SHRINK)
         elif place == "tokens":
             value = _tokens(name)(samples, kind, block)
         else:
-            of = "probe" if name.endswith(", probe") else "true"
-            value = AVERAGES[name.removesuffix(", probe")](gates(samples, kind, block, place, of))
+            average, of = name, "true"
+            for ending in ("probe", "both"):
+                if name.endswith(f", {ending}"):
+                    average, of = name.removesuffix(f", {ending}"), ending
+            passes = ("true", "probe") if of == "both" else (of,)
+            value = AVERAGES[average](torch.cat([gates(samples, kind, block, place, p) for p in passes]))
         out["emb" if kind == "emb" else f"blocks.{block}.{kind}"] = value.sum(0) if value.dim() == 2 else value
     return out
