@@ -39,7 +39,7 @@ from nvit.selection import drop_to_target
 from nvit.spec import KINDS
 
 FINALISTS = (("leave", "hessian"), ("leave", "fisher"))
-SCREENED_AT = 0.3
+SCREENED_AT = {"all": 0.8} | {kind: 0.3 for kind in KINDS}
 REPORTED_AT = {"all": (0.9, 0.8, 0.65)} | {kind: (0.1, 0.2, 0.3, 0.5) for kind in KINDS}
 PARTS = {"choose": slice(0, None, 2), "report": slice(1, None, 2)}
 BATCH = 10
@@ -91,6 +91,7 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=Path("saliency-cache"), help="folder for what was measured")
     parser.add_argument("--quick", action="store_true", help="60 images of each set, MLP alone, nothing written")
     parser.add_argument("--structures", nargs="+", choices=list(REPORTED_AT), help="only these, nothing written")
+    parser.add_argument("--no-report", action="store_true", help="only the screening, nothing written")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     if not os.environ.get("NVIT_DATA"):
@@ -159,14 +160,15 @@ def main() -> int:
 
     structures = args.structures or (["mlp"] if args.quick else list(REPORTED_AT))
     for kind in structures:
-        for place, name in candidates(kind) if kind in KINDS and not args.quick else ():
-            found = evaluate(masks_of(kind, SCREENED_AT, place, name), "choose")
-            row = {"stage": "screen", "structure": kind, "gate": place, "saliency": name, "fraction": SCREENED_AT}
+        for place, name in () if args.quick else candidates(kind):
+            share = SCREENED_AT[kind]
+            found = evaluate(masks_of(kind, share, place, name), "choose")
+            row = {"stage": "screen", "structure": kind, "gate": place, "saliency": name, "fraction": share}
             records.add(**row, images=len(found["kl"]), **_columns(found, "choose"))
     for kind in structures:
-        for share in (0.5,) if args.quick else REPORTED_AT[kind]:
+        for share in () if args.no_report else (0.5,) if args.quick else REPORTED_AT[kind]:
             reported(kind, share)
-    if not (args.quick or args.structures):
+    if not (args.quick or args.structures or args.no_report):
         records.save()
     return 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -102,15 +102,25 @@ PLACES = {
 }
 
 
+EVERYWHERE = [("leave", name) for name in AVERAGES]
+EVERYWHERE += [("leave", f"{name}, probe") for name in ("squares", "abs", "fisher", "fisher, not shrunk")]
+EVERYWHERE += [("leave", "fisher, both"), ("leave", "second order")]
+EVERYWHERE += [("tokens", "pairs"), ("tokens", "pairs, not shrunk")]
+EVERYWHERE += [("leave", f"fisher, {passes}, toward pairs") for passes in ("probe", "both")]
+"""Place and name of the saliencies that every kind has."""
+
+
 def candidates(kind: str) -> list[tuple[str, str]]:
-    """Place and name of every saliency of a kind."""
-    found = [("leave", name) for name in AVERAGES]
-    found += [("leave", f"{name}, probe") for name in ("squares", "abs", "fisher", "fisher, not shrunk")]
-    found += [("leave", "fisher, both")]
-    found += [("leave", "second order")]
-    found += [(place, "abs") for place in PLACES[kind][1:]]
-    found += [("tokens", name) for name in ("abs", "energies")] if kind in ("v_dim", "mlp") else []
-    return found + [("tokens", "pairs"), ("tokens", "pairs, not shrunk")]
+    """Place and name of every saliency of a kind, or of `all` kinds together."""
+    own = [(place, "abs") for place in PLACES.get(kind, ())[1:]]
+    own += [("tokens", name) for name in ("abs", "energies")] if kind in ("v_dim", "mlp") else []
+    return EVERYWHERE + own
+
+
+def _toward_pairs(samples: Samples, kind: str, block: int, passes: Sequence[str]) -> Tensor:
+    """`fisher` shrunk by half toward the products of tokens instead of toward no products."""
+    g = torch.cat([gates(samples, kind, block, of=of) for of in passes]).double()
+    return pairs_in_turn((g.T @ g / len(g) + samples[f"pairs.{kind}.{block}"]) / 2, 1.0)
 
 
 def score(samples: Samples, kind: str, place: str, name: str) -> dict[str, Tensor]:
@@ -122,6 +132,9 @@ def score(samples: Samples, kind: str, place: str, name: str) -> dict[str, Tenso
             value = _first_and_second(samples, kind, block)
         elif name.startswith("pairs"):
             value = pairs_in_turn(samples[f"pairs.{kind}.{block}"], 1.0 if name.endswith("not shrunk") else SHRINK)
+        elif name.endswith(", toward pairs"):
+            passes = ("true", "probe") if ", both," in name else ("probe",)
+            value = _toward_pairs(samples, kind, block, passes)
         elif place == "tokens":
             value = _tokens(name)(samples, kind, block)
         else:
