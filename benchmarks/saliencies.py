@@ -55,8 +55,9 @@ def in_turn(g: Tensor, shrink: float = SHRINK) -> Tensor:
 
 def pairs_in_turn(pairs: Tensor, shrink: float) -> Tensor:
     """Units that leave one by one, from products of theirs `(units, units)`."""
+    pairs = pairs.double()
     diagonal = pairs.diagonal().diag()
-    return leave_in_turn((pairs - diagonal) * (shrink / SHRINK) + diagonal)
+    return leave_in_turn((pairs - diagonal) * shrink + diagonal)
 
 
 AVERAGES: dict[str, Callable[[Tensor], Tensor]] = {

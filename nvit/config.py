@@ -60,6 +60,10 @@ class TrainingConfig:
     save_every: Annotated[float, _help("seconds between run states on disk")] = 300.0
 
 
+WATCHED = ("curvature", "remaining")
+"""Criteria read from activations and their gradients on one process; see `nvit.oneshot`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig(TrainingConfig):
     """Prune a vision transformer to one or several latency targets."""
@@ -69,8 +73,11 @@ class PruneConfig(TrainingConfig):
         _help("fractions of the dense latency, in (0, 1); a snapshot at each; in Python also a float"),
     ] = (0.5,)
     criterion: Annotated[
-        Literal["auto", "remaining"] | CriterionName,
-        _help("what saliency is; auto: hessian while training, fisher with --no-train, remaining with --refit"),
+        Literal["auto", "curvature", "remaining"] | CriterionName,
+        _help(
+            "what saliency is; auto: hessian while training, curvature with --no-train (fisher under --budget or "
+            "torchrun), remaining with --refit"
+        ),
     ] = "auto"
     train: Annotated[bool, _help("train between decisions; --no-train scores frozen weights and decides once")] = True
     lr: Annotated[float, _help("while pruning, at batch 512, scaled linearly")] = 1e-4
@@ -118,7 +125,8 @@ class PruneConfig(TrainingConfig):
         for t in self.latency_target:
             if not 0 < t < 1:
                 raise ValueError(f"latency_target {t:g} is not in (0, 1); it is a fraction of the dense latency")
-        for name, on in (("refit", self.refit), ("criterion remaining", self.criterion == "remaining")):
+        watched = self.criterion in WATCHED
+        for name, on in (("refit", self.refit), (f"criterion {self.criterion}", watched)):
             if on and self.train:
                 raise ValueError(f"{name} is for pruning without training; add --no-train (train = false)")
         unknown = [k for k in self.only if k not in KINDS]
@@ -126,10 +134,15 @@ class PruneConfig(TrainingConfig):
             raise ValueError(
                 f"only: unknown kind {unknown[0]!r}{_nearest(unknown[0], KINDS)}; kinds: {', '.join(KINDS)}"
             )
-        if self.budget and (self.refit or self.criterion == "remaining"):
+        if self.budget and self.refit:
             raise ValueError(
                 f"budget {self.budget} does not bound a refit, which holds activations of all blocks in turn; "
-                "leave out --budget, or --refit and criterion remaining"
+                "leave out --budget or --refit"
+            )
+        if self.budget and watched:
+            raise ValueError(
+                f"budget {self.budget} does not bound criterion {self.criterion}, which holds two matrices for every "
+                "group; leave out --budget, or take criterion fisher"
             )
         if self.budget and (self.train or self.finetune_epochs):
             raise ValueError(
@@ -145,11 +158,14 @@ class PruneConfig(TrainingConfig):
 
     @property
     def saliency(self) -> str:
-        """The criterion, chosen where it is `auto`: one shot `fisher` is far ahead (docs/saliency.md), before a refit
-        the loss that remains after it (docs/refit.md), and `latency_weight` is on the scale of `hessian`."""
+        """The criterion, chosen where it is `auto`: one shot `curvature` is ahead (docs/saliency.md), `fisher` where
+        memory is bounded, before a refit the loss that remains after it (docs/refit.md), and `latency_weight` is on the
+        scale of `hessian`."""
         if self.criterion != "auto":
             return self.criterion
-        return "hessian" if self.train else "remaining" if self.refit else "fisher"
+        if self.train:
+            return "hessian"
+        return "remaining" if self.refit else "fisher" if self.budget else "curvature"
 
     @property
     def bundle_sizes(self) -> dict[str, int]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import adapters
 from .modules import prunable_layers
 from .progress import Progress, silent
+from .saliency import leave_in_turn
 from .spec import Group
 from .taps import observed
 
@@ -61,6 +62,34 @@ class Seen:
         return self.gg / self.images
 
 
+class GateProducts:
+    """Σ over images of the products of two gate gradients, the gates of single dims at one place.
+
+    Attributes:
+        images: how many.
+        sums: `(d, d)` fp64 by place; gates of the stream count at all its places together, under `(group, "emb")`.
+    """
+
+    def __init__(self) -> None:
+        self.images, self.sums, self._now = 0, {}, {}
+
+    def add(self, place: Place, products: Tensor) -> None:
+        """Activation times gradient of a batch, summed over an image's rows, `(images, d)`.
+
+        A norm that reads several tokens side by side has as many dims for a channel of the stream.
+        """
+        before = self._now.get(place, torch.zeros_like(products))
+        d = min(before.shape[1], products.shape[1])
+        self._now[place] = sum(p.view(len(p), -1, d).sum(1) for p in (before, products))
+
+    def close_batch(self) -> None:
+        """All places of the batch were there."""
+        for place, p in self._now.items():
+            self.sums[place] = (self.sums.get(place, 0.0) + p.T @ p).double()
+        self.images += max((len(p) for p in self._now.values()), default=0)
+        self._now.clear()
+
+
 Place = tuple[str, str]
 """Name of a layer, and `out` (where its units leave), `qk` (queries), `emb` (behind a norm) or `in` (what it reads)."""
 
@@ -90,11 +119,15 @@ def watch(
     model: nn.Module,
     batches: Iterable[Tensor],
     *,
+    gates: GateProducts | None = None,
     seed: int = 0,
     total: int = 0,
     progress: Progress = silent,
 ) -> dict[Place, Seen]:
     """One pass over images through a prepared model, forward and backward; weights are frozen meanwhile.
+
+    Args:
+        gates: gathers products of gate gradients beside.
 
     Raises:
         ValueError: there is no batch.
@@ -110,8 +143,11 @@ def watch(
         pairs = getattr(layers[place[0]], "pairs", None) is not None
 
         def sink(act: Tensor, grad: Tensor) -> None:
-            rows = (rows_of(kind, t, axis, pairs).float() for t in (act, grad))
-            seen.setdefault(place, Seen()).add(*rows, images_now[0])
+            x, g = (rows_of(kind, t, axis, pairs).float() for t in (act, grad))
+            seen.setdefault(place, Seen()).add(x, g, images_now[0])
+            if gates is not None and place[1] != "in":
+                where = (layers[place[0]].axes["emb"], "emb") if place[1] == "emb" else place
+                gates.add(where, (x * g).view(images_now[0], -1, x.shape[1]).sum(1))
 
         return observed(x, sink, again)
 
@@ -141,6 +177,8 @@ def watch(
             if not bool(logits.isfinite().all()):
                 raise FloatingPointError(f"a logit is not finite on calibration batch {done}; check weights and data")
             logits.backward(probe(logits, generator))
+            if gates is not None:
+                gates.close_batch()
             progress(done, total, "curvature")
     finally:
         for hook in hooks:
@@ -152,6 +190,28 @@ def watch(
     if not seen:
         raise ValueError("no batch of calibration images; the loader gave none")
     return seen
+
+
+def _places(model: nn.Module, groups: Sequence[Group], seen: Mapping[Place, Seen]) -> dict[str, list[Place]]:
+    """Where the units of each group leave.
+
+    Raises:
+        ValueError: a group at none of whose places a gradient was seen.
+    """
+    places: dict[str, list[Place]] = {g.name: [] for g in groups}
+    for name, layer in prunable_layers(model).items():
+        for axis, group in layer.axes.items():
+            place = (name, _TAP.get(axis) or "out")
+            if group in places and place in seen:
+                places[group].append(place)
+    for name, found in places.items():
+        if not found:
+            raise ValueError(f"{name}: no gradient reached where its units leave; this criterion cannot rank it")
+    return places
+
+
+def _wide(group: Group, mask: Tensor, narrow: Tensor) -> Tensor:
+    return narrow.new_zeros(group.size).index_copy_(0, mask.nonzero().squeeze(1).cpu(), narrow.cpu())
 
 
 def remaining_loss(
@@ -167,20 +227,43 @@ def remaining_loss(
     Raises:
         ValueError: a group at none of whose places a gradient was seen.
     """
-    names = {g.name: g for g in groups}
-    places: dict[str, list[tuple[Place, str]]] = {}
-    for name, layer in prunable_layers(model).items():
-        for axis, group in layer.axes.items():
-            place = (name, _TAP.get(axis) or "out")
-            if group in names and place in seen:
-                places.setdefault(group, []).append((place, axis))
-    scores = {}
-    for name, g in names.items():
-        if name not in places:
-            raise ValueError(f"{name}: no gradient reached where its units leave; criterion remaining cannot rank it")
-        kept = masks[name].nonzero().squeeze(1)
-        narrow = _cost(g, len(kept), [seen[place] for place, _ in places[name]])
-        scores[name] = narrow.new_zeros(g.size).index_copy_(0, kept, narrow.cpu())
+    places, scores = _places(model, groups, seen), {}
+    for g in groups:
+        narrow = _cost(g, int(masks[g.name].sum()), [seen[place] for place in places[g.name]])
+        scores[g.name] = _wide(g, masks[g.name], narrow)
+    return scores
+
+
+def curvature_loss(
+    model: nn.Module,
+    groups: Sequence[Group],
+    masks: Mapping[str, Tensor],
+    seen: Mapping[Place, Seen],
+    gates: GateProducts,
+) -> dict[str, Tensor]:
+    """Loss that removing a unit adds, those that left before it gone, by group `(group.size,)`; nothing is refitted.
+
+    Removing a set of units costs half the sum of the curvature between their gates over all pairs in it. The curvature
+    is the mean of two estimates. Products of gate gradients over images are right on average, but noisy. Those of
+    activations times those of gradients (Martens & Grosse 2015, arXiv:1503.05671) have all tokens to average over, but
+    take tokens for independent of each other. See `saliency.leave_in_turn` for the order.
+
+    Raises:
+        ValueError: a group at none of whose places a gradient was seen.
+    """
+    places, scores = _places(model, groups, seen), {}
+    for g in groups:
+        units = int(masks[g.name].sum())
+
+        def by_unit(products: Tensor, kind: str = g.kind, units: int = units) -> Tensor:
+            dims = _dims(kind, units, len(products))
+            order = dims.flatten().to(products.device)
+            return products[order][:, order].view(*dims.shape, *dims.shape).sum((1, 3))
+
+        sampled = [(g.name, "emb")] if g.kind == "emb" else places[g.name]
+        total = sum(by_unit(gates.sums[place] / gates.images) for place in sampled)
+        total = total + sum(by_unit(seen[p].xx / seen[p].rows * seen[p].curvature) for p in places[g.name])
+        scores[g.name] = _wide(g, masks[g.name], leave_in_turn(total / 2))
     return scores
 
 

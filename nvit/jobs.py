@@ -108,7 +108,7 @@ def run_prune(command: PruneCommand, progress: Progress = silent) -> dict[str, A
         rows.append(row | {"path": str(path)})
     found = {
         "model": command.model,
-        "criterion": command.saliency,
+        "criterion": result.criterion,
         "targets": [p.target for p in result.snapshots],
         "dense": dense,
         "snapshots": rows,

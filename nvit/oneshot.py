@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from .budget import Budget
-from .curvature import Place, Seen, remaining_loss, watch
+from .config import WATCHED
+from .curvature import GateProducts, Place, Seen, curvature_loss, remaining_loss, watch
 from .distill import frozen
 from .memory import most_held
 from .progress import Progress
@@ -22,8 +23,8 @@ from .saliency import RunningMean
 from .scoring import batches_to_score, score
 
 
-class Refitter:
-    """What a one-shot run keeps for closed-form refits.
+class Watcher:
+    """Scores and refits of a one-shot run that are read from activations and their gradients.
 
     Attributes:
         dense: the model before anything left, in the basis it was rotated to; None where nothing is refitted.
@@ -33,32 +34,38 @@ class Refitter:
     def __init__(self, pruner: Pruner, loader, progress: Progress) -> None:
         self.pruner, self.loader, self.progress = pruner, loader, progress
         self.total = batches_to_score(pruner, loader)
+        self.dense = self.seen = None
         pruner.model.eval()
-        self.seen = self._watch()
-        self.fresh = True
-        self.dense = None
         if pruner.config.refit:
+            self.seen = self._watch()
             rotate_(pruner.model, self.seen)
             self.dense = frozen(copy.deepcopy(pruner.model))
 
     def _images(self) -> Iterator[Tensor]:
         return (images for images, _ in islice(self.loader, self.total))
 
-    def _watch(self) -> dict[Place, Seen]:
+    def _watch(self, gates: GateProducts | None = None) -> dict[Place, Seen]:
+        pruner = self.pruner
         return watch(
-            self.pruner.model, self._images(), seed=self.pruner.config.seed, total=self.total, progress=self.progress
+            pruner.model, self._images(), gates=gates, seed=pruner.config.seed, total=self.total, progress=self.progress
         )
 
     def score(self) -> None:
-        """Set the pruner's saliency to the loss that remains after a refit."""
+        """Set the pruner's saliency to what the criterion says of the model as it is."""
         pruner = self.pruner
-        seen = self.seen if self.fresh else self._watch()
-        self.fresh = False
+        where = (pruner.model, pruner.free, pruner.masks)
+        if pruner.config.saliency == "curvature":
+            gates = GateProducts()
+            scores = curvature_loss(*where, self._watch(gates), gates)
+        else:
+            # What was seen of the rotated model says all while nothing has left it.
+            whole = self.seen is not None and not pruner.history
+            scores = remaining_loss(*where, self.seen if whole else self._watch())
         pruner.mean = RunningMean()
-        pruner.mean.update(remaining_loss(pruner.model, pruner.free, pruner.masks, seen))
+        pruner.mean.update(scores)
 
     def refit(self) -> dict[str, Any]:
-        """Refit what the last decision left; time and memory of it for the history."""
+        """Refit what the last decision left, and return time and memory of it for the history."""
         start = time.monotonic()
         pruner = self.pruner
         rows = refit_(pruner.model, self.dense, pruner.groups, self._images(), seen=self.seen, progress=self.progress)
@@ -72,19 +79,19 @@ class Refitter:
 
 def prune_one_shot(pruner: Pruner, loader, keep, budget: Budget | None, progress: Progress) -> list:
     """A snapshot for each target: score, decide, refit, in `rounds` equal steps of latency from one to the next."""
-    config, remaining = pruner.config, pruner.config.saliency == "remaining"
-    refitter = Refitter(pruner, loader, progress) if config.refit or remaining else None
+    config, watched = pruner.config, pruner.config.saliency in WATCHED
+    watcher = Watcher(pruner, loader, progress) if config.refit or watched else None
     snapshots = []
     for target in pruner.targets:
         start = pruner.ratio
         for r in range(1, config.rounds + 1):
-            if remaining:
-                refitter.score()
+            if watched:
+                watcher.score()
             else:
                 pruner.mean = RunningMean()
                 score(pruner, loader, budget, progress=progress)
             pruner.decide_at(start + (target - start) * r / config.rounds)
             if config.refit:
-                pruner.history[-1] |= refitter.refit()
+                pruner.history[-1] |= watcher.refit()
         snapshots.append(keep.take(pruner, target, pruner.compact()))
     return snapshots

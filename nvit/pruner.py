@@ -76,7 +76,7 @@ class Pruner:
         self.free = prunable_groups(self.groups, self.config.only, self.config.freeze, self.config.stages)
         self.call = distributed.Call(self.model, adapter.logits)
         self.params = dict(model.named_parameters())
-        self.criterion = CRITERIA.get(self.config.saliency)  # None for `remaining`, see `nvit.oneshot`
+        self.criterion = CRITERIA.get(self.config.saliency)  # None for those of `nvit.oneshot`
         self.targets = sorted(self.config.latency_target, reverse=True)
         self.met: list[float] = []
         self.history: list[dict[str, Any]] = []
@@ -133,10 +133,13 @@ class Pruner:
             gates: recorded already, as `GateRecorder.pop` gives them.
 
         Raises:
-            ValueError: a score is not finite, or the criterion is `remaining`.
+            ValueError: a score is not finite, or the criterion is not observed batch by batch.
         """
         if self.criterion is None:
-            raise ValueError("criterion remaining is not observed batch by batch; give the model to nvit.prune")
+            raise ValueError(
+                f"criterion {self.config.saliency} is not observed batch by batch; give the model to nvit.prune, "
+                "or take criterion fisher"
+            )
         if grads is None:
             grads = {name: p.grad for name, p in self.params.items() if p.grad is not None}
         if gates is None and self.gates is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from . import adapters, distributed, snapshot
 from .budget import Budget
-from .config import PruneConfig
+from .config import WATCHED, PruneConfig
 from .data import endless
 from .distill import Objective, frozen
 from .latency import LatencyTable, current_setting
@@ -52,6 +52,7 @@ class PruneResult:
         table: the latency table that decided.
         dense: a copy of the model as it was given; None under a budget, which is not spent on one.
         memory: under a budget, what `Budget.report` says.
+        criterion: what the saliency was.
     """
 
     snapshots: list[Pruned]
@@ -60,6 +61,7 @@ class PruneResult:
     table: LatencyTable
     dense: nn.Module | None
     memory: dict[str, Any] | None = None
+    criterion: str = ""
 
     @property
     def model(self) -> nn.Module:
@@ -108,8 +110,11 @@ def prune(
     adapter = adapters.find(model)
     adapter.prepare(model)
     budget = Budget(config.budget, device) if config.budget else None
-    if distributed.world() > 1 and (config.refit or config.saliency == "remaining"):
-        raise ValueError("a refit and criterion remaining run in one process; start without torchrun")
+    if distributed.world() > 1:
+        if config.refit or config.criterion in WATCHED:
+            raise ValueError(f"a refit and criteria {', '.join(WATCHED)} run in one process; start without torchrun")
+        if config.saliency in WATCHED:
+            config = replace(config, criterion="fisher")
     if budget and distributed.world() > 1:
         raise ValueError("a budget bounds a run of one process; leave out --budget, or start without torchrun")
     distributed.same_weights_(model)
@@ -137,7 +142,7 @@ def prune(
             snapshots = prune_one_shot(pruner, loader, keep, budget, progress)
     pruner.come_home()
     memory = budget.report() if budget else None
-    return PruneResult(snapshots, pruner.masks, pruner.history, table, dense, memory)
+    return PruneResult(snapshots, pruner.masks, pruner.history, table, dense, memory, config.saliency)
 
 
 class _Keeper:

@@ -202,12 +202,12 @@ def leave_in_turn(products: Tensor) -> Tensor:
     """Saliency of units that leave one by one, each judged by what is gone already.
 
     With the Fisher matrix F of the gates in place of the Hessian, removing a set of units costs ½ Σ F over all pairs
-    in it (as in optimal brain surgery, Hassibi & Stork 1992, without its update of what stays); different units'
-    products are shrunk by `SHRINK`. The unit that adds least leaves next. Its saliency is what it adds, or what an
-    earlier one added if that was more, by a last digit apart, so that sorting by saliency gives the order back.
+    in it (as in optimal brain surgery, Hassibi & Stork 1992, without its update of what stays). The unit that adds
+    least leaves next. Its saliency is what it adds, or what an earlier one added if that was more, by a last digit
+    apart, so that sorting by saliency gives the order back.
 
     Args:
-        products: `gate_products` of a group, or their mean over batches: `(units, units)`, symmetric.
+        products: F, `(units, units)`, symmetric.
 
     Returns:
         fp64 `(units,)` on the CPU, in loss².
@@ -217,9 +217,16 @@ def leave_in_turn(products: Tensor) -> Tensor:
     for _ in range(len(pairs)):
         unit = int(adds.argmin())
         most = saliency[unit] = max(adds[unit], np.nextafter(most, np.inf))
-        adds += SHRINK * pairs[unit]
+        adds += pairs[unit]
         adds[unit] = np.inf
     return torch.from_numpy(saliency)
+
+
+def shrunk_in_turn(products: Tensor) -> Tensor:
+    """`leave_in_turn` with the `gate_products` of different units shrunk by `SHRINK`."""
+    products = products.detach().cpu().double()
+    diagonal = products.diagonal().diag()
+    return leave_in_turn(diagonal + SHRINK * (products - diagonal))
 
 
 def taylor(groups: Sequence[Group], seen: Evidence) -> Scores:
@@ -279,7 +286,7 @@ CRITERIA: dict[str, Criterion] = {
     "hessian": Criterion(hessian, "either"),
     "nvit": Criterion(nvit, "weights"),
     "abs": Criterion(absolute, "gates"),
-    "fisher": Criterion(gate_products, "gates", leave_in_turn),
+    "fisher": Criterion(gate_products, "gates", shrunk_in_turn),
     "taylor": Criterion(taylor, "weights"),
     "magnitude": Criterion(magnitude, "nothing"),
     "random": Criterion(random, "nothing"),

@@ -40,7 +40,7 @@ class Fixed:
 
 
 def scores(model, batches, plan: Plan | None = None, **more) -> dict[str, torch.Tensor]:
-    settings = config(train=False, **more)
+    settings = config(**{"train": False, "criterion": "fisher"} | more)
     pruner = Pruner(model, table(model, settings), settings)
     score(pruner, batches, None if plan is None else Fixed(plan))
     return pruner.mean.value()
@@ -211,7 +211,7 @@ def test_the_first_plan_that_fits_is_picked():
 
 def test_a_run_within_a_budget_decides_as_one_without(tmp_path):
     def run(**more):
-        model, data, settings, analytic = arguments(train=False, latency_target=(0.8, 0.5), **more)
+        model, data, settings, analytic = arguments(train=False, criterion="fisher", latency_target=(0.8, 0.5), **more)
         return nvit.prune(model, data, settings, analytic), model
 
     free, _ = run()
@@ -230,7 +230,7 @@ def test_a_run_within_a_budget_decides_as_one_without(tmp_path):
 def test_a_real_run_in_less_memory_than_whole_batches_take():
     """Resident memory, measured: a batch that would add 160 MB is scored within 110 MB, of which 70 are set aside."""
     model = adapters.find(m := make("plain", img_size=64, embed_dim=192, num_heads=3, depth=4)).prepare(m)
-    settings = config(train=False, latency_target=(0.7,), batch_size=96)
+    settings = config(train=False, criterion="fisher", latency_target=(0.7,), batch_size=96)
     batches = [(images(model, 96), labels(model, 96))]
     groups = adapters.find(model).groups(model)
     held, size = Meter("cpu").held, (3, 64, 64)

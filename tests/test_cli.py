@@ -26,7 +26,7 @@ def pruned(tmp_path_factory):
 
 def test_prune_leaves_what_it_promises(pruned, capsys):
     result = json.loads((pruned / "result.json").read_text())
-    assert result["model"] == "digits" and result["criterion"] == "fisher" and result["targets"] == [0.8, 0.6]
+    assert result["model"] == "digits" and result["criterion"] == "curvature" and result["targets"] == [0.8, 0.6]
     assert {"params", "macs", "latency_ms", "top1"} <= result["dense"].keys()
     sizes = [result["dense"]["params"]]
     for row, target in zip(result["snapshots"], (0.8, 0.6), strict=True):
@@ -99,8 +99,8 @@ def test_recipe_equals_flags(tmp_path):
     assert config == cli.PruneCommand(latency_target=(0.7,), lr=1.0, bundles_per_step=4)
 
 
-def test_auto_is_hessian_while_training_and_fisher_in_one_shot():
-    assert [cli.PruneCommand(train=t).saliency for t in (True, False)] == ["hessian", "fisher"]
+def test_auto_is_hessian_while_training_and_curvature_in_one_shot():
+    assert [cli.PruneCommand(train=t).saliency for t in (True, False)] == ["hessian", "curvature"]
     assert cli.PruneCommand(train=False, criterion="nvit").saliency == "nvit"
 
 

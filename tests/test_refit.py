@@ -7,13 +7,14 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from nvit import LatencyTable, PruneConfig, adapters, prune
-from nvit.curvature import eliminate, probe, remaining_loss, rows_of, watch
+from nvit.curvature import GateProducts, curvature_loss, eliminate, probe, remaining_loss, rows_of, watch
 from nvit.masks import apply_, compact, full_masks
 from nvit.modules import prunable_layers
 from nvit.moments import Moments, ridge
 from nvit.refit import entries, refit_
 from nvit.replay import Replay, block_names
 from nvit.rotation import balanced, rotate_
+from nvit.saliency import GateRecorder, leave_in_turn
 from tests.hosts import TINY_HOSTS, images, prepared, random_masks
 from tests.runs import arguments
 
@@ -287,6 +288,46 @@ def test_watching_leaves_no_trace_and_reads_no_labels():
     assert all(s.isfinite().all() and (s >= 0).all() for s in scores.values())
 
 
+@pytest.mark.parametrize("host", ["plain", "deit_distilled", "swiglu", "qk_norm_no_bias"])
+def test_gate_products_are_those_of_recorded_gates(host):
+    """Dim by dim at each place, summed to units, against per-image gates of the same probes; pruned models too."""
+    model, _, groups = lone(host)
+    masks = random_masks(groups, 0)
+    apply_(model, groups, masks)
+    x, gates = images(model, 6), GateProducts()
+    seen = watch(model, [x], gates=gates, seed=3)
+    with GateRecorder(model, groups, masks) as recorder:
+        cls, dist = adapters.find(model).logits(model, x)
+        z = cls if dist is None else (cls + dist) / 2
+        z.backward(probe(z, torch.Generator().manual_seed(3)))
+    recorded = recorder.pop()
+    scores = curvature_loss(model, groups, masks, seen, gates)
+    for g in groups:
+        kept = masks[g.name]
+        assert bool((scores[g.name][~kept] == 0).all()) and bool((scores[g.name][kept] > 0).all())
+        sampled = recorded[g.name][:, kept].double()
+        # What a group's sample says of it is half of its curvature; the order starts with the least of the diagonal.
+        products = _pairs_of_tokens(model, g, seen, int(kept.sum()))
+        total = (sampled.T @ sampled / 6 + products) / 2
+        torch.testing.assert_close(scores[g.name][kept], leave_in_turn(total), rtol=2e-3, atol=1e-9)
+
+
+def _pairs_of_tokens(model, group, seen, units):
+    """E x x' · Σ_tokens E g g', unit by unit."""
+    total = torch.zeros(units, units, dtype=F64)
+    for name, layer in prunable_layers(model).items():
+        for axis, owner in layer.axes.items():
+            place = (name, {"emb": "emb", "qk_dim": "qk"}.get(axis, "out"))
+            if owner != group.name or place not in seen:
+                continue
+            s = seen[place]
+            every = s.xx / s.rows * (s.gg / s.images)
+            d = len(every) // units
+            parts = every.view(units, d, units, d) if axis == "heads" else every.view(d, units, d, units)
+            total += parts.sum((1, 3) if axis == "heads" else (0, 2))
+    return total
+
+
 def test_images_that_say_nothing_are_refused_before_anything_changes():
     model, dense, _ = lone("plain")
     with pytest.raises(ValueError, match="no batch of calibration images"):
@@ -311,7 +352,7 @@ def test_a_run_with_refit_meets_its_targets_and_states_its_cost(rounds):
 
 
 def test_refit_while_training_is_refused():
-    for more in ({"refit": True}, {"criterion": "remaining"}):
+    for more in ({"refit": True}, {"criterion": "remaining"}, {"criterion": "curvature"}):
         with pytest.raises(ValueError, match="no-train"):
             PruneConfig(**more).check()
 
@@ -321,3 +362,16 @@ def test_decisions_with_any_criterion_can_be_refitted():
     assert isinstance(table, LatencyTable)
     result = prune(model, data, settings, table)
     assert all("refit_error" in row for row in result.history)
+
+
+def test_one_shot_without_a_refit_takes_the_curvature_by_default():
+    settings = {"train": False, "latency_target": (0.7,)}
+    default, named, fisher = (
+        prune(*arguments("plain", **settings, **more)) for more in ({}, {"criterion": "curvature"}, {"budget": "8GB"})
+    )
+    assert [PruneConfig(train=False, budget=b).saliency for b in ("", "8GB")] == ["curvature", "fisher"]
+    masks = [r.masks for r in (default, named, fisher)]
+    assert all(torch.equal(masks[0][n], masks[1][n]) for n in masks[0])
+    assert any(not torch.equal(masks[0][n], masks[2][n]) for n in masks[0])
+    with pytest.raises(ValueError, match=r"does not bound criterion curvature.*fisher"):
+        PruneConfig(train=False, criterion="curvature", budget="8GB").check()
