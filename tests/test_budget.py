@@ -263,7 +263,7 @@ def test_the_command_reports_plan_and_peak(tmp_path, capsys):
     assert result["memory"]["picked"] == "without weight gradients, whole batches"
     assert 1e8 < result["memory"]["peak"] < result["memory"]["budget"] == 40e9
     free = tmp_path / "free"
-    assert cli.main(["prune", *QUICK, "--latency-batch", "4", "--out", str(free)]) == 0
+    assert cli.main(["prune", *QUICK, "--latency-batch", "4", "--criterion", "fisher", "--out", str(free)]) == 0
     without = json.loads((free / "result.json").read_text())
     assert "memory" not in without
     for key in ("top1", "params", "macs"):
