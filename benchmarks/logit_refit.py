@@ -52,6 +52,7 @@ def refit_layer_(ours: Attention, theirs: Attention, fit: Joint, held: Joint, tu
     size, kept = fit.rows.shape[0] - 1, ours.kept_heads
     width = size - theirs.inputs[0].in_features  # of what our layer receives
     heads = torch.arange(theirs.heads) if kept is None else kept
+    has_bias = any(name.endswith("bias") for name, _, _ in ours._rows("q"))
 
     def affine(layer: Attention, part: str, start: int) -> Tensor:
         """Of `z`, by head `(heads, dims, size + 1)`."""
@@ -78,7 +79,9 @@ def refit_layer_(ours: Attention, theirs: Attention, fit: Joint, held: Joint, tu
             )
             aim = select + torch.linalg.solve(square + near, cross - square @ select)
             now, target = (t.flatten(0, 1) for t in (affine(ours, part, 0), aim @ affine(theirs, part, width)[heads]))
-            change = ridge(*(_moments(getattr(j, way), now, target, width) for j in (fit, held)), constant=part == "q")
+            change = ridge(
+                *(_moments(getattr(j, way), now, target, width) for j in (fit, held)), constant=part == "q" and has_bias
+            )
             if change is not None:
                 _add_(ours, part, change.weight, change.bias)
 
