@@ -37,7 +37,7 @@ VARIANTS = {
     "mixup": QUICK
     | {"mixup": 0.8, "cutmix": 1.0, "batch_size": 9, "criterion": "abs", "ema": 0.9, "latency_target": (0.85,)},
     "uneven": QUICK | {"batch_size": 10, "criterion": "taylor", "grad_clip": 0.5, "latency_target": (0.85,)},
-    "shot_hessian": {"train": False, "labels": "sampled", "batch_size": 10},
+    "shot_hessian": {"train": False, "criterion": "hessian", "labels": "sampled", "batch_size": 10},
     "shot_abs": {"train": False, "criterion": "abs", "rounds": 2},
     "shot_fisher": {"train": False, "criterion": "fisher", "batch_size": 10, "rounds": 2},
     "shot_nvit": {"train": False, "criterion": "nvit", "batch_size": 10},

@@ -423,7 +423,10 @@ def test_config_refuses_what_makes_no_sense():
         ({"latency_target": (1.0,)}, r"latency_target 1 is not in \(0, 1\)"),
         ({"latency_target": (0.5, 0.0)}, r"latency_target 0 is not in \(0, 1\)"),
         ({"only": ("mpl",)}, "unknown kind 'mpl'.*'mlp'"),
-        ({"criterion": "hesian"}, "criterion: unknown value 'hesian'.*'hessian'.*expected one of auto, remaining, hes"),
+        (
+            {"criterion": "hesian"},
+            "criterion: unknown value 'hesian'.*'hessian'.*expected one of auto, curvature, remaining, hes",
+        ),
         ({"labels": "drawn"}, "labels: unknown value 'drawn'; expected one of true, sampled"),
         ({"score_batches": -1}, "score_batches is -1; it must be at least 1, or 0 for all"),
     ):
