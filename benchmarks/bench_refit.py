@@ -181,9 +181,10 @@ class Bench:
             self.compare(masks, batches=batches, **row)
 
     def images(self) -> None:
-        every = self.calibration
+        every = [torch.cat(t) for t in zip(*self.calibration, strict=True)]
         for count in (64, 256, 1000):
-            part = every[: max(2, -(-count // BATCH))]
+            batches = -(-count // BATCH)
+            part = list(zip(*(t[:count].tensor_split(batches) for t in every), strict=True))
             self.model, self.seen = self.rotated(part)
             self.globally((0.65,), part)
 
