@@ -158,9 +158,9 @@ class PruneConfig(TrainingConfig):
 
     @property
     def saliency(self) -> str:
-        """The criterion, chosen where it is `auto`: one shot `curvature` is ahead (docs/saliency.md), `fisher` where
-        memory is bounded, before a refit the loss that remains after it (docs/refit.md), and `latency_weight` is on the
-        scale of `hessian`."""
+        """The criterion, chosen where it is `auto`: one shot `curvature`, which stays nearest to the dense model
+        (docs/saliency.md), or `fisher` where memory is bounded; before a refit the loss that remains after it
+        (docs/refit.md); while training `hessian`, on whose scale `latency_weight` is."""
         if self.criterion != "auto":
             return self.criterion
         if self.train:
