@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.bench_refit import Bench, in_every_group
 from benchmarks.logit_refit import refit_logits_
+from benchmarks.paired import kl
 from benchmarks.records import Records
 from nvit.curvature import remaining_loss, watch
 from nvit.masks import apply_, compact, full_masks
@@ -50,9 +51,8 @@ def main() -> int:
 
     def measure(model: nn.Module, **row) -> None:
         found = _logits(model, bench.evaluation)
-        kl = (exact.softmax(-1) * (exact.log_softmax(-1) - found.log_softmax(-1))).sum(-1).mean()
         top1 = 100 * float((found.argmax(-1) == labels).float().mean())
-        records.add(**row, kl=float(kl), top1=top1, images=args.images)
+        records.add(**row, kl=float(kl(exact, found).mean()), top1=top1, images=args.images)
 
     measure(bench.plain, removed=0.0, basis="trained", refit="none")
     for share in SHARES:

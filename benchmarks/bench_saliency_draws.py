@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks.bench_saliency import MODEL, images_of
 from benchmarks.bench_saliency_screen import REPORTED_AT
-from benchmarks.paired import paired_bootstrap
+from benchmarks.paired import kl, paired_bootstrap
 from benchmarks.records import Records
 from nvit import adapters
 from nvit.config import PruneConfig
@@ -40,11 +40,6 @@ BATCH = 50
 def logits(model: nn.Module, images: Tensor) -> Tensor:
     """`(images, classes)`"""
     return torch.cat([model(x) for x in images.split(BATCH)])
-
-
-def kl(dense: Tensor, pruned: Tensor) -> Tensor:
-    """Of softmax, by image, in nats."""
-    return (dense.softmax(-1) * (dense.log_softmax(-1) - pruned.log_softmax(-1))).sum(-1)
 
 
 def main() -> int:

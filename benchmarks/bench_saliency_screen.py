@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from benchmarks.bench_saliency import MODEL, images_of
 from benchmarks.gate_samples import record, token_products
-from benchmarks.paired import paired_bootstrap
+from benchmarks.paired import kl, paired_bootstrap
 from benchmarks.records import Records
 from benchmarks.saliencies import candidates, score
 from nvit import adapters
@@ -75,7 +75,7 @@ class Evaluation:
             found = {
                 "right": logits.argmax(-1) == labels,
                 "loss": nn.functional.cross_entropy(logits, labels, reduction="none"),
-                "kl": (dense.softmax(-1) * (dense.log_softmax(-1) - logits.log_softmax(-1))).sum(-1),
+                "kl": kl(dense, logits),
             }
             np.savez(file, **{name: t.numpy() for name, t in found.items()})
         with np.load(file) as f:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -49,3 +51,8 @@ def paired_bootstrap(a: Sequence[float], b: Sequence[float], resamples: int = 10
     return Difference(
         float(difference.mean()), float(low), float(high), float((means > 0).mean() + 0.5 * (means == 0).mean())
     )
+
+
+def kl(dense: Tensor, pruned: Tensor) -> Tensor:
+    """KL divergence of the pruned model's answers from the dense one's, in nats `(images,)`, from logits of both."""
+    return F.kl_div(pruned.log_softmax(-1), dense.log_softmax(-1), reduction="none", log_target=True).sum(-1)
