@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-from nvit.correlation import rank_correlations
+from nvit.analysis.correlation import rank_correlations
 
 PAGE = Path(__file__).with_name("saliency.md")
 FIGURE = PAGE.with_suffix(".png")

@@ -2,15 +2,15 @@
 
 from . import zoo
 from .about import describe
+from .analysis.evaluate import accuracy
 from .config import FinetuneConfig, PruneConfig
-from .data import image_folder
-from .evaluate import accuracy
-from .finetune import finetune
-from .latency import LatencyTable
-from .pruner import Pruner
-from .run import PruneResult, prune
-from .snapshot import BUNDLED
+from .latency.table import LatencyTable
+from .prune.api import PruneResult, prune
+from .prune.pruner import Pruner
 from .sparse24 import load
+from .structure.snapshot import BUNDLED
+from .training.data import image_folder
+from .training.finetune import finetune
 
 __version__ = "0.1.0"
 __all__ = [

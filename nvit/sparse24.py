@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import adapters, snapshot
-from .latency import time_each
-from .modules import Attention, GatedMlp, Mlp, prunable_layers
-from .progress import Progress, silent
+from . import adapters
+from .latency.clock import time_each
+from .layers import Attention, GatedMlp, Mlp, prunable_layers
+from .structure import snapshot
+from .utils.progress import Progress, silent
 
 MULTIPLE = 16
 """Both sides of a projection must be multiples of this for any sparse backend."""

@@ -16,8 +16,8 @@ from timm.models import register_model
 from torch import nn
 
 from .adapters.timm_layers import mlp_ratio
-from .snapshot import fresh
 from .spec import BlockWidths, ViTSpec
+from .structure.snapshot import fresh
 
 V_DIM = 64
 

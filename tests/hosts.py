@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from nvit import adapters
-from nvit.masks import apply_
+from nvit.structure.masks import apply_
 
 
 class WideHeads:

@@ -20,13 +20,14 @@ import torch
 from safetensors.torch import save_file
 
 import nvit
-from nvit import FinetuneConfig, cli, distributed
-from nvit.data import TrainingData
-from nvit.distill import Objective
-from nvit.pruner import Pruner
-from nvit.saliency import RunningMean
-from nvit.snapshot import load_run_state
-from nvit.training import Trainer
+from nvit import FinetuneConfig, parallel
+from nvit.cli import main as cli
+from nvit.criteria.base import RunningMean
+from nvit.prune.pruner import Pruner
+from nvit.structure.run_state import load_run_state
+from nvit.training.data import TrainingData
+from nvit.training.distill import Objective
+from nvit.training.trainer import Trainer
 from tests.hosts import images, labels, make
 from tests.runs import NoisyImages, config, table
 
@@ -123,8 +124,8 @@ def _rank(env: dict[str, str], log: Path, job: Callable, args: tuple) -> None:
 
 def decisions(root: Path) -> None:
     """The variants of `PLAYED`: every rank's decisions, weights and snapshots."""
-    distributed.join()
-    found, count, rank = {}, distributed.world(), distributed.rank()
+    parallel.join()
+    found, count, rank = {}, parallel.world(), parallel.rank()
     for name in PLAYED[count]:
         variant, wrapper = name.split("-")
         host = "deit_distilled" if variant == "uneven" else "plain"
@@ -134,7 +135,7 @@ def decisions(root: Path) -> None:
         save_file(weights, root / f"{name}-{rank}-of-{count}.safetensors")
         found[name] = {"decided": decided, "history": result.history}
     (root / f"decided-{rank}-of-{count}.json").write_text(json.dumps(found))
-    distributed.leave()
+    parallel.leave()
 
 
 def finetuned(root: Path, name: str, fsdp: bool) -> None:
@@ -142,8 +143,8 @@ def finetuned(root: Path, name: str, fsdp: bool) -> None:
     teacher = make("plain", torch.float64, seed=5)
     data = TrainingData(DoubleImages(), 8)
     model = nvit.finetune(make("plain", torch.float64), data, settings, teacher=teacher)
-    save_file({n: p.detach() for n, p in model.named_parameters()}, root / f"{name}-{distributed.rank()}.safetensors")
-    distributed.leave()
+    save_file({n: p.detach() for n, p in model.named_parameters()}, root / f"{name}-{parallel.rank()}.safetensors")
+    parallel.leave()
 
 
 def killed(out: Path, step: int, more: dict) -> int:
@@ -152,12 +153,12 @@ def killed(out: Path, step: int, more: dict) -> int:
 
     def progress(done: int, total: int, text: str) -> None:
         steps[0] += 1
-        if steps[0] == step and distributed.rank() == distributed.world() - 1:
+        if steps[0] == step and parallel.rank() == parallel.world() - 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
     try:
         nvit.prune(*arguments("train", **more), out=out, resume=True, progress=progress)
-    except distributed.RankLost as e:
+    except parallel.RankLost as e:
         print(e)
         return 1
     return 0
@@ -181,7 +182,7 @@ def disagreeing() -> int:
     def other(mean):
         asked[0] += 1
         scores = value(mean)
-        return {n: s + 1e-12 for n, s in scores.items()} if distributed.rank() == 1 and asked[0] == 3 else scores
+        return {n: s + 1e-12 for n, s in scores.items()} if parallel.rank() == 1 and asked[0] == 3 else scores
 
     RunningMean.value = other
     try:
@@ -194,13 +195,13 @@ def disagreeing() -> int:
 
 def words() -> int:
     """What ranks say to each other: sums, rank 0's errors, batches that differ, batches too small."""
-    distributed.join()
-    rank, world = distributed.rank(), distributed.world()
-    assert distributed.sums([rank, 1.0], torch.device("cpu")) == [world * (world - 1) / 2, world]
-    assert distributed.from_main(lambda: distributed.rank()) == 0
+    parallel.join()
+    rank, world = parallel.rank(), parallel.world()
+    assert parallel.sums([rank, 1.0], torch.device("cpu")) == [world * (world - 1) / 2, world]
+    assert parallel.from_main(lambda: parallel.rank()) == 0
     for wrong, says in (
-        (lambda: distributed.from_main(Path("/no/such/file").read_bytes), "No such file"),
-        (lambda: distributed.share(2 * world - 1), f"give --batch-size {2 * world}"),
+        (lambda: parallel.from_main(Path("/no/such/file").read_bytes), "No such file"),
+        (lambda: parallel.share(2 * world - 1), f"give --batch-size {2 * world}"),
         (
             lambda: next(nvit.data.shares([(torch.full((8, 1), rank), torch.zeros(8))])),
             "the loader's first batch differs",
@@ -213,22 +214,22 @@ def words() -> int:
         else:
             raise AssertionError(f"nothing was raised; expected {says}")
     batch = torch.arange(11), torch.arange(11)
-    assert torch.equal(distributed.take(batch)[0], torch.tensor(distributed.share(11)))
-    print(json.dumps(distributed.share(11)))
-    distributed.leave()
+    assert torch.equal(parallel.take(batch)[0], torch.tensor(parallel.share(11)))
+    print(json.dumps(parallel.share(11)))
+    parallel.leave()
     return 0
 
 
 def nan_on_one_rank() -> int:
     """One bad image, on whichever rank, ends all ranks with the same words."""
-    distributed.join()
+    parallel.join()
     model, _, settings, _ = arguments("train")
     trainer = Trainer(model, Objective(None), settings, settings.lr, None)
     x, y = images(model, 8), labels(model, 8)
-    trainer.train_step(*distributed.take((x, y)))
+    trainer.train_step(*parallel.take((x, y)))
     x[0] = float("nan")
     try:
-        trainer.train_step(*distributed.take((x, y)))
+        trainer.train_step(*parallel.take((x, y)))
     except FloatingPointError as e:
         print(e)
         return 3

@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import Dataset
 
 from nvit import LatencyTable, PruneConfig
-from nvit.data import TrainingData
+from nvit.training.data import TrainingData
 from tests.hosts import make
 
 SETTINGS = {

@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from nvit.grid import Grid
-from nvit.latency import LatencyTable
+from nvit.latency.grid import Grid
+from nvit.latency.table import LatencyTable
 from nvit.spec import KINDS, BlockWidths, Group, Part
 
 Stages = Sequence[tuple[int, BlockWidths]]

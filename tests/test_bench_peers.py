@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import bench_refit_peers
 from benchmarks.torch_pruning_vit import finish, narrowed, pruner_of, twin_of
-from nvit.evaluate import macs
+from nvit.analysis.evaluate import macs
 
 INPUT = (3, 32, 32)
 

@@ -13,9 +13,11 @@ import torch
 
 from benchmarks import gate_samples, logit_refit, paired, records, saliencies
 from nvit import adapters
-from nvit.curvature import watch
-from nvit.masks import apply_, full_masks
-from nvit.saliency import CRITERIA, Evidence, GateRecorder
+from nvit.calibration.statistics import watch
+from nvit.criteria.base import Evidence
+from nvit.criteria.gates import GateRecorder
+from nvit.criteria.registry import CRITERIA
+from nvit.structure.masks import apply_, full_masks
 from tests.hosts import images, prepared
 
 NAMES = sorted(p.stem for p in Path(records.__file__).parent.glob("bench_*.py"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_cli import folder_of_images
+from tests.cli.test_cli import folder_of_images
 
 ROOT = Path(__file__).parents[1]
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
@@ -62,7 +62,7 @@ def test_no_other_python_snippet():
 
 
 def test_shell_snippets_parse(monkeypatch):
-    from nvit import cli
+    from nvit.cli import main as cli
 
     monkeypatch.chdir(ROOT)
     lines = re.findall(r"^nvit (.*?)(?:\s+#.*)?$", (ROOT / "README.md").read_text(), re.M)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import nvit
-from nvit import cli, snapshot, sparse24
+from nvit import snapshot, sparse24
+from nvit.cli import main as cli
 from nvit_kernels.sparse24 import mask_2to4
 from tests.hosts import images, prepared
 

@@ -7,8 +7,9 @@ import timm
 import torch
 
 import nvit
-from nvit import cli, snapshot, zoo
-from nvit.evaluate import macs, parameters
+from nvit import snapshot, zoo
+from nvit.analysis.evaluate import macs, parameters
+from nvit.cli import main as cli
 from nvit.spec import BlockWidths
 
 SMALL = [(10, 32), (4, 16), (4, 16), *[(8, 32)] * 6, (4, 16), (4, 16), (10, 32)]

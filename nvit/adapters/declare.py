@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..modules import EmbeddingNorm, Layout, Norm, Prunable, prunable_layers
+from ..layers import EmbeddingNorm, Layout, Norm, Prunable, prunable_layers
 from ..spec import Group, Slice
 
 PUBLISHED_HEAD_DIVISOR, PUBLISHED_DIM_DIVISOR = 12.0, 2.0

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules import Attention, GatedMlp, LayerScale, Layout, Linear, Mlp, Prunable, StreamEntry
+from ..layers import Attention, GatedMlp, LayerScale, Layout, Linear, Mlp, Prunable, StreamEntry
 from ..spec import BUNDLE_SIZES, BlockWidths, Group, Part, ViTSpec
 from . import plain
 from .declare import Width, block_axes, block_widths, collect, embedding_slices, norm, resize_layers, with_axes

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
-from .. import functional
-from ..modules import Layout, Prunable
-from ..modules.base import dim_slices, index
+from ..layers import Layout, Prunable, functional
+from ..layers.base import dim_slices, index
 from ..spec import Slice
 from .declare import with_axes
 

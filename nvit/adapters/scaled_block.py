@@ -8,9 +8,8 @@ from typing import Any
 from timm.layers import Mlp as TimmMlp
 from torch import Tensor, nn
 
-from .. import functional
-from ..modules import Layout, Mlp, Prunable
-from ..modules.base import dim_slices, index
+from ..layers import Layout, Mlp, Prunable, functional
+from ..layers.base import dim_slices, index
 from ..spec import Slice
 from .declare import block_axes
 from .timm_layers import is_norm, mlp, mlp_refusal

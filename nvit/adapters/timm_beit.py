@@ -11,7 +11,7 @@ from timm.models.beit import Attention as BeitAttention
 from timm.models.beit import Beit, Block, gen_relative_position_index
 from torch import Tensor, nn
 
-from ..modules import Attention, Prunable, StreamEntry
+from ..layers import Attention, Prunable, StreamEntry
 from ..spec import BUNDLE_SIZES, BlockWidths, Group, Part, ViTSpec
 from . import timm_plain
 from .declare import fill_buffers_, with_axes

@@ -18,8 +18,8 @@ from timm.layers.pos_embed_sincos import (
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 
-from ..functional import Rotary
-from ..modules import Attention, Layout, Prunable, StreamEntry, head_layout
+from ..layers import Attention, Layout, Prunable, StreamEntry, head_layout
+from ..layers.functional import Rotary
 from ..spec import BUNDLE_SIZES, BlockWidths, Group, Part, ViTSpec
 from . import timm_plain
 from .declare import fill_buffers_, with_axes

@@ -12,7 +12,7 @@ from timm.layers import Mlp as TimmMlp
 from timm.layers.activations import GELUTanh
 from torch import nn
 
-from ..modules import GatedMlp, Layout, Linear, Mlp, Norm, Prunable
+from ..layers import GatedMlp, Layout, Linear, Mlp, Norm, Prunable
 from .declare import norm, with_axes
 
 ACTIVATIONS = {"gelu": nn.GELU, "gelu_tanh": GELUTanh, "quick_gelu": QuickGELU, "relu": nn.ReLU, "silu": nn.SiLU}

@@ -12,7 +12,7 @@ from timm.data import resolve_data_config
 from timm.layers import AttentionPoolLatent, PatchEmbed
 from torch import Tensor, nn
 
-from ..modules import GatedMlp, StreamEntry
+from ..layers import GatedMlp, StreamEntry
 from ..spec import BlockWidths, Group, Part, ViTSpec
 from . import plain
 from .declare import Width, block_widths, collect, embedding_slices, norm, resize_layers

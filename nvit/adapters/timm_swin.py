@@ -26,7 +26,7 @@ from timm.models.swin_transformer import (
 from timm.models.swin_transformer import WindowAttention as TimmWindowAttention
 from torch import Tensor, nn
 
-from ..modules import Attention, Layout, Linear, StreamEntry
+from ..layers import Attention, Layout, Linear, StreamEntry
 from ..spec import BUNDLE_SIZES, KINDS, BlockWidths, Group, Part, ViTSpec
 from .declare import Width, block_axes, block_widths, collect, embedding_slices, norm, resize_layers, with_axes
 from .timm_layers import NORMS, is_norm, is_norm_or_none, known, mlp, mlp_ratio, mlp_refusal, name_in

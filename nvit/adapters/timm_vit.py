@@ -13,7 +13,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from ..modules import Attention, LayerScale, Layout, Prunable, StreamEntry
+from ..layers import Attention, LayerScale, Layout, Prunable, StreamEntry
 from ..spec import BUNDLE_SIZES, BlockWidths, Group, Part, ViTSpec
 from . import timm_plain
 from .declare import block_axes, with_axes

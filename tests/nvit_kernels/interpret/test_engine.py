@@ -4,8 +4,10 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from nvit import adapters, functional, masks, saliency
-from nvit.modules import Attention
+from nvit import adapters
+from nvit.criteria import gates
+from nvit.layers import Attention, functional
+from nvit.structure import masks
 
 
 @pytest.fixture
@@ -92,8 +94,8 @@ def test_scores_agree(pruned):
     params = dict(model.named_parameters())
     for slices in (lambda g: g.scored_slices, lambda g: g.published_slices):
         functional.use_kernels(False)
-        plain = saliency.gate_gradients(groups, params, grads, slices)
+        plain = gates.gate_gradients(groups, params, grads, slices)
         functional.use_kernels(True)
         assert functional.group_dot(params, grads, [("head.bias", 0, None, (5,), 0, 0)]) is not None
-        for name, fused in saliency.gate_gradients(groups, params, grads, slices).items():
+        for name, fused in gates.gate_gradients(groups, params, grads, slices).items():
             torch.testing.assert_close(fused, plain[name], rtol=1e-4, atol=1e-6)

@@ -1,0 +1,163 @@
+"""How well saliency foretells the true loss change of a bundle that leaves (arXiv:2110.04869, App. B.5)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+from .. import adapters
+from ..config import PruneConfig
+from ..latency.table import LatencyTable
+from ..layers import keep_
+from ..prune.pruner import Pruner
+from ..prune.scoring import score
+from ..spec import KINDS, Group
+from ..structure.masks import full_masks
+from ..utils.progress import Progress, silent
+from .widths import TITLES
+
+Batches = Sequence[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Units of one group that leave together; `proposed_by` names the criterion that would have them leave so."""
+
+    group: Group
+    units: tuple[int, ...]
+    proposed_by: str
+
+
+def saliencies(
+    model: nn.Module, batches: Batches, criteria: Sequence[str], config: PruneConfig, progress: Progress = silent
+) -> dict[str, dict[str, Tensor]]:
+    """Scores of a prepared model by criterion and group, `(group.size,)`, from the same batches."""
+    table, found = LatencyTable.analytic(model), {}
+    for name in criteria:
+        pruner = Pruner(model, table, replace(config, criterion=name, train=False))
+        score(pruner, batches, progress=progress)
+        found[name] = pruner.scores()
+    return found
+
+
+def propose(scores: Mapping[str, Mapping[str, Tensor]], groups: Sequence[Group], count: int) -> list[Bundle]:
+    """About `count` bundles of every group, an equal number from each criterion's order, evenly over its ranks.
+
+    A criterion's bundles are neighbours in its order, as pruning removes them. A group never leaves as a whole.
+    """
+    each, found = max(1, round(count / len(scores))), []
+    for g in groups:
+        for name, by_group in scores.items():
+            order = by_group[g.name].argsort(stable=True).tolist()
+            # The first bundle makes what remains a multiple of the bundle size.
+            first = g.size % g.multiple or g.multiple
+            ends = [0, *range(first, g.size + 1, g.multiple)]
+            spans = [s for s in itertools.pairwise(ends) if s[1] - s[0] < g.size]
+            ranks = sorted({round(r) for r in np.linspace(0, len(spans) - 1, min(each, len(spans)))})
+            found += [Bundle(g, tuple(sorted(order[slice(*spans[r])])), name) for r in ranks]
+    return found
+
+
+@torch.inference_mode()
+def _loss(model: nn.Module, batches: Batches) -> float:
+    """Mean cross entropy over all images."""
+    adapter, device, total = adapters.find(model), next(model.parameters()).device, 0.0
+    for images, labels in batches:
+        cls, dist = adapter.logits(model, images.to(device))
+        logits = cls if dist is None else (cls + dist) / 2
+        total += float(nn.functional.cross_entropy(logits.double(), labels.to(device), reduction="sum"))
+    return total / sum(len(labels) for _, labels in batches)
+
+
+def loss_changes(
+    model: nn.Module, groups: Sequence[Group], bundles: Sequence[Bundle], batches: Batches, progress: Progress = silent
+) -> list[float]:
+    """Mean cross entropy without each bundle less that of the whole model, which is left as it was."""
+    model.eval()
+    dense, found = _loss(model, batches), []
+    try:
+        for done, bundle in enumerate(bundles, start=1):
+            masks = full_masks(groups)
+            masks[bundle.group.name][list(bundle.units)] = False
+            keep_(model, masks)
+            found.append(_loss(model, batches) - dense)
+            progress(done, len(bundles), "remove")
+    finally:
+        keep_(model, full_masks(groups))
+    return found
+
+
+def rows_of(
+    bundles: Sequence[Bundle], scores: Mapping[str, Mapping[str, Tensor]], changes: Sequence[float]
+) -> list[dict[str, Any]]:
+    """A row per bundle: what it is, the sum of its units' saliency by each criterion, the loss change."""
+    return [
+        {"group": b.group.name, "kind": b.group.kind, "proposed_by": b.proposed_by, "units": len(b.units)}
+        | {name: float(by_group[b.group.name][list(b.units)].double().sum()) for name, by_group in scores.items()}
+        | {"loss_change": change}
+        for b, change in zip(bundles, changes, strict=True)
+    ]
+
+
+def rank_correlations(rows: Sequence[Mapping[str, Any]], criteria: Sequence[str]) -> list[dict[str, Any]]:
+    """By criterion and kind (and `all`): Spearman's rank correlation, and loss change per saliency.
+
+    The correlation is None where there are fewer than three bundles or one side is constant. The loss change per
+    saliency is the quotient of the means: how far kinds are from comparable with each other.
+    """
+    found = []
+    for name in criteria:
+        for kind in ("all", *KINDS):
+            mine = [r for r in rows if kind in ("all", r["kind"])]
+            saliency, change = (np.array([r[key] for r in mine]) for key in (name, "loss_change"))
+            if not mine:
+                continue
+            told = len(mine) > 2 and np.ptp(saliency) > 0 and np.ptp(change) > 0
+            found.append(
+                {
+                    "criterion": name,
+                    "kind": kind,
+                    "bundles": len(mine),
+                    "spearman": float(spearmanr(saliency, change).statistic) if told else None,
+                    "loss_change_per_saliency": float(change.mean() / saliency.mean()) if saliency.any() else None,
+                }
+            )
+    return found
+
+
+def plot(rows: Sequence[Mapping[str, Any]], criteria: Sequence[str], path: Path | str) -> None:
+    """A panel per criterion, a colour per kind: loss change over saliency, both on logarithmic axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = {(r["criterion"], r["kind"]): r["spearman"] for r in rank_correlations(rows, criteria)}
+    figure, panels = plt.subplots(
+        1, len(criteria), figsize=(4.2 * len(criteria), 3.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    least = max(1e-12, float(np.median([abs(r["loss_change"]) for r in rows])) / 30)
+    for panel, name in zip(panels[0], criteria, strict=True):
+        for kind in KINDS:
+            mine = [r for r in rows if r["kind"] == kind]
+            rho = found.get((name, kind))
+            label = TITLES[kind] + ("" if rho is None else f" {rho:.2f}")
+            if mine:
+                panel.scatter([r[name] for r in mine], [r["loss_change"] for r in mine], s=9, alpha=0.7, label=label)
+        if all(r[name] > 0 for r in rows):
+            panel.set_xscale("log")
+        panel.set_yscale("symlog", linthresh=least)
+        rho = found[name, "all"]
+        panel.set(xlabel="saliency of the bundle", title=name + ("" if rho is None else f": Spearman {rho:.2f}"))
+        panel.legend(fontsize="x-small")
+    panels[0, 0].set_ylabel("loss change without the bundle")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,117 @@
+"""A model run block by block: what enters the next block is kept for every batch, so that a block can run many times
+while what it holds changes, and no block runs again for those behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from .. import adapters
+from ..layers import prunable_layers
+from ..spec import Group
+
+
+class Reached(Exception):
+    """Raised inside a forward pass to end it."""
+
+
+def block_names(model: nn.Module, groups: Sequence[Group]) -> list[str]:
+    """Names of the modules that hold a block each, in order: the innermost that have all layers of its widths."""
+    owner = {g.name: g.blocks[0] for g in groups if g.kind != "emb"}
+    layers: dict[int, list[list[str]]] = {}
+    for name, layer in prunable_layers(model).items():
+        for group in layer.axes.values():
+            if group in owner:
+                layers.setdefault(owner[group], []).append(name.split("."))
+    names = []
+    for _, paths in sorted(layers.items()):
+        common = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
+        names.append(".".join(common))
+    return names
+
+
+class Replay:
+    """Batches on their way through a model.
+
+    Attributes:
+        blocks: the modules, in order.
+        at: the block that `inputs` enter; `len(blocks)` once they are through.
+        inputs: by batch, `(args, kwargs)` of that block.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[str]) -> None:
+        self.model, self.blocks = model, [model.get_submodule(n) for n in blocks]
+        self.adapter, self.at = adapters.find(model), 0
+        self.shapes: list[Any] = []
+        self.inputs: list[tuple[tuple, dict]] = []
+        self.sizes: list[torch.Size] = []
+
+    def enter(self, images: Tensor) -> None:
+        """Add a batch, at the first block."""
+        self.sizes.append(images.shape)
+        self.inputs.append(self._until(self.blocks[0], images))
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def run(self, batch: int) -> Any:
+        """The current block's output."""
+        args, kwargs = self.inputs[batch]
+        return self.blocks[self.at](*args, **kwargs)
+
+    def advance(self) -> None:
+        """Through the current block and what the host does up to the next; weights are read as they are now."""
+        last = self.at + 1 == len(self.blocks)
+        for b in range(len(self)):
+            out = self.run(b)
+            if b == 0:
+                self.shapes.append(tree_map(_blank, out))
+            # Blocks before this one are not run: only shapes matter there, and images matter no more.
+            like = next(self.model.parameters())
+            images = torch.zeros((), dtype=like.dtype, device=like.device).expand(self.sizes[b])
+            skipped = [_resized(s, self.sizes[0][0], self.sizes[b][0]) for s in self.shapes[:-1]]
+            self.inputs[b] = self._until(None if last else self.blocks[self.at + 1], images, [*skipped, out])
+        self.at += 1
+
+    def _until(self, block: nn.Module | None, images: Tensor, outs: Sequence[Any] = ()) -> tuple[tuple, dict]:
+        """What a block is called with, the first ones replaced by their outputs; the logits where `block` is None."""
+        found: list[tuple[tuple, dict]] = []
+
+        def stop(_, args, kwargs):
+            found.append((args, kwargs))
+            raise Reached
+
+        hook = None if block is None else block.register_forward_pre_hook(stop, with_kwargs=True)
+        for b, out in zip(self.blocks, outs, strict=False):
+            b.forward = _returning(out)
+        try:
+            logits = self.adapter.logits(self.model, images)
+            found.append((logits, {}))
+        except Reached:
+            pass
+        finally:
+            if hook is not None:
+                hook.remove()
+            for b in self.blocks[: len(outs)]:
+                del b.forward
+        return found[0]
+
+
+def _returning(out: Any):
+    return lambda *_, **__: out
+
+
+def _blank(t: Any) -> Any:
+    """Zeros of a tensor's shape, without its memory."""
+    return t.new_zeros(()).expand(t.shape) if isinstance(t, Tensor) else t
+
+
+def _resized(tree: Any, was: int, now: int) -> Any:
+    """Blanks for another number of images; windows and images share the first dimension."""
+    if was == now:
+        return tree
+    return tree_map(lambda t: t[:1].expand(t.shape[0] * now // was, *t.shape[1:]) if isinstance(t, Tensor) else t, tree)

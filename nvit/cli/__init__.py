@@ -1,0 +1,1 @@
+"""The `nvit` command: one file a command, its flags, its one library call, its table."""

@@ -1,0 +1,1 @@
+"""What losing a unit costs: one idea a file, one registry."""

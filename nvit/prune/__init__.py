@@ -1,0 +1,1 @@
+"""The main job: masks decision by decision, the runs around them, and their folder."""

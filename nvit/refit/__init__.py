@@ -1,0 +1,1 @@
+"""What remains after pruning, refitted in closed form: no training, no labels."""

@@ -1,0 +1,1 @@
+"""What has left a model: masks, compact copies, snapshots and run states on disk."""

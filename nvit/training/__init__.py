@@ -1,0 +1,1 @@
+"""Data, objective and optimisation steps, for pruning and finetuning alike."""

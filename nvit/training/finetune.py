@@ -1,0 +1,76 @@
+"""Training a compact model, or a new one, with the pruning objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+
+from .. import adapters, parallel
+from ..config import FinetuneConfig
+from ..utils.progress import Progress, silent
+from .data import endless
+from .distill import Objective
+from .trainer import Trainer
+
+
+def finetune(
+    model: nn.Module,
+    loader,
+    config: FinetuneConfig,
+    *,
+    teacher: nn.Module | None = None,
+    cnn_teacher: nn.Module | None = None,
+    renormalise=None,
+    constrain: Callable[[], None] | None = None,
+    state_file: Path | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+) -> nn.Module:
+    """Train `model` in place for `config.epochs`, cosine schedule; returns it, or its moving average.
+
+    Args:
+        loader: batches `(images, labels)`, sized; `data.TrainingData` makes the run reproducible and resumable.
+        teacher: the unpruned model for L_full.
+        cnn_teacher: any timm model for the hard labels of L_CNN.
+        constrain: called after every optimiser step, to put back what must stay as it is (the zeros of a 2:4 mask).
+        state_file: where the run state is kept; with `resume` the run goes on from it if it is there.
+
+    Raises:
+        FloatingPointError: the loss or a gradient is not finite; the last run state stays on disk.
+    """
+    parallel.join()
+    adapters.find(model).prepare(model)
+    parallel.same_weights_(model)
+    objective = Objective.of(config, teacher, cnn_teacher, renormalise)
+    trainer = Trainer(model, objective, config, config.lr, state_file)
+    if trainer.sharded and constrain is not None:
+        raise ValueError("constrain works on whole weights; finetune under it without fsdp")
+    total = max(1, round(config.epochs * len(loader)))
+    schedule = CosineLRScheduler(
+        trainer.optimizer,
+        t_initial=total,
+        lr_min=config.min_lr * config.batch_size / 512,
+        warmup_t=round(config.warmup_epochs * len(loader)),
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )
+    if parallel.from_main(lambda: resume and state_file is not None and state_file.exists()):
+        trainer.load()
+    if trainer.step < total:
+        with trainer.surviving(lambda: ({}, {})):
+            for step, (images, labels) in endless(loader, config.seed, trainer.step):
+                schedule.step_update(step)
+                loss = trainer.train_step(images, labels)
+                if constrain is not None:
+                    constrain()
+                trainer.after_step()
+                progress(trainer.step, total, f"finetune: loss {loss:.3f}")
+                if trainer.step >= total:
+                    break
+                if trainer.due():
+                    trainer.save({}, {})
+    trainer.save({}, {})
+    return trainer.averaged().eval()

@@ -1,0 +1,250 @@
+"""One optimisation step of a masked or compact model, and its state on disk; shared by pruning and finetuning."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from .. import adapters, parallel
+from ..config import FinetuneConfig, PruneConfig, TrainingConfig
+from ..structure.run_state import load_run_state, save_run_state
+from .data import seed_draws
+from .distill import Objective
+
+
+class Trainer:
+    """Optimiser, mixed precision, ranks, moving average and run state around `Objective`.
+
+    Every draw of a step follows from the seed and the step's number, so a state on disk holds no random state. With
+    several ranks each takes its share of the batch; gradients are those of the whole batch, the same on every rank.
+
+    Attributes:
+        model: the module that is trained, in place; with `fsdp` hollow until `averaged` fills it again.
+        call: the student's logits as a module; `call.model` is `model`, or with `fsdp` its twin in shards.
+        step: steps taken.
+    """
+
+    def __init__(
+        self, model: nn.Module, objective: Objective, config: TrainingConfig, lr: float, state_file: Path | None
+    ) -> None:
+        AcceleratorState._reset_state(reset_partial_state=False)
+        device = next(model.parameters()).device
+        alike = DistributedDataParallelKwargs(broadcast_buffers=False)  # masks are the same everywhere already
+        self.accelerator = Accelerator(mixed_precision=config.amp, cpu=device.type == "cpu", kwargs_handlers=[alike])
+        if self.accelerator.num_processes != parallel.world():
+            raise ValueError(f"Accelerate sees 1 process of {parallel.world()}; start them with torchrun")
+        self.objective, self.config, self.state_file = objective, config, state_file
+        self.base_lr = lr * config.batch_size / 512
+        self.model, logits = model, adapters.find(model).logits
+        self.ema = ModelEmaV3(model, decay=config.ema) if config.ema else None
+        self.sharded = config.fsdp and parallel.world() > 1
+        self.call = parallel.shard(model, logits) if self.sharded else parallel.Call(model, logits)
+        if self.sharded and self.ema is not None:
+            self.ema.module = parallel.shard(self.ema.module, logits).model
+        decay = {"lr": self.base_lr, "weight_decay": config.weight_decay}
+        optimizer = create_optimizer_v2(self.call.model, opt=config.optimizer, **decay)
+        # Accelerate shards on GPUs alone; ours are shards already.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 has another word for broadcast_buffers
+            self.network = self.call if self.sharded else self.accelerator.prepare(self.call)
+        self.optimizer = self.accelerator.prepare(optimizer)
+        self._ending = parallel.Ending()
+        self.mixup = None
+        if config.mixup or config.cutmix:
+            smoothing, classes = config.label_smoothing, adapters.classes(model)
+            self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=smoothing, num_classes=classes)
+        self.step, self._saved_at, self._due, self._whole = 0, time.monotonic(), False, True
+
+    def train_step(self, images: Tensor, labels: Tensor) -> float:
+        """Forward, backward, optimiser step. Gradients stay on the parameters until the next call.
+
+        Raises:
+            FloatingPointError: the loss or a gradient is not finite; weights are left as they were.
+        """
+        self._ending.check()
+        self._whole = True
+        self.call.model.train(self.config.train_mode)
+        seed_draws(self.config.seed, 2**31 + self.step)
+        device = self.accelerator.device
+        images, labels = images.to(device), labels.to(device)
+        if self.mixup is not None:
+            if len(images) % 2:
+                images, labels = images[:-1], labels[:-1]
+            images, labels = self.mixup(images, labels)
+        if parallel.world() > 1:  # mixup is one draw for all ranks, dropout and drop path are each rank's own
+            seed_draws(self.config.seed, 2**31 + self.step, 1 + parallel.rank())
+        self.optimizer.zero_grad()
+        with self.accelerator.autocast():
+            loss = self.objective.of_logits(self.network(images), images, labels)
+        value, weight = self._across(loss.detach(), len(images))
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the loss is {value} at step {self.step}; lower the learning rate or check the data"
+            )
+        self.accelerator.backward(loss * weight)
+        if self.config.grad_clip:
+            self.accelerator.clip_grad_norm_(self.call.model.parameters(), self.config.grad_clip)
+        if self.config.amp != "fp16" and not parallel.finite(list(self.grads().values())):
+            raise FloatingPointError(f"a gradient is not finite at step {self.step}; the last good state is kept")
+        self._whole = False
+        self.optimizer.step()
+        self.step += 1
+        return value
+
+    def _across(self, loss: Tensor, images: int) -> tuple[float, float]:
+        """The whole batch's loss, and the factor of this rank's that makes a mean over ranks a mean over images.
+
+        Rank 0's word on whether the run state is due goes with it.
+        """
+        late = time.monotonic() - self._saved_at >= self.config.save_every
+        due = self.state_file is not None and parallel.main() and late
+        total, count, due = parallel.sums((float(loss) * images, images, due), loss.device)
+        self._due = bool(due)
+        return total / count, images * parallel.world() / count
+
+    @property
+    def skipped(self) -> bool:
+        """Whether fp16 scaling made the optimiser skip the last step (its gradients are not finite)."""
+        return self.accelerator.optimizer_step_was_skipped
+
+    def after_step(self) -> None:
+        """Update the moving average, once pruned weights are zero again."""
+        if self.ema is not None:
+            self.ema.update(self.call.model)
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Full parameters by name of what is to be kept: of the moving average if there is one."""
+        module = self.call.model if self.ema is None else self.ema.module
+        return parallel.gathered(dict(module.named_parameters()))
+
+    def averaged(self) -> nn.Module:
+        """The model to keep: the moving average if there is one. Ends the training of shards."""
+        if self.sharded:
+            parallel.fill_(self.model, self.weights())
+            return self.model
+        return self.model if self.ema is None else self.ema.module
+
+    def grads(self) -> dict[str, Tensor]:
+        """Gradients of the last step by parameter name, as the parameters lie."""
+        return {name: p.grad for name, p in self.call.model.named_parameters() if p.grad is not None}
+
+    def due(self) -> bool:
+        """Whether it is time to write the run state again, as of the last step; the same on every rank."""
+        return self._due
+
+    @contextmanager
+    def surviving(self, state: Callable[[], tuple[Mapping[str, Any], Mapping[str, Tensor]]]) -> Iterator[None]:
+        """Training inside ends with RankLost when another rank is lost.
+
+        Where rank 0 survives and has the whole model, it writes the run state of the last complete step first.
+        """
+        with self._ending:
+            try:
+                with parallel.watch():
+                    yield
+            except parallel.RankLost:
+                if self._whole and self.state_file is not None and parallel.main() and not self.sharded:
+                    save_run_state(self.state_file, *self._state(*state()))
+                raise
+
+    def save(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Write the run state: model, optimiser, average, step, and what the caller adds.
+
+        Shards are gathered and rank 0 writes, so that any number of ranks can go on from it, in shards or not.
+        """
+        if self.state_file is None:
+            return
+        state = self._state(values, tensors)
+        parallel.from_main(lambda: save_run_state(self.state_file, *state))
+        self._saved_at = time.monotonic()
+
+    def _state(
+        self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        every = {f"model.{n}": p for n, p in self.call.model.named_parameters()}
+        if self.ema is not None:
+            every |= {f"ema.{n}": p for n, p in self.ema.module.named_parameters()}
+        plain = {}
+        for index, slots in self.optimizer.state_dict()["state"].items():
+            for key, value in slots.items():
+                if isinstance(value, Tensor):
+                    every[f"optimizer.{index}.{key}"] = value
+                else:
+                    plain[f"{index}.{key}"] = value
+        scaler = getattr(self.accelerator, "scaler", None)
+        own = {"step": self.step, "optimizer": plain, "scaler": None if scaler is None else scaler.state_dict()}
+        own["recipe"] = self._recipe()
+        return parallel.to_main(every | dict(tensors)), dict(values) | {"trainer": own}
+
+    def _recipe(self) -> dict[str, Any]:
+        """What decides the course of a run, as JSON gives it back."""
+        names = {f.name for base in (PruneConfig, FinetuneConfig) for f in fields(base)} - {"save_every", "fsdp"}
+        return json.loads(json.dumps({k: v for k, v in asdict(self.config).items() if k in names}))
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Restore what `save` wrote; returns the caller's own part.
+
+        Raises:
+            ValueError: the state is damaged, of another model, or of a run with another recipe.
+        """
+        tensors, values = load_run_state(self.state_file)
+        own = values.pop("trainer")
+        theirs, mine = own["recipe"], self._recipe()
+        if differing := sorted(k for k in theirs.keys() | mine.keys() if theirs.get(k) != mine.get(k)):
+            k = differing[0]
+            raise ValueError(
+                f"{self.state_file} is of a run with {k} {theirs.get(k)}, this one has {mine.get(k)}. "
+                "Resume with the same recipe, or start anew without --resume."
+            )
+        slots: dict[int, dict[str, Any]] = {}
+        params = dict(self.call.model.named_parameters())
+        averages = {} if self.ema is None else dict(self.ema.module.named_parameters())
+        rest = {}
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                part, _, key = name.partition(".")
+                if part == "model":
+                    _copy(params, key, tensor, self.state_file)
+                elif part == "ema":
+                    _copy(averages, key, tensor, self.state_file)
+                elif part == "optimizer":
+                    index, _, slot = key.partition(".")
+                    slots.setdefault(int(index), {})[slot] = tensor
+                else:
+                    rest[name] = tensor
+        for key, value in own["optimizer"].items():
+            index, _, slot = key.partition(".")
+            slots.setdefault(int(index), {})[slot] = value
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for index, held in slots.items():
+            for slot, value in held.items():
+                if isinstance(value, Tensor):
+                    held[slot] = parallel.like(value, trained[index])
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        if own["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(own["scaler"])
+        self.step = own["step"]
+        return rest, values
+
+
+def _copy(params: Mapping[str, Tensor], name: str, tensor: Tensor, source: Path | None) -> None:
+    if name not in params or params[name].shape != tensor.shape:
+        raise ValueError(f"{source} is of another model: {name} {tuple(tensor.shape)} does not fit; drop --resume")
+    params[name].copy_(parallel.like(tensor, params[name]))
