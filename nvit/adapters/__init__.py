@@ -14,7 +14,7 @@ holds an `input_size`. `build` raises ValueError for a spec it does not know.
 | `spec(model, blocks)` | the `ViTSpec` of the model with these block widths |
 | `build(spec, device)` | the prepared dense model, a skeleton on the meta device unless told otherwise |
 | `resize(model, params, masks)` | gives it cut parameters and the widths that masks leave, in place |
-| `logits(model, images)` | `(class token's, distillation token's or None)`, each `(batch, classes)` |
+| `logits(model, images)` | `Logits`: the class token's, the distillation token's or None, their mean |
 | `preprocess(model)` | how images are prepared for it, as timm's data config; `input_size` is always there |
 | `tokens(model)` | tokens in the residual stream |
 | `parts(model)` | the `Part`s whose latencies add up to a prepared model's |
@@ -31,6 +31,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import hf_vit, timm_beit, timm_eva, timm_swin, timm_vit
+from .base import Logits as Logits
 
 FAMILIES: dict[str, ModuleType] = {
     "timm_vit": timm_vit,

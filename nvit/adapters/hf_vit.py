@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..layers import Attention, GatedMlp, LayerScale, Layout, Linear, Mlp, Prunable, StreamEntry
 from ..spec import BUNDLE_SIZES, BlockWidths, Group, Part, ViTSpec
 from . import plain
+from .base import Logits
 from .declare import Width, block_axes, block_widths, collect, embedding_slices, norm, resize_layers, with_axes
 
 OLDEST = (5, 18)
@@ -289,10 +290,12 @@ def resize(model: nn.Module, params: Mapping[str, Tensor], masks: Mapping[str, T
     return model
 
 
-def logits(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
+def logits(model: nn.Module, images: Tensor) -> Logits:
     """`(batch, classes)` from the class token and, of a DeiT with teacher, from the distillation token."""
     out = model(images, return_dict=True)
-    return (out.logits, None) if len(_host(model).classifiers) == 1 else (out.cls_logits, out.distillation_logits)
+    if len(_host(model).classifiers) == 1:
+        return Logits(out.logits)
+    return Logits(out.cls_logits, out.distillation_logits)
 
 
 def tokens(model: nn.Module) -> int:

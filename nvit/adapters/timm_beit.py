@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..layers import Attention, Prunable, StreamEntry
 from ..spec import BUNDLE_SIZES, BlockWidths, Group, Part, ViTSpec
 from . import timm_plain
+from .base import Logits
 from .declare import fill_buffers_, with_axes
 from .scaled_block import ScaledBlock, block_refusal, scaled_block
 from .timm_layers import is_norm, mlp_ratio
@@ -133,9 +134,9 @@ def build(spec: ViTSpec, device: str = "meta") -> nn.Module:
     return prepare(model)
 
 
-def logits(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
+def logits(model: nn.Module, images: Tensor) -> Logits:
     """`(batch, classes)` and no distillation token's."""
-    return model(images), None
+    return Logits(model(images))
 
 
 def part_macs(model: nn.Module, part: Part) -> Callable[..., int]:

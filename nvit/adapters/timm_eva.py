@@ -22,6 +22,7 @@ from ..layers import Attention, Layout, Prunable, StreamEntry, head_layout
 from ..layers.functional import Rotary
 from ..spec import BUNDLE_SIZES, BlockWidths, Group, Part, ViTSpec
 from . import timm_plain
+from .base import Logits
 from .declare import fill_buffers_, with_axes
 from .scaled_block import ScaledBlock, block_refusal, scaled_block
 from .timm_layers import inner_norm, is_norm, is_norm_or_none, known, mlp_ratio
@@ -205,9 +206,9 @@ def build(spec: ViTSpec, device: str = "meta") -> nn.Module:
     return prepare(model)
 
 
-def logits(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
+def logits(model: nn.Module, images: Tensor) -> Logits:
     """`(batch, classes)` and no distillation token's."""
-    return model(images), None
+    return Logits(model(images))
 
 
 def part_macs(model: nn.Module, part: Part) -> Callable[..., int]:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ..layers import Attention, Layout, Linear, StreamEntry
 from ..spec import BUNDLE_SIZES, KINDS, BlockWidths, Group, Part, ViTSpec
+from .base import Logits
 from .declare import Width, block_axes, block_widths, collect, embedding_slices, norm, resize_layers, with_axes
 from .timm_layers import NORMS, is_norm, is_norm_or_none, known, mlp, mlp_ratio, mlp_refusal, name_in
 
@@ -279,9 +280,9 @@ def resize(model: nn.Module, params: Mapping[str, Tensor], masks: Mapping[str, T
     return model
 
 
-def logits(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
+def logits(model: nn.Module, images: Tensor) -> Logits:
     """`(batch, classes)`, and nothing from a distillation token."""
-    return model(images), None
+    return Logits(model(images))
 
 
 def tokens(model: nn.Module) -> int:

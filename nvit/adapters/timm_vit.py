@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..layers import Attention, LayerScale, Layout, Prunable, StreamEntry
 from ..spec import BUNDLE_SIZES, BlockWidths, Group, Part, ViTSpec
 from . import timm_plain
+from .base import Logits
 from .declare import block_axes, with_axes
 from .timm_layers import (
     ACTIVATIONS,
@@ -173,12 +174,12 @@ def build(spec: ViTSpec, device: str = "meta") -> nn.Module:
     return prepare(timm_plain.build(spec, ARCHITECTURES, config, device))
 
 
-def logits(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
+def logits(model: nn.Module, images: Tensor) -> Logits:
     """`(batch, classes)` from the class token and, of a distilled model, from the distillation token."""
     if not isinstance(model, VisionTransformerDistilled):
-        return model(images), None
+        return Logits(model(images))
     x = model.forward_features(images)
-    return model.head(model.head_drop(x[:, 0])), model.head_dist(model.head_drop(x[:, 1]))
+    return Logits(model.head(model.head_drop(x[:, 0])), model.head_dist(model.head_drop(x[:, 1])))
 
 
 def part_macs(model: nn.Module, part: Part) -> Callable[..., int]:
