@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..calibration.replay import Reached, Replay, block_names
+from ..calibration.replay import Reached, Replay
 from ..calibration.statistics import Place, Seen, rows_of
 from ..layers import Attention, Linear, Norm, Prunable, prunable_layers
 from ..spec import Group
@@ -177,8 +177,8 @@ def refit_(
     Returns:
         By layer and end: squared error per row before and after, held back.
     """
-    names = block_names(model, groups)
-    ours, theirs = Replay(model, names), Replay(dense, names)
+    ours, theirs = Replay(model), Replay(dense)
+    names = ours.adapter.block_names(model)
     device = next(model.parameters()).device
     for images in batches:
         for replay in (ours, theirs):

@@ -7,8 +7,9 @@ import pytest
 import timm
 import torch
 
-from nvit import adapters, snapshot
+from nvit import adapters
 from nvit.spec import KINDS, ViTSpec
+from nvit.structure import snapshot as snapshot_module
 from nvit.structure.compact import compact
 from nvit.structure.masks import full_masks, widths
 
@@ -50,7 +51,7 @@ def test_an_entrypoint_is_pruned_or_refused(name):
     narrow, wide = (m.to("meta").eval()(images) for m in (small, model))
     assert narrow.shape == wide.shape or model.num_classes == 0
     spec = ViTSpec.from_json(adapter.spec(model, widths(groups, masks)).to_json())
-    rebuilt, _, shapes = snapshot._skeleton(spec)
+    rebuilt, _, shapes = snapshot_module._skeleton(spec)
     assert {n: p.shape for n, p in rebuilt.state_dict().items()} == before
     assert shapes == {n: p.shape for n, p in small.named_parameters()}
 
