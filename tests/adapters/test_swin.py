@@ -134,7 +134,7 @@ def test_pieces_do_the_work_of_the_model(variant):
     for part in every:
         full = [getattr(spec.blocks[b], kind) for b, kind in zip(part.pieces[0], part.kinds, strict=True)]
         sample = adapter.sample_spec(spec, part, full)
-        (narrow,) = table._narrow(adapter, [sample])
+        (narrow,) = table_module._narrow(adapter, [sample])
         run, shape = adapter.piece(narrow.to("meta"), part)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             run(torch.empty(1, *shape, device="meta"))
