@@ -23,7 +23,7 @@ import nvit
 from nvit import FinetuneConfig, adapters, parallel
 from nvit.cli import main as cli
 from nvit.criteria.base import RunningMean
-from nvit.prune.budget import Plan
+from nvit.prune.plan import Plan
 from nvit.prune.pruner import Pruner
 from nvit.structure.run_state import load_run_state
 from nvit.training.data import TrainingData

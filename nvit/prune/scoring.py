@@ -11,7 +11,8 @@ from .. import parallel
 from ..training.data import seed_draws, shares
 from ..training.distill import sample_labels
 from ..utils.progress import Progress, silent
-from .budget import Budget, Plan
+from .budget import Budget
+from .plan import Plan
 from .pruner import Pruner
 
 

@@ -12,8 +12,10 @@ from nvit import adapters
 from nvit.cli import main as cli
 from nvit.criteria.gates import GateRecorder
 from nvit.criteria.registry import CRITERIA
-from nvit.prune.budget import Budget, Plan, most_images, parse, rehearse_forward, rehearse_scoring
+from nvit.prune.budget import Budget, parse
+from nvit.prune.plan import Plan
 from nvit.prune.pruner import Pruner
+from nvit.prune.rehearse import most_images, rehearse_forward, rehearse_scoring
 from nvit.prune.scoring import score
 from nvit.structure.masks import full_masks
 from nvit.utils.memory import LiveBytes, Meter
