@@ -5,10 +5,10 @@ one dimension of a weight; `None` means all of it. Masked weights keep their den
 kept part and multiplies densely, so that its cost follows what is kept and its gradients are exactly zero elsewhere.
 The stream itself carries kept channels only, from `enter_stream` to the classifier.
 
-A tap, where one is given, is called as `tap(kind, activation, axis)` on the activation where units of that kind leave
-the network, units counted along `axis` (negative), and returns it unchanged; `nvit.saliency` uses it to read gate
-gradients in the backward pass. The first dimension is the image. A fourth argument `(function, *tensors)` computes the
-activation once more from tensors that the backward pass keeps anyway, so that the activation itself need not be kept.
+A watch, where one is given, is called as `watch(site, activation, again)` on an activation where units leave the
+network (see `layers.sites`), and returns it unchanged; `calibration.capture` uses it to read activations and their
+gradients. The first dimension is the image. `again`, `(function, *tensors)`, computes the activation once more from
+tensors that the backward pass keeps anyway, so that the activation itself need not be kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Tap = Callable[..., Tensor]
+from .sites import Watch
 
 Projection = tuple[Tensor, Tensor | None, Tensor | None]
 """Weight `(out, in)` and bias of a linear layer, and its kept rows."""
@@ -150,16 +150,15 @@ def _kept_angles(table: Tensor, dims: Tensor | None, heads: Tensor | None) -> Te
     return table if heads is None else table.index_select(-3, heads)
 
 
-def tap_windows(tap: Tap, windows: int) -> Tap:
-    """A tap for activations of `(batch · windows, …)`: the first dimension is the image again."""
-    return lambda kind, x, axis, again=None: tap(kind, x.unflatten(0, (-1, windows)), axis).flatten(0, 1)
+def watch_windows(watch: Watch, windows: int) -> Watch:
+    """A watch for activations of `(batch · windows, …)`: the first dimension is the image again."""
+    return lambda site, x, again=None: watch(site, x.unflatten(0, (-1, windows)), None).flatten(0, 1)
 
 
-def _tap_queries(tap: Tap, q: Tensor, pairs: str | None) -> Tensor:
+def _watch_queries(watch: Watch, q: Tensor, pairs: str | None) -> Tensor:
     if pairs is None:
-        return tap("qk_dim", q, -1)
-    shape, axis = ((2, -1), -1) if pairs == "half" else ((-1, 2), -2)
-    return tap("qk_dim", q.unflatten(-1, shape), axis).flatten(-2)
+        return watch("qk", q, None)
+    return watch("qk", q.unflatten(-1, (2, -1) if pairs == "half" else (-1, 2)), None).flatten(-2)
 
 
 def attention(
@@ -183,7 +182,7 @@ def attention(
     bias: Tensor | None = None,
     attn_mask: Tensor | None = None,
     dropout: float = 0.0,
-    tap: Tap | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Multi-head self-attention with separate query/key and value widths, over kept heads and dims.
 
@@ -196,7 +195,7 @@ def attention(
         scale: of the logits; the dense model's, whatever is kept.
         emb, proj_cols: kept channels, kept columns of proj.
         q_norm, k_norm: norms over the kept dims of every head, `(batch, tokens, heads, qk)` to the same shape. The
-            tap sees queries after theirs, so that removing a unit is measured on what the keys meet.
+            watch sees queries after theirs, so that removing a unit is measured on what the keys meet.
         norm: over all heads' outputs together, `(batch, tokens, heads·v)` to the same shape.
         gate: a projection of `x` whose sigmoid multiplies the heads' outputs, after their norm.
         rope, pairs: turn queries and keys, after their norms, see `Rotary`.
@@ -216,15 +215,15 @@ def attention(
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if rope is not None:
         q, k = rope(q, pairs), rope(k, pairs)
-    if tap is not None:
-        q = _tap_queries(tap, q, pairs)
+    if watch is not None:
+        q = _watch_queries(watch, q, pairs)
     out = _attend(q, k, v, scale, bias, attn_mask, dropout).transpose(1, 2).reshape(batch, tokens, heads * v_dim)
     out = out if norm is None else norm(out)
     if gate is not None:
         weight, bias, rows = gate
         out = out * linear(x, weight, bias, rows, emb).sigmoid()
-    if tap is not None:
-        out = tap("v_dim", tap("heads", out.unflatten(-1, (heads, -1)), -2), -1).flatten(-2)
+    if watch is not None:
+        out = watch("out", out.unflatten(-1, (heads, -1)), None).flatten(-2)
     return linear(out, proj_weight, proj_bias, emb, proj_cols)
 
 
@@ -316,7 +315,7 @@ def gated_mlp(
     hidden: Tensor | None = None,
     norm: Callable[[Tensor], Tensor] | None = None,
     dropout: float = 0.0,
-    tap: Tap | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """fc2(act(gate) * value) over kept hidden units, as SwiGLU: `(batch, tokens, kept emb)` to the same shape.
 
@@ -325,25 +324,25 @@ def gated_mlp(
         gate_last: the value is packed before the gate.
         first_rows: kept rows of each weight in `first`.
         hidden: kept columns of fc2.
-        norm: over the hidden units; the tap sees them after it.
+        norm: over the hidden units; the watch sees them after it.
     """
     parts = [linear(x, weight, bias, first_rows, emb) for weight, bias in first]
     gate, value = parts if len(parts) == 2 else parts[0].chunk(2, dim=-1)
     if gate_last:
         gate, value = value, gate
     again = (lambda gate, value: act(gate) * value, gate, value)
-    return _last(again, fc2_weight, fc2_bias, emb, hidden, norm, dropout, tap)
+    return _last(again, fc2_weight, fc2_bias, emb, hidden, norm, dropout, watch)
 
 
-def _last(again, weight, bias, emb, hidden, norm, dropout, tap) -> Tensor:
+def _last(again, weight, bias, emb, hidden, norm, dropout, watch) -> Tensor:
     """From kept hidden units, as `again` computes them, back to the stream."""
     function, *inputs = again
     h = function(*inputs)
     if dropout:
         h = F.dropout(h, dropout)
     h = h if norm is None else norm(h)
-    if tap is not None:
-        h = tap("mlp", h, -1, again if norm is None and not dropout else None)
+    if watch is not None:
+        h = watch("out", h, again if norm is None and not dropout else None)
     return linear(h, weight, bias, emb, hidden)
 
 
@@ -363,14 +362,14 @@ def mlp(
     hidden: Tensor | None = None,
     norm: Callable[[Tensor], Tensor] | None = None,
     dropout: float = 0.0,
-    tap: Tap | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """fc1, activation, fc2 over kept hidden units: `(batch, tokens, kept emb)` to the same shape."""
-    if tap is None and norm is None and not dropout and _is_exact_gelu(act):
+    if watch is None and norm is None and not dropout and _is_exact_gelu(act):
         width = fc1_weight.shape[0] if hidden is None else len(hidden)
         if kernels := _kernels(x, x.shape[-1], width):
             first = take(fc1_weight, hidden, emb), None if fc1_bias is None else take(fc1_bias, hidden)
             second = take(fc2_weight, emb, hidden), None if fc2_bias is None else take(fc2_bias, emb)
             return kernels.mlp(x, *first, *second)
     again = (act, linear(x, fc1_weight, fc1_bias, hidden, emb))
-    return _last(again, fc2_weight, fc2_bias, emb, hidden, norm, dropout, tap)
+    return _last(again, fc2_weight, fc2_bias, emb, hidden, norm, dropout, watch)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .. import adapters
-from ..layers import Attention, prunable_layers
+from ..layers import prunable_layers
 from ..spec import Group, ViTSpec
 from ..utils.files import write_atomically
 from ..utils.tensors import _write_tensors
@@ -35,10 +35,7 @@ def spec_of(model: nn.Module) -> ViTSpec:
     groups = adapter.groups(model)
     spec = adapter.spec(model, widths(groups, full_masks(groups)))
     kept = {
-        layer.axes[axis]: units
-        for layer in prunable_layers(model).values()
-        if isinstance(layer, Attention)
-        for axis, units in layer.places.items()
+        layer.axes[axis]: units for layer in prunable_layers(model).values() for axis, units in layer.places.items()
     }
     return replace(spec, sparse=getattr(model, "sparse24", ()), kept=kept)
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from timm.models.eva import Eva
 
-from nvit import adapters, snapshot
+from nvit import adapters
 from nvit.spec import ViTSpec
+from nvit.structure import snapshot
 from nvit.structure.compact import compact
 from nvit.structure.masks import apply_
 from tests.families import beit, eva

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import nvit
-from nvit import adapters, snapshot
+from nvit import adapters
 from nvit.adapters import hf_folder, hf_vit
 from nvit.cli import inputs
 from nvit.cli import main as cli
 from nvit.cli.commands import ModelFlags
+from nvit.structure import snapshot
 from nvit.structure.compact import compact
 from tests.cli.test_cli import folder_of_images
 from tests.families import hf

@@ -7,8 +7,9 @@ import pytest
 import timm
 import torch
 
-from nvit import adapters, snapshot
+from nvit import adapters
 from nvit.spec import KINDS, ViTSpec
+from nvit.structure import snapshot
 from nvit.structure.compact import compact
 from nvit.structure.masks import full_masks, widths
 

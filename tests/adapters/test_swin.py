@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
-from nvit import LatencyTable, PruneConfig, adapters, prune, snapshot
+from nvit import LatencyTable, PruneConfig, adapters, prune
 from nvit.criteria.gates import GateRecorder
 from nvit.latency import table as table_module
 from nvit.prune.pruner import Pruner
 from nvit.spec import KINDS
+from nvit.structure import snapshot
 from nvit.structure.compact import compact
 from nvit.structure.masks import apply_, full_masks, widths
 from tests.families.swin import TINY, make
@@ -133,7 +134,7 @@ def test_pieces_do_the_work_of_the_model(variant):
     for part in every:
         full = [getattr(spec.blocks[b], kind) for b, kind in zip(part.pieces[0], part.kinds, strict=True)]
         sample = adapter.sample_spec(spec, part, full)
-        (narrow,) = table._narrow(adapter, [sample])
+        (narrow,) = table_module._narrow(adapter, [sample])
         run, shape = adapter.piece(narrow.to("meta"), part)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             run(torch.empty(1, *shape, device="meta"))

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 import nvit
-from nvit import snapshot
 from nvit.cli import main as cli
+from nvit.structure import snapshot
 from nvit.utils import tensors
 
 QUICK = ("--table", "analytic", "--latency-seconds", "0.5", "--latency-batch", "16", "--device", "cpu")

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from timm.data import Mixup
 
 import nvit
-from nvit import parallel, snapshot
+from nvit import parallel
 from nvit.cli import main as cli
 from nvit.layers import prunable_layers
 from nvit.parallel import collectives
 from nvit.parallel import shards as shards_module
+from nvit.structure import snapshot
 from nvit.training.data import TrainingData
 from nvit.training.distill import sample_labels
 from tests.hosts import prepared
