@@ -71,8 +71,7 @@ def _loss(model: nn.Module, batches: Batches) -> float:
     """Mean cross entropy over all images."""
     adapter, device, total = adapters.find(model), next(model.parameters()).device, 0.0
     for images, labels in batches:
-        cls, dist = adapter.logits(model, images.to(device))
-        logits = cls if dist is None else (cls + dist) / 2
+        logits = adapter.logits(model, images.to(device)).mean
         total += float(nn.functional.cross_entropy(logits.double(), labels.to(device), reduction="sum"))
     return total / sum(len(labels) for _, labels in batches)
 

@@ -144,8 +144,7 @@ def watch(
         generator = torch.Generator().manual_seed(seed)
         for done, images in enumerate(batches, start=1):
             images_now[0] = len(images)
-            cls, dist = adapters.find(model).logits(model, images.to(device))
-            logits = cls if dist is None else (cls + dist) / 2
+            logits = adapters.find(model).logits(model, images.to(device)).mean
             if not bool(logits.isfinite().all()):
                 raise FloatingPointError(f"a logit is not finite on calibration batch {done}; check weights and data")
             logits.backward(probe(logits, generator))

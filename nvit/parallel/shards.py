@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from ..layers import prunable_layers
+from .. import adapters
 from ..structure import masks
 from .collectives import sums
 from .process import main, rank, world
@@ -31,13 +31,6 @@ class Call(nn.Module):
         return self.function(self.model, images)
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """Children of the innermost lists of modules that hold prunable layers."""
-    lists = {m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and prunable_layers(m)}
-    innermost = [m for m in lists if lists & set(m.modules()) == {m}]
-    return [child for m in innermost for child in m if prunable_layers(child)]
-
-
 def shard(model: nn.Module, function: Callable[[nn.Module, Tensor], Any]) -> Call:
     """`function` on a twin of `model` whose parameters lie in shards over all ranks (FSDP2), gathered block by block.
 
@@ -45,7 +38,7 @@ def shard(model: nn.Module, function: Callable[[nn.Module, Tensor], Any]) -> Cal
     """
     twin = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})
     mesh = init_device_mesh(next(model.parameters()).device.type, (world(),))
-    for block in _blocks(twin):
+    for block in adapters.of(twin).blocks(twin):
         fully_shard(block, mesh=mesh)
     call = fully_shard(Call(twin, function), mesh=mesh)
     for p in model.parameters():

@@ -23,8 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from .. import adapters
+from ..calibration.stand_in import standing_in
 from ..criteria.gates import GateRecorder
-from ..layers import prunable_layers
 from ..spec import Group
 from ..structure.masks import full_masks
 from ..training.distill import cnn_loss
@@ -78,16 +78,13 @@ class Plan:
     @contextlib.contextmanager
     def running(self, model: nn.Module) -> Iterator[None]:
         """Forward passes inside follow the plan; the backward pass may come later."""
-        blocks = blocks_of(model) if self.checkpoint else []
-        for block in blocks:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-        device = next(model.parameters()).device.type
-        try:
-            with torch.autocast(device, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
-                yield
-        finally:
-            for block in blocks:
-                del block.forward
+        with contextlib.ExitStack() as inside:
+            if self.checkpoint:
+                blocks = adapters.of(model).blocks(model)
+                inside.enter_context(standing_in(model, {block: _Checkpointed(block) for block in blocks}))
+            if self.bf16:
+                inside.enter_context(torch.autocast(next(model.parameters()).device.type, torch.bfloat16))
+            yield
 
     def __str__(self) -> str:
         picked = [
@@ -99,17 +96,15 @@ class Plan:
         return ", ".join(p for p in picked if p)
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The smallest modules that hold both an attention and an MLP of a prepared model."""
-    layers = prunable_layers(model)
+class _Checkpointed(nn.Module):
+    """A block that keeps its input alone and computes its activations again in the backward pass."""
 
-    def holds(name: str) -> bool:
-        found = {k for n, layer in layers.items() if f"{n}.".startswith(f"{name}." if name else "") for k in layer.axes}
-        return {"heads", "mlp"} <= found
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
 
-    names = [name for name, _ in model.named_modules() if holds(name)]
-    inner = [n for n in names if not any(o != n and o.startswith(f"{n}." if n else "") for o in names)]
-    return [model.get_submodule(n) for n in inner]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(self.block, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def _fake_twin(mode: FakeTensorMode, model: nn.Module, weight_gradients: bool) -> nn.Module:
@@ -129,7 +124,7 @@ def rehearse_scoring(model: nn.Module, groups: Sequence[Group], size: Sequence[i
             x = torch.empty(images, *size, device=device, dtype=next(model.parameters()).dtype)
             labels = torch.zeros(images, dtype=torch.long, device=device)
             with plan.running(twin):
-                logits = adapters.find(twin).logits(twin, x)
+                logits = adapters.of(twin).logits(twin, x)
             cnn_loss(logits, labels, None).backward()
     return counted.peak
 

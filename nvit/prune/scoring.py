@@ -85,8 +85,7 @@ def _backward(pruner: Pruner, plan: Plan, images: Tensor, labels: Tensor, number
     for part in plan.parts(len(images)):
         seed_draws(config.seed, 2**31 + number)
         with plan.running(model):
-            cls, dist = pruner.call(images[part].to(device))
-        logits = cls if dist is None else (cls + dist) / 2
+            logits = pruner.call(images[part].to(device)).mean
         logits = logits.float() if plan.bf16 else logits
         rows = places[part] if len(logits) < batch else ()
         target = labels[part].to(device) if config.labels == "true" else sample_labels(logits, rows, batch)

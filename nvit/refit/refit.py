@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.capture import Enough, Place, capture
-from ..calibration.replay import Replay, block_names
+from ..calibration.replay import Replay
 from ..calibration.statistics import Seen
 from ..layers import Linear, LinearPart, Prunable, prunable_layers
 from ..layers.sites import PLAIN
@@ -125,8 +125,8 @@ def refit_(
     Returns:
         By layer and end: squared error per row before and after, held back.
     """
-    names = block_names(model, groups)
-    ours, theirs = Replay(model, names), Replay(dense, names)
+    ours, theirs = Replay(model), Replay(dense)
+    names = ours.adapter.block_names(model)
     device = next(model.parameters()).device
     for images in batches:
         for replay in (ours, theirs):

@@ -14,20 +14,22 @@ from safetensors.torch import load_file
 from timm.data import Mixup
 
 import nvit
-from nvit import parallel
+from nvit import adapters, parallel
 from nvit.cli import main as cli
-from nvit.layers import prunable_layers
+from nvit.layers import Attention
 from nvit.parallel import collectives
 from nvit.parallel import shards as shards_module
 from nvit.structure import snapshot
 from nvit.training.data import TrainingData
 from nvit.training.distill import sample_labels
-from tests.hosts import prepared
+from tests.families import HOSTS
 from tests.ranks import PLAYED
 from tests.runs import NoisyImages
 
 ROOT = Path(__file__).parents[2]
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+ONE_OF_EACH = ["vit_deit_distilled", "swin_three_stages", "eva_rope_mixed", "beit_both", "hf_dinov2_registers"]
+ONE_OF_EACH = [name for name in ONE_OF_EACH if name in HOSTS]
 SEVERAL = [(count, name) for count, names in PLAYED.items() for name in names if count > 1]
 
 
@@ -250,10 +252,17 @@ def test_no_more_than_a_few_parameters_are_whole_at_a_time():
     assert list(whole) == list(shards) and len(whole) == 9
 
 
-def test_blocks_are_what_is_gathered_at_once():
-    model, _ = prepared("three_blocks")
-    assert shards_module._blocks(model) == list(model.blocks)
-    assert all(layer in set(model.modules()) for layer in prunable_layers(model).values())
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_blocks_are_what_is_gathered_at_once(name, monkeypatch):
+    """And nothing else, in the order in which they run; the rest of the model with the call."""
+    host, wrapped = HOSTS[name](), []
+    adapter = adapters.find(host)
+    model = adapter.prepare(host)
+    monkeypatch.setattr(shards_module, "init_device_mesh", lambda *_: None)
+    monkeypatch.setattr(shards_module, "fully_shard", lambda module, mesh: wrapped.append(module) or module)
+    call = shards_module.shard(model, adapter.logits)
+    assert wrapped == [*adapter.blocks(call.model), call]
+    assert all(any(isinstance(layer, Attention) for layer in block.modules()) for block in wrapped)
 
 
 def test_a_single_process_is_left_alone():

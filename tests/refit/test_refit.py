@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from nvit import LatencyTable, PruneConfig, adapters, prune
-from nvit.calibration.replay import Replay, block_names
+from nvit.calibration.replay import Replay
 from nvit.calibration.statistics import GateProducts, probe, watch
 from nvit.criteria.curvature import curvature_loss
 from nvit.criteria.fisher import leave_in_turn
@@ -181,8 +181,8 @@ def test_what_was_seen_turns_with_the_model():
 
 @pytest.mark.parametrize("host", ["plain", "deit_distilled", "registers", "swiglu", "dynamic_size", "no_classifier"])
 def test_replay_ends_where_the_model_does(host):
-    model, _, groups = lone(host)
-    replay = Replay(model, block_names(model, groups))
+    model, _, _ = lone(host)
+    replay = Replay(model)
     xs = [*batches(model, 2), images(model, 2, seed=9)]
     with torch.no_grad():
         for x in xs:
@@ -195,8 +195,8 @@ def test_replay_ends_where_the_model_does(host):
 
 @pytest.mark.parametrize("host", ["plain", "deit3", "qk_norm_no_bias"])
 def test_entries_find_how_layers_enter_the_stream(host):
-    model, _, groups = lone(host, F64)
-    replay = Replay(model, block_names(model, groups))
+    model, _, _ = lone(host, F64)
+    replay = Replay(model)
     with torch.no_grad():
         replay.enter(images(model, 2))
         found = entries(replay, {n: m for n, m in prunable_layers(model).items() if n.startswith("blocks.0.")})
