@@ -5,8 +5,9 @@ from .about import describe
 from .analysis.evaluate import accuracy
 from .config import FinetuneConfig, PruneConfig
 from .latency.table import LatencyTable
-from .prune.api import PruneResult, prune
+from .prune.api import prune
 from .prune.pruner import Pruner
+from .prune.result import PruneResult
 from .structure.snapshot import BUNDLED, load
 from .training.data import image_folder
 from .training.finetune import finetune
