@@ -14,7 +14,8 @@ tensors that the backward pass keeps anyway, so that the activation itself need 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
@@ -28,13 +29,20 @@ from .sites import Watch
 Projection = tuple[Tensor, Tensor | None, Tensor | None]
 """Weight `(out, in)` and bias of a linear layer, and its kept rows."""
 
+# Of the process and not a context variable: a backward pass that computes activations again does so on a thread of its
+# own, which must choose as the forward pass did.
 _kernels_on = True
 
 
-def use_kernels(on: bool) -> None:
-    """Whether fused kernels run where they can (`--no-kernels` turns them off). They are on to begin with."""
+@contextmanager
+def kernels(on: bool) -> Iterator[None]:
+    """Inside, fused kernels run where they can, or nowhere (`--no-kernels`); afterwards as before. Outside they run."""
     global _kernels_on
-    _kernels_on = on
+    before, _kernels_on = _kernels_on, on
+    try:
+        yield
+    finally:
+        _kernels_on = before
 
 
 def _kernels(x: Tensor) -> ModuleType | None:
