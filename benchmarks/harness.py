@@ -9,12 +9,9 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-import platform
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from torch import Tensor
 
 from benchmarks import timing
 from benchmarks.figure import figure
+from benchmarks.where import commit, device, device_name, setting, slug, triton_version
 
 RESULTS = Path(__file__).parent / "results"
 OURS = "nvit"
@@ -30,47 +28,6 @@ OURS = "nvit"
 
 class SkipProvider(Exception):
     """This provider cannot run this case; the message says why."""
-
-
-@cache
-def commit() -> str:
-    """The checked-out commit, with a plus sign when tracked files differ from it."""
-    words = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        said = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parent)
-    except OSError:
-        return "unknown"
-    return said.stdout.strip() or "unknown"
-
-
-@cache
-def triton_version() -> str:
-    try:
-        import triton
-    except ImportError:
-        return ""
-    return triton.__version__
-
-
-def device() -> torch.device:
-    """Where kernels are measured."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def device_name(of: torch.device | str | None = None) -> str:
-    """The GPU's or processor's own name; of what `device` says without an argument."""
-    if torch.device(of or device()).type == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
-
-
-def _setting() -> str:
-    """The GPU's name, or the processor's with its threads."""
-    name = device_name()
-    return name if device().type == "cuda" else f"CPU {name}, {torch.get_num_threads()} threads"
 
 
 @dataclass(frozen=True)
@@ -105,7 +62,7 @@ class Row:
     host_ms: float | None = None
     host_p20_ms: float | None = None
     host_p80_ms: float | None = None
-    device: str = field(default_factory=_setting)
+    device: str = field(default_factory=setting)
     torch: str = torch.__version__
     triton: str = field(default_factory=triton_version)
     commit: str = field(default_factory=commit)
@@ -113,11 +70,12 @@ class Row:
 
 
 class Records:
-    """Rows of one benchmark: `add` prints each as it comes, `save` writes `<name>_cpu.csv`, or of a GPU its name."""
+    """Rows of one benchmark: `add` prints each as it comes, `save` writes `<name>_cpu.csv`, or `<GPU>_<name>.csv`."""
 
-    def __init__(self, name: str, of: torch.device | str = "cpu") -> None:
+    def __init__(self, name: str, of: torch.device | str = "cpu", folder: Path | None = None) -> None:
         on_cpu = torch.device(of).type == "cpu"
-        self.path = RESULTS / (f"{name}_cpu.csv" if on_cpu else f"{_slug(device_name(of))}_{name}.csv")
+        file = f"{name}_cpu.csv" if on_cpu else f"{slug(device_name(of))}_{name}.csv"
+        self.path = (folder or RESULTS) / file
         self.rows: list[dict[str, Any]] = []
         self.where = {
             "device": device_name(of),
@@ -142,10 +100,6 @@ def _write(path: Path, names: Sequence[str], rows: Iterable[Mapping]) -> None:
         table = csv.DictWriter(file, names, lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
-
-
-def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in name.lower()).strip("_")
 
 
 def relative_error(result: Tensor | tuple[Tensor, ...], exact: Tensor | tuple[Tensor, ...]) -> float:
@@ -173,7 +127,7 @@ def gate(case: Case) -> tuple[dict[str, Callable], list[Row]]:
         except SkipProvider as reason:
             rows.append(Row(case=case.name, provider=provider, note=f"skipped: {reason}"))
             continue
-        except (RuntimeError, NotImplementedError, ValueError, ImportError, AttributeError) as failed:
+        except Exception as failed:  # whatever a peer of another version raises
             if provider.startswith(OURS):
                 raise
             reason = (str(failed).strip().splitlines() or [type(failed).__name__])[0][:160]
@@ -239,9 +193,19 @@ def run(cases: Iterable[Case] = (), measured: Iterable[Row] = ()) -> list[Row]:
     return rows
 
 
+def path_of(op: str, folder: Path | None = None) -> Path:
+    """Where rows of an op measured here are kept."""
+    return (folder or RESULTS) / f"{slug(setting())}_{op}.csv"
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """The CSV of a kernel's rows."""
+    _write(path, [f.name for f in fields(Row)], map(asdict, rows))
+
+
 def save(rows: Sequence[Row], op: str, folder: Path | None = None) -> Path:
     """Write `<device>_<op>.csv` and its figure, into `results/` without a folder."""
-    path = (folder or RESULTS) / f"{_slug(_setting())}_{op}.csv"
-    _write(path, [f.name for f in fields(Row)], map(asdict, rows))
+    path = path_of(op, folder)
+    write(path, rows)
     figure(rows, op, path.with_suffix(".png"), OURS)
     return path

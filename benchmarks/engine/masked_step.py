@@ -15,22 +15,13 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from benchmarks.engine.library import half_masks
 from benchmarks.harness import Records
 from benchmarks.timing import cpu_seconds, median_ratio
 from nvit import adapters
 from nvit.masks import apply_, compact, cut
 
 TARGET = 1.15
-
-
-def half_masks(groups, generator: torch.Generator) -> dict[str, Tensor]:
-    masks = {}
-    for g in groups:
-        odd = g.blocks[0] % 2
-        kept = max(g.multiple, (g.size // g.multiple + odd) // 2 * g.multiple)
-        masks[g.name] = torch.zeros(g.size, dtype=torch.bool)
-        masks[g.name][torch.randperm(g.size, generator=generator)[:kept]] = True
-    return masks
 
 
 def wrong(masked: nn.Module, twin: nn.Module, weights, images: Tensor) -> str | None:

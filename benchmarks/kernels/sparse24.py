@@ -26,8 +26,8 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_to_dense_cutlass,
 )
 
-from benchmarks.harness import commit, device_name, triton_version
 from benchmarks.timing import Timing, in_turns, on_gpu, spread
+from benchmarks.where import commit, device_name, slug, triton_version
 from nvit_kernels import _native, sparse24
 
 SHAPES = {"proj": (768, 768), "qkv": (2304, 768), "fc1": (3072, 768), "fc2": (768, 3072)}  # one block of DeiT-B
@@ -197,6 +197,7 @@ def append(path: Path, found: Sequence[dict]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
+    parser.add_argument("--out", type=Path, help="write the GPU's rows into this folder, as <GPU>_sparse24.csv")
     parser.add_argument("--seconds", type=float, default=3.0, help="time spent on each case")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--only", choices=("cpu", "gpu"), help="where to measure; both by default")
@@ -225,6 +226,10 @@ def main() -> int:
         print(json.dumps(row))
     if options.csv is not None:
         append(options.csv, found)
+    if options.out is not None and torch.cuda.is_available():
+        path = options.out / f"{slug(device_name('cuda'))}_sparse24.csv"
+        path.unlink(missing_ok=True)
+        append(path, [row for row in found if row["device"] == device_name("cuda")])
     return 0
 
 
