@@ -8,11 +8,8 @@ from nvit.adapters import find
 from nvit.calibration.replay import Replay
 from nvit.calibration.stand_in import standing_in
 from nvit.prune.budget import Plan
-from tests.families import HOSTS
+from tests.families import HOSTS, ONE_OF_EACH
 from tests.hosts import images, prepared
-
-ONE_OF_EACH = ["vit_deit_distilled", "swin_three_stages", "eva_rope_mixed", "beit_both", "hf_dinov2_registers"]
-ONE_OF_EACH = [name for name in ONE_OF_EACH if name in HOSTS]
 
 
 class Doubled(nn.Module):

@@ -22,14 +22,12 @@ from nvit.parallel import shards as shards_module
 from nvit.structure import snapshot
 from nvit.training.data import TrainingData
 from nvit.training.distill import sample_labels
-from tests.families import HOSTS
+from tests.families import HOSTS, ONE_OF_EACH
 from tests.ranks import PLAYED
 from tests.runs import NoisyImages
 
 ROOT = Path(__file__).parents[2]
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
-ONE_OF_EACH = ["vit_deit_distilled", "swin_three_stages", "eva_rope_mixed", "beit_both", "hf_dinov2_registers"]
-ONE_OF_EACH = [name for name in ONE_OF_EACH if name in HOSTS]
 SEVERAL = [(count, name) for count, names in PLAYED.items() for name in names if count > 1]
 
 
@@ -99,6 +97,11 @@ def test_finetuning_is_the_same_in_copies_and_in_shards(played):
             found = load_file(played / f"finetuned-{count}-{rank}.safetensors")
             for n, w in alone.items():
                 torch.testing.assert_close(found[n], w, rtol=0, atol=1e-12)
+
+
+def test_a_checkpointed_block_may_lie_in_shards(played):
+    """Gradients of every family as one process has them without either."""
+    assert codes(played, "checkpointed") == [0, 0], said(played, "checkpointed")
 
 
 def test_a_nan_on_one_rank_ends_all_with_the_same_words(played):
