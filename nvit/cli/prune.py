@@ -52,7 +52,7 @@ class PruneCommand:
         self.config.check()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Opened:
     """What a run works on. `meter` measures the memory of the whole run, under a budget."""
 
