@@ -252,22 +252,14 @@ class Attention(Prunable):
         elif layer.bias is not None:
             yield f"{name}.bias", layer.bias, rows
 
-    def _projections(self) -> list[functional.Projection]:
-        if len(self.input_names) == 1:
-            (layer,) = self.inputs
-            return [(layer.weight, self._bias() if self.bias_names else layer.bias, self.q_rows)]
-        rows = (self.q_rows, self.q_rows, self.v_rows)
-        return [(layer.weight, layer.bias, r) for layer, r in zip(self.inputs, rows, strict=True)]
-
-    def _bias(self) -> Tensor:
-        """The bias of the fused layer from the host's own vectors."""
-        zero = self.inputs[0].weight.new_zeros
-        return torch.cat(
-            [
-                zero(len(self.layout(part))) if name is None else getattr(self, name)
-                for part, name in zip(PARTS, self.bias_names, strict=True)
-            ]
-        )
+    def _bias(self) -> Tensor | None:
+        """The bias of the fused layer from the host's own vectors; None where the layers have theirs."""
+        if self.bias_names is None:
+            return None
+        own = [name and getattr(self, name) for name in self.bias_names]
+        zero = next(vector for vector in own if vector is not None).new_zeros
+        lengths = (len(self.layout(part)) for part in PARTS)
+        return torch.cat([zero(n) if v is None else v for n, v in zip(lengths, own, strict=True)])
 
     def position_bias(self) -> Tensor | None:
         """Relative position bias of the kept heads, `(1, heads, tokens, tokens)`, as the fused CPU kernel wants it."""
@@ -299,21 +291,19 @@ class Attention(Prunable):
         watch = self._watch()
         if watch is not None and windows > 1:
             watch = functional.watch_windows(watch, windows)
+        bias, (*read, write) = self._bias(), self.linears()
         out = functional.attention(
             x,
-            self._projections(),
-            self.last.weight,
-            self.last.bias,
+            [part.project(bias) for part in read if part.end == "in"],
+            write.project(),
             heads=heads,
             qk_dim=qk_dim * self.span("qk_dim"),
             v_dim=v_dim,
             scale=self.scale,
-            emb=self.emb,
-            proj_cols=self.out,
             q_norm=self.q_norm,
             k_norm=self.k_norm,
             norm=self.norm,
-            gate=None if self.gate_name is None else self._gate(),
+            gate=next((part.project() for part in read if part.end == "gate"), None),
             rope=None if rope is None or self.pairs is None else rope.of(self.table_dims, self.table_heads),
             pairs=self.pairs,
             bias=self.position_bias(),
@@ -322,7 +312,3 @@ class Attention(Prunable):
             watch=watch,
         )
         return self.proj_drop(out)
-
-    def _gate(self) -> functional.Projection:
-        layer = self.get_submodule(self.gate_name)
-        return layer.weight, layer.bias, self.v_rows

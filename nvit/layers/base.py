@@ -80,7 +80,7 @@ class Prunable(nn.Module):
     reads_only = False
 
     def __init__(self) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # a subclass may be an nn.Linear as well, whose parameters are the host's
         self.axes: dict[str, str] = {}
         self.places: dict[str, tuple[int, ...]] = {}
         self._indices: set[str] = set()
@@ -192,6 +192,12 @@ class Prunable(nn.Module):
         p = next(self.parameters(), None)
         self.register_buffer(name, kept if kept is None or p is None else kept.to(p.device), persistent=False)
 
+    def indices_to_(self, device: torch.device) -> None:
+        """Move the kept indices to a device."""
+        for name in self._indices:
+            kept = getattr(self, name)
+            setattr(self, name, kept if kept is None else kept.to(device))
+
 
 def _enter(layer: Prunable, args: tuple) -> tuple:
     """Forward pre-hook of a layer whose site `in` is watched."""
@@ -210,5 +216,8 @@ def prunable_layers(model: nn.Module) -> dict[str, Prunable]:
 
 def keep_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Let every layer of a prepared model compute over the units that `masks` keeps (bool per group)."""
+    device = next(model.parameters()).device
     for layer in prunable_layers(model).values():
         layer.keep_({axis: masks[group] for axis, group in layer.axes.items()})
+        if next(layer.parameters(), None) is None:  # the stream's entry does not know where the model is
+            layer.indices_to_(device)

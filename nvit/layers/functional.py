@@ -3,7 +3,8 @@
 Conventions. `x` is the residual stream `(batch, tokens, emb)`. An index (int64, ascending) names what is kept along
 one dimension of a weight; `None` means all of it. Masked weights keep their dense shape: each operation gathers the
 kept part and multiplies densely, so that its cost follows what is kept and its gradients are exactly zero elsewhere.
-The stream itself carries kept channels only, from `enter_stream` to the classifier.
+The stream itself carries kept channels only, from `enter_stream` to the classifier. Linear layers come as a `Project`,
+something that is called: a kernel that reads weights runs only where weights say all (`projection.as_tensors`).
 
 A watch, where one is given, is called as `watch(site, activation, again)` on an activation where units leave the
 network (see `layers.sites`), and returns it unchanged; `calibration.capture` uses it to read activations and their
@@ -16,7 +17,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
 
@@ -24,10 +24,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .projection import Project, Projection, as_tensors, linear, take
+from .rotary import Rotary
 from .sites import Watch
 
-Projection = tuple[Tensor, Tensor | None, Tensor | None]
-"""Weight `(out, in)` and bias of a linear layer, and its kept rows."""
+__all__ = [
+    "Projection",
+    "Rotary",
+    "attention",
+    "enter_stream",
+    "gated_mlp",
+    "group_dot",
+    "kept_norm",
+    "kernels",
+    "layer_scale",
+    "linear",
+    "mlp",
+    "take",
+    "watch_windows",
+]
 
 # Of the process and not a context variable: a backward pass that computes activations again does so on a thread of its
 # own, which must choose as the forward pass did.
@@ -59,43 +74,6 @@ def _kernels(x: Tensor) -> ModuleType | None:
     return functional
 
 
-class _Take(torch.autograd.Function):
-    """`weight[rows][:, cols]`. Its backward fills one zeroed dense gradient, where two index_select would fill two."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
-        ctx.save_for_backward(rows, cols)
-        ctx.shape = weight.shape
-        part = weight if rows is None else weight.index_select(0, rows)
-        return part if cols is None else part.index_select(1, cols)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        rows, cols = ctx.saved_tensors
-        if cols is not None:
-            wide = grad.new_zeros(grad.shape[0], ctx.shape[1])
-            grad = wide.index_copy_(1, cols, grad)
-        if rows is not None:
-            grad = grad.new_zeros(ctx.shape).index_copy_(0, rows, grad)
-        return grad, None, None
-
-
-def take(weight: Tensor, rows: Tensor | None = None, cols: Tensor | None = None) -> Tensor:
-    """The kept part of a matrix `(out, in)` or, without `cols`, of a vector `(out,)`."""
-    if rows is None and cols is None:
-        return weight
-    if weight.dim() == 1:
-        return weight.index_select(0, rows)
-    return _Take.apply(weight, rows, cols)
-
-
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None = None, cols: Tensor | None = None
-) -> Tensor:
-    """`F.linear` over kept outputs (`rows`) and kept inputs (`cols`): `(..., kept in) -> (..., kept out)`."""
-    return F.linear(x, take(weight, rows, cols), None if bias is None else take(bias, rows))
-
-
 def enter_stream(x: Tensor, emb: Tensor | None) -> Tensor:
     """Tokens `(batch, tokens, dense emb)` from the host's embedding to the stream of kept channels."""
     return x if emb is None else x.index_select(-1, emb)
@@ -124,40 +102,6 @@ def layer_scale(x: Tensor, gamma: Tensor, emb: Tensor | None) -> Tensor:
     return x * take(gamma, emb)
 
 
-@dataclass(frozen=True)
-class Rotary:
-    """Rotary position embedding: dims come in pairs that turn by an angle of the token's place.
-
-    Attributes:
-        sin, cos: `(tokens, dims)` or, where heads turn by angles of their own, `(heads, tokens, dims)` or anything else
-            broadcastable to `(batch, heads, tokens, dims)`; alike for both of a pair.
-        prefix: so many tokens at the front have no place.
-    """
-
-    sin: Tensor
-    cos: Tensor
-    prefix: int = 0
-
-    def of(self, dims: Tensor | None, heads: Tensor | None = None) -> Rotary:
-        """The same for kept dims and kept heads; None keeps all."""
-        return Rotary(*(_kept_angles(t, dims, heads) for t in (self.sin, self.cos)), self.prefix)
-
-    def __call__(self, x: Tensor, pairs: str) -> Tensor:
-        """Turn `x` `(batch, heads, tokens, dims)`; pairs are `interleaved` (neighbours) or `half` a head apart."""
-        still, x = x[..., : self.prefix, :], x[..., self.prefix :, :]
-        if pairs == "half":
-            first, second = x.chunk(2, dim=-1)
-            turned = torch.cat([-second, first], dim=-1)
-        else:
-            turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
-        return torch.cat([still, (x * self.cos + turned * self.sin).to(x.dtype)], dim=-2)
-
-
-def _kept_angles(table: Tensor, dims: Tensor | None, heads: Tensor | None) -> Tensor:
-    table = table if dims is None else table.index_select(-1, dims)
-    return table if heads is None else table.index_select(-3, heads)
-
-
 def watch_windows(watch: Watch, windows: int) -> Watch:
     """A watch for activations of `(batch · windows, …)`: the first dimension is the image again."""
     return lambda site, x, again=None: watch(site, x.unflatten(0, (-1, windows)), None).flatten(0, 1)
@@ -171,20 +115,17 @@ def _watch_queries(watch: Watch, q: Tensor, pairs: str | None) -> Tensor:
 
 def attention(
     x: Tensor,
-    inputs: Sequence[Projection],
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
+    inputs: Sequence[Project],
+    proj: Project,
     *,
     heads: int,
     qk_dim: int,
     v_dim: int,
     scale: float,
-    emb: Tensor | None = None,
-    proj_cols: Tensor | None = None,
     q_norm: Callable[[Tensor], Tensor] | None = None,
     k_norm: Callable[[Tensor], Tensor] | None = None,
     norm: Callable[[Tensor], Tensor] | None = None,
-    gate: Projection | None = None,
+    gate: Project | None = None,
     rope: Rotary | None = None,
     pairs: str | None = None,
     bias: Tensor | None = None,
@@ -196,12 +137,11 @@ def attention(
 
     Args:
         x: `(batch, tokens, kept emb)`.
-        inputs: one projection to all queries, then keys, then values, head by head, `(heads·(2·qk + v), emb)` dense; or
+        inputs: one projection of `x` to all queries, then keys, then values, head by head, `heads·(2·qk + v)` wide; or
             one to each.
-        proj_weight: `(emb, heads·v)` dense.
+        proj: back to the stream, from `(batch, tokens, heads·v)`.
         heads, qk_dim, v_dim: how many are kept.
         scale: of the logits; the dense model's, whatever is kept.
-        emb, proj_cols: kept channels, kept columns of proj.
         q_norm, k_norm: norms over the kept dims of every head, `(batch, tokens, heads, qk)` to the same shape. The
             watch sees queries after theirs, so that removing a unit is measured on what the keys meet.
         norm: over all heads' outputs together, `(batch, tokens, heads·v)` to the same shape.
@@ -215,7 +155,7 @@ def attention(
         `(batch, tokens, kept emb)`.
     """
     batch, tokens, _ = x.shape
-    parts = [linear(x, weight, bias, rows, emb) for weight, bias, rows in inputs]
+    parts = [project(x) for project in inputs]
     if len(parts) == 1:
         parts = parts[0].split((heads * qk_dim, heads * qk_dim, heads * v_dim), dim=-1)
     q, k, v = (p.unflatten(-1, (heads, -1)) for p in parts)
@@ -228,11 +168,10 @@ def attention(
     out = _attend(q, k, v, scale, bias, attn_mask, dropout).transpose(1, 2).reshape(batch, tokens, heads * v_dim)
     out = out if norm is None else norm(out)
     if gate is not None:
-        weight, bias, rows = gate
-        out = out * linear(x, weight, bias, rows, emb).sigmoid()
+        out = out * gate(x).sigmoid()
     if watch is not None:
         out = watch("out", out.unflatten(-1, (heads, -1)), None).flatten(-2)
-    return linear(out, proj_weight, proj_bias, emb, proj_cols)
+    return proj(out)
 
 
 DotSlice = tuple[str, int, int | None, tuple[int, ...], int, int]
@@ -313,37 +252,31 @@ def _one_mask(batch: int, bias: Tensor | None, attn_mask: Tensor | None) -> Tens
 
 def gated_mlp(
     x: Tensor,
-    first: Sequence[tuple[Tensor, Tensor | None]],
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
+    first: Sequence[Project],
+    last: Project,
     act: Callable[[Tensor], Tensor],
     *,
     gate_last: bool = False,
-    emb: Tensor | None = None,
-    first_rows: Tensor | None = None,
-    hidden: Tensor | None = None,
     norm: Callable[[Tensor], Tensor] | None = None,
     dropout: float = 0.0,
     watch: Watch | None = None,
 ) -> Tensor:
-    """fc2(act(gate) * value) over kept hidden units, as SwiGLU: `(batch, tokens, kept emb)` to the same shape.
+    """last(act(gate) * value) over kept hidden units, as SwiGLU: `(batch, tokens, kept emb)` to the same shape.
 
     Args:
-        first: weight `(hidden, emb)` and bias of the gate and of the value, or of both packed, `(2·hidden, emb)`.
-        gate_last: the value is packed before the gate.
-        first_rows: kept rows of each weight in `first`.
-        hidden: kept columns of fc2.
+        first: to the gate and to the value, or one projection to both, side by side.
+        gate_last: the value comes before the gate.
         norm: over the hidden units; the watch sees them after it.
     """
-    parts = [linear(x, weight, bias, first_rows, emb) for weight, bias in first]
+    parts = [project(x) for project in first]
     gate, value = parts if len(parts) == 2 else parts[0].chunk(2, dim=-1)
     if gate_last:
         gate, value = value, gate
     again = (lambda gate, value: act(gate) * value, gate, value)
-    return _last(again, fc2_weight, fc2_bias, emb, hidden, norm, dropout, watch)
+    return _last(again, last, norm, dropout, watch)
 
 
-def _last(again, weight, bias, emb, hidden, norm, dropout, watch) -> Tensor:
+def _last(again, last: Project, norm, dropout, watch) -> Tensor:
     """From kept hidden units, as `again` computes them, back to the stream."""
     function, *inputs = again
     h = function(*inputs)
@@ -352,7 +285,7 @@ def _last(again, weight, bias, emb, hidden, norm, dropout, watch) -> Tensor:
     h = h if norm is None else norm(h)
     if watch is not None:
         h = watch("out", h, again if norm is None and not dropout else None)
-    return linear(h, weight, bias, emb, hidden)
+    return last(h)
 
 
 def _is_exact_gelu(act: Callable[[Tensor], Tensor]) -> bool:
@@ -361,25 +294,18 @@ def _is_exact_gelu(act: Callable[[Tensor], Tensor]) -> bool:
 
 def mlp(
     x: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
+    fc1: Project,
+    fc2: Project,
     act: Callable[[Tensor], Tensor],
     *,
-    emb: Tensor | None = None,
-    hidden: Tensor | None = None,
     norm: Callable[[Tensor], Tensor] | None = None,
     dropout: float = 0.0,
     watch: Watch | None = None,
 ) -> Tensor:
     """fc1, activation, fc2 over kept hidden units: `(batch, tokens, kept emb)` to the same shape."""
     if watch is None and norm is None and not dropout and _is_exact_gelu(act):
-        width = fc1_weight.shape[0] if hidden is None else len(hidden)
-        out = len(fc2_weight) if emb is None else len(emb)
-        if (kernels := _kernels(x)) and kernels.mlp_takes(x, x.shape[-1], width, out):
-            first = take(fc1_weight, hidden, emb), None if fc1_bias is None else take(fc1_bias, hidden)
-            second = take(fc2_weight, emb, hidden), None if fc2_bias is None else take(fc2_bias, emb)
-            return kernels.mlp(x, *first, *second)
-    again = (act, linear(x, fc1_weight, fc1_bias, hidden, emb))
-    return _last(again, fc2_weight, fc2_bias, emb, hidden, norm, dropout, watch)
+        first, second = as_tensors(fc1), as_tensors(fc2)
+        if first and second and (kernels := _kernels(x)):
+            if kernels.mlp_takes(x, x.shape[-1], first.shape[0], second.shape[0]):
+                return kernels.mlp(x, *first.kept(), *second.kept())
+    return _last((act, fc1(x)), fc2, norm, dropout, watch)

@@ -94,16 +94,12 @@ class Mlp(_Hidden):
         super().__init__(host, (first,), last, act, drop, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        (fc1,), fc2 = self.first, self.last
+        fc1, fc2 = self.linears()
         out = functional.mlp(
             x,
-            fc1.weight,
-            fc1.bias,
-            fc2.weight,
-            fc2.bias,
+            fc1.project(),
+            fc2.project(),
             self.act,
-            emb=self.emb,
-            hidden=self.hidden,
             norm=self.norm,
             dropout=self.drop.p if self.training else 0.0,
             watch=self._watch(),
@@ -134,16 +130,13 @@ class GatedMlp(_Hidden):
         self.gate_last = gate_last
 
     def forward(self, x: Tensor) -> Tensor:
+        *first, last = self.linears()
         out = functional.gated_mlp(
             x,
-            [(layer.weight, layer.bias) for layer in self.first],
-            self.last.weight,
-            self.last.bias,
+            [part.project() for part in first],
+            last.project(),
             self.act,
             gate_last=self.gate_last,
-            emb=self.emb,
-            first_rows=self.first_rows,
-            hidden=self.hidden,
             norm=self.norm,
             dropout=self.drop.p if self.training else 0.0,
             watch=self._watch(),

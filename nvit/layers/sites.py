@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .projection import Project, Projection, is_plain
+
 Again = tuple
 """`(function, *tensors)` that give an activation once more from tensors that the backward pass keeps anyway."""
 
@@ -54,6 +56,20 @@ class LinearPart:
     end: str
     rows: Tensor | None = None
     cols: Tensor | None = None
+
+    def project(self, bias: Tensor | None = None) -> Project:
+        """What applies it: where all of it is kept the module itself, so that an adapter around it, its hooks or its
+        quantised weight take effect; else its kept part.
+
+        Args:
+            bias: a vector `(out,)` of the host's own, where the module has none.
+        """
+        whole = self.rows is None and self.cols is None
+        if bias is None:
+            return self.module if whole else Projection(self.module.weight, self.module.bias, self.rows, self.cols)
+        if whole and not is_plain(self.module):
+            return lambda x: self.module(x) + bias
+        return Projection(self.module.weight, bias, self.rows, self.cols)  # one product with a bias, as the host's
 
     def kept(self) -> tuple[Tensor, Tensor | None]:
         """Weight `(kept out, kept in)` and bias `(kept out,)`."""

@@ -127,7 +127,7 @@ class LayerScale(Prunable):
         return functional.layer_scale(x, getattr(self, self.name), self.emb)
 
 
-class Linear(Prunable):
+class Linear(Prunable, nn.Linear):
     """A linear layer between widths: a classifier reads the stream, patch merging reads one stream and writes the next.
 
     Args:
@@ -147,21 +147,11 @@ class Linear(Prunable):
         super().__init__()
         self.adopt(host)
         self.register_parameter("bias", host.bias)
+        self.in_features, self.out_features = host.in_features, host.out_features
         self.inputs, self.outputs, self.reads_stream = inputs, outputs, reads_stream
         self.reads_only = outputs is None
         for name in ("rows", "cols"):
             self._index(name, None)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"
-
-    @property
-    def in_features(self) -> int:
-        return self.weight.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.shape[0]
 
     def sites(self) -> dict[str, Site]:
         return super().sites() | ({"emb": Site({"emb": -1})} if self.reads_stream else {})
