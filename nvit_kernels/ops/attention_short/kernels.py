@@ -50,8 +50,8 @@ def forward_kernel(
 ):  # fmt: skip
     """P = softmax(q kᵀ), o = P v of one head, a tile of queries at a time, k and v held.
 
-    Products: 2 a tile, 2 N² (D + E) operations a head: 7.6 G at 64 x 12 heads of 197 x 64 (10.5 G as padded, 256 x 208).
-    Loads: q, k, v once, in rows of 16 bytes. Bytes there: 3 x 19.4 MB read, 19.4 + 0.6 MB written: 78 MB.
+    Products: 2 a tile, 2 N² (D + E) operations a head: 7.6 G at 64 x 12 heads of 197 x 64 (10.5 G as padded to
+    256 x 208). Loads: q, k, v once, 16 bytes at a time. Bytes there: 3 x 19.4 MB read, 19.4 + 0.6 MB written: 78 MB.
     """
     i = tl.program_id(0).to(tl.int64)
     b, h = i // H, i % H
@@ -109,9 +109,9 @@ def backward_kernel(
 ):  # fmt: skip
     """Gradients of one head, a tile of queries at a time; k, v, ∂k, ∂v of all keys held, keys along the rows.
 
-    Products: 5 a tile (Sᵀ, ∂v, ∂Pᵀ, ∂k, ∂qᵀ): 2 N² (3 D + 2 E) operations a head, 19.1 G at 64 x 12 heads of 197 x 64
-    (28.2 G as padded to 224 x 256). Loads: q, k, v, o, ∂o once in rows of 16 bytes; scores read k, v, ∂k, ∂v again from L2.
-    Bytes there: 5 x 19.4 + 0.6 MB read, 3 x 19.4 MB written: 156 MB.
+    Products: 5 a tile (Sᵀ, ∂v, ∂Pᵀ, ∂k, ∂q): 2 N² (3 D + 2 E) operations a head, 19.1 G at 64 x 12 heads of 197 x 64
+    (28.2 G as padded to 224 x 256). Loads: q, k, v, o, ∂o once, 16 bytes at a time; scores read k, v, ∂k, ∂v again,
+    from L2. Bytes there: 5 x 19.4 + 0.6 MB read, 3 x 19.4 MB written: 156 MB.
     """
     i = tl.program_id(0).to(tl.int64)
     b, h = i // H, i % H
@@ -152,8 +152,9 @@ def backward_kernel(
         dp = tl.dot(vt, tl.trans(dot))
         ds = p * (dp - centre[None, :]).to(p.dtype)  # two at a time in 16 bits, and no unpacking
         dk_acc = tl.dot(ds, qt, dk_acc)
-        dqt = tl.dot(tl.trans(kt), ds) * scale  # transposed: its rows are then 64 even where the tile is 32
-        put_rows(dq, tl.trans(dqt), m0, QK8, parts * H * QK8, N, BLOCK_M, BLOCK_QK)
+        # of few queries ∂qᵀ, as a warp-group product has at least 64 rows
+        dq_tile = tl.trans(tl.dot(tl.trans(kt), ds)) if BLOCK_M < 64 else tl.dot(tl.trans(ds), kt)
+        put_rows(dq, dq_tile * scale, m0, QK8, parts * H * QK8, N, BLOCK_M, BLOCK_QK)
     put_rows(dv, dv_acc, 0, V8, parts * H * V8, N, KEYS, BLOCK_V)
     put_rows(dk, dk_acc * scale, 0, QK8, parts * H * QK8, N, KEYS, BLOCK_QK)
     if SCORES:  # Σ q·∂q over queries is Σ k·∂k over keys, and Σ o·∂o is Σ v·∂v, dim by dim: one sum at the end

@@ -1,4 +1,4 @@
-"""Attention over short rows: what it takes, launches, gradients. docs/kernels/attention_short.md; kernels: kernels.py."""
+"""Attention over short rows: what it takes, launches, gradients. Derivations: docs/kernels/attention_short.md."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import itertools
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
+from nvit_kernels.configs import SHARED_BYTES
 from nvit_kernels.launch import FUSED_MULTIPLY_ADD, INTERPRET, on_device, power_of_two
 from nvit_kernels.ops.attention_short.kernels import LOG2E, backward_kernel, forward_kernel
 
 LARGEST_TOKENS = 208
 LARGEST_HEAD = 64
+WIDEST_BACKWARD_BYTES = 106 << 10  # shared memory of 256 keys, 64/64 dims, 16 rows, without warp groups
 
 
 @dataclass(frozen=True)
@@ -35,23 +36,44 @@ def key_pieces(tokens: int) -> tuple[int, int, int]:
     return (*min(choices, key=lambda c: (sum(c), len(c))), 0, 0)[:3]
 
 
-def forward_config(arch: int, tokens: int) -> Config:
-    """The forward's layout; one tile of rows is what Hopper's warp-group products start at."""
+def _warp_groups(arch: int) -> bool:
+    """Whether products are of 64 rows and a warp group: Hopper and the data-centre Blackwells."""
+    return 90 <= arch < 120
+
+
+def forward_config(tokens: int) -> Config:
+    """The forward's layout, on every architecture: 64 rows are where Hopper's warp-group products start."""
     return Config(rows=64, warps=4, stages=2 if tokens > 64 else 1)
 
 
-def backward_config(arch: int, tokens: int, qk: int, v: int, itemsize: int = 2) -> Config | None:
-    """The backward's layout for padded head dims on compute capability `arch`, as 90; None where none fits unspilled."""
+def backward_config(arch: int, tokens: int, qk: int, v: int) -> Config | None:
+    """The backward's layout on compute capability `arch`, as 90; None where it is not offered.
+
+    What is offered spills no register and fits in shared memory, which `cases` compiles and its test asserts.
+    """
     if tokens <= 64:
         return Config(rows=64, warps=4, stages=1)
+    if _warp_groups(arch):
+        return Config(rows=32, warps=8, stages=2)
     if tokens <= 128:
         return Config(rows=32, warps=8, stages=1)
-    return Config(rows=32, warps=8, stages=2 if arch >= 90 else 1)
+    if qk > 32 and v > 32 and SHARED_BYTES.get(arch, min(SHARED_BYTES.values())) < WIDEST_BACKWARD_BYTES:
+        return None
+    return Config(rows=16, warps=8, stages=1)
 
 
-def padded(arch: int, qk: int, v: int) -> tuple[int, int]:
-    """Head dims as the backward holds them: ∂qᵀ has a row per qk dim, and Hopper's products start at 64 rows."""
-    return power_of_two(qk, 64 if arch >= 90 else 16), power_of_two(v)
+def padded(arch: int, rows: int, qk: int, v: int) -> tuple[int, int]:
+    """Head dims as the backward holds them with tiles of `rows` queries.
+
+    Below 64 rows ∂qᵀ is computed, with a row per qk dim, and warp-group products need 64 of them.
+    """
+    least = 64 if _warp_groups(arch) and rows < 64 else 32 if arch else 16
+    return power_of_two(qk, least), power_of_two(v)
+
+
+def backward_keys(arch: int, tokens: int) -> int:
+    """Keys as the backward holds them, in one piece."""
+    return power_of_two(tokens, 64 if arch else 16)
 
 
 def architecture(device: torch.device) -> int:
@@ -75,7 +97,7 @@ def takes(q: Tensor, v_width: int, gradients: bool = True) -> bool:
     if not 0 < width <= LARGEST_HEAD or not 0 < v_width <= LARGEST_HEAD or not q.numel():
         return False
     arch = architecture(q.device)
-    return not gradients or not arch or backward_config(arch, tokens, *padded(arch, width, v_width)) is not None
+    return not gradients or not arch or backward_config(arch, tokens, width, v_width) is not None
 
 
 def _alike(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,12 +123,12 @@ def _strides8(x: Tensor) -> tuple[int, int, int]:
 
 
 def launch(q: Tensor, k: Tensor, v: Tensor, scale: float, config: Config | None = None) -> tuple[Tensor, Tensor]:
-    """o `(batch, heads, tokens, v_dim)`, laid out token by token, and the float32 log2-sums `(batch, heads, tokens)`."""
+    """o `(batch, heads, tokens, v_dim)`, laid out token by token; float32 log2-sums `(batch, heads, tokens)`."""
     (b, h, n, d), e = q.shape, v.shape[-1]
     q, k = _alike(q, k)
     v = v if _readable(v) else _by_token(v)
     o, lse = _empty_by_token(q, b, h, n, e), q.new_empty(b, h, n, dtype=torch.float32)
-    config = config or (INTERPRETED if INTERPRET else forward_config(architecture(q.device), n))
+    config = config or (INTERPRETED if INTERPRET else forward_config(n))
     with on_device(q):
         forward_kernel[(b * h,)](
             q, k, v, o, lse, scale * LOG2E.value, h, d // 8, e // 8, *_strides8(q), *_strides8(v), n, *key_pieces(n),
@@ -135,12 +157,12 @@ def launch_backward(
     do, o = _by_token(do), _by_token(o)
     do = do if do.data_ptr() % 16 == 0 else do.clone()
     arch = architecture(q.device)
-    block_qk, block_v = padded(arch, d, e)
-    config = config or (backward_config(arch, n, block_qk, block_v) if arch else INTERPRETED)
+    config = config or (backward_config(arch, n, d, e) if arch else INTERPRETED)
+    block_qk, block_v = padded(arch, config.rows, d, e)
     delta = torch.empty_like(lse) if config.delta_first else None
     qk_part = q.new_empty(b, h, d, dtype=torch.float32) if wants_scores else None
     v_part = q.new_empty(b, h, e, dtype=torch.float32) if wants_scores else None
-    keys = power_of_two(n, 64 if arch >= 90 else 16)
+    keys = backward_keys(arch, n)
     with on_device(q):
         backward_kernel[(b * h,)](
             q, k, v, o, do, lse, delta, *gradients, qk_part, v_part, scale, h, d // 8, e // 8,
@@ -286,8 +308,8 @@ def attention_short_packed(
 ) -> Tensor:
     """`attention_short` of a projection `(batch, tokens, 3, heads, dim)`, whose gradient comes packed like it.
 
-    The backward of `unbind` copies three gradients into one tensor: 232 MB of traffic at 64 x 12 heads of 197 x 64, more
-    than attention itself moves. This writes them there.
+    The backward of `unbind` copies three gradients into one tensor: 116 MB moved at 64 x 12 heads of 197 x 64, against
+    156 MB of the whole backward. This writes them there.
 
     Raises:
         ValueError: as `attention_short`.
