@@ -26,7 +26,7 @@ def cases(arch: int, dtype: str = "bf16") -> Iterator[tuple[Case, triton.Config]
     """Every layout offered on `arch`, as 90, with the launch options it has there."""
     types = (("lse", "*fp32"), *((name, f"*{dtype}") for name in TENSORS))
     for tokens, qk, v in SHAPES:
-        config, tag = op.forward_config(tokens), f"{tokens} tokens {qk}/{v} {dtype}"
+        config, tag = op.forward_config(arch, tokens), f"{tokens} tokens {qk}/{v} {dtype}"
         pieces = dict(zip(("KEYS_A", "KEYS_B", "KEYS_C"), op.key_pieces(tokens), strict=True))
         sizes = dict(BLOCK_QK=op.power_of_two(qk), BLOCK_V=op.power_of_two(v))
         constants = dict(N=tokens, BLOCK_M=config.rows, STAGES=config.stages) | pieces | sizes
@@ -61,7 +61,8 @@ def main(arch: int) -> None:
             if dtype == "bf16" or "197 tokens 64/64" in case.name:
                 report = compile_case(case, arch, options)
                 fits = programs_per_processor(report, options.num_warps)
-                print(json.dumps(asdict(report) | {"programs_per_processor": fits}), flush=True)
+                held = {"programs_per_processor": fits, "warps_per_processor": fits * options.num_warps}
+                print(json.dumps(asdict(report) | held), flush=True)
 
 
 if __name__ == "__main__":

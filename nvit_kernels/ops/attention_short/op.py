@@ -41,9 +41,20 @@ def _warp_groups(arch: int) -> bool:
     return 90 <= arch < 120
 
 
-def forward_config(tokens: int) -> Config:
-    """The forward's layout, on every architecture: 64 rows are where Hopper's warp-group products start."""
-    return Config(rows=64, warps=4, stages=2 if tokens > 64 else 1)
+def _shared_bytes(arch: int) -> int:
+    return SHARED_BYTES.get(arch, min(SHARED_BYTES.values()))
+
+
+def forward_config(arch: int, tokens: int) -> Config:
+    """The forward's layout on compute capability `arch`, as 90; 64 rows are where warp-group products start.
+
+    A small shared memory holds one program of 128 keys or more, so that one has eight warps, of 16 rows each as always.
+    """
+    if tokens <= 64:
+        return Config(rows=64, warps=4, stages=1)
+    if tokens > 128 and _shared_bytes(arch) < WIDEST_BACKWARD_BYTES:
+        return Config(rows=128, warps=8, stages=1)
+    return Config(rows=64, warps=4, stages=2)
 
 
 def backward_config(arch: int, tokens: int, qk: int, v: int) -> Config | None:
@@ -57,7 +68,7 @@ def backward_config(arch: int, tokens: int, qk: int, v: int) -> Config | None:
         return Config(rows=32, warps=8, stages=2)
     if tokens <= 128:
         return Config(rows=32, warps=8, stages=1)
-    if qk > 32 and v > 32 and SHARED_BYTES.get(arch, min(SHARED_BYTES.values())) < WIDEST_BACKWARD_BYTES:
+    if qk > 32 and v > 32 and _shared_bytes(arch) < WIDEST_BACKWARD_BYTES:
         return None
     return Config(rows=16, warps=8, stages=1)
 
@@ -128,7 +139,7 @@ def launch(q: Tensor, k: Tensor, v: Tensor, scale: float, config: Config | None 
     q, k = _alike(q, k)
     v = v if _readable(v) else _by_token(v)
     o, lse = _empty_by_token(q, b, h, n, e), q.new_empty(b, h, n, dtype=torch.float32)
-    config = config or (INTERPRETED if INTERPRET else forward_config(n))
+    config = config or (INTERPRETED if INTERPRET else forward_config(architecture(q.device), n))
     with on_device(q):
         forward_kernel[(b * h,)](
             q, k, v, o, lse, scale * LOG2E.value, h, d // 8, e // 8, *_strides8(q), *_strides8(v), n, *key_pieces(n),
