@@ -1,5 +1,4 @@
-"""A masked model computes where its parameters are: on a fake CUDA device, which needs no GPU and where a tensor that was
-left on the CPU raises."""
+"""Masked models where the device is not the CPU, on fake tensors: a host read or an index left on the CPU raises."""
 
 from functools import partial
 
