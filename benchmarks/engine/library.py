@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import timm
 import torch
 from torch import Tensor, nn
 
-from nvit.layers import functional
 from nvit.spec import Group
 
 
@@ -60,16 +58,6 @@ def half_masks(groups: Sequence[Group], generator: torch.Generator) -> dict[str,
         masks[g.name] = torch.zeros(g.size, dtype=torch.bool)
         masks[g.name][torch.randperm(g.size, generator=generator)[:kept]] = True
     return masks
-
-
-@contextmanager
-def kernels(on: bool) -> Iterator[None]:
-    """Fused kernels where they can run, or none, inside."""
-    functional.use_kernels(on)
-    try:
-        yield
-    finally:
-        functional.use_kernels(True)
 
 
 def first_line(error: BaseException) -> str:

@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.engine.library import Setting, first_line, half_masks, kernels
+from benchmarks.engine.library import Setting, first_line, half_masks
 from benchmarks.harness import Records, relative_error
 from benchmarks.timing import back_to_back, timings
 from nvit import adapters
+from nvit.layers import functional
 from nvit.structure.compact import compact
 from nvit.structure.masks import apply_
 
@@ -118,7 +119,7 @@ def main() -> int:
     for case, on, make, like in cases(setting, not args.no_compile):
         row = {"case": case, "kernels": on, "batch_size": len(images), "dtype": str(setting.amp or torch.float32)[6:]}
         try:
-            with kernels(on is not False):
+            with functional.kernels(on is not False):
                 model = make()
                 found = logits(model, images, setting)
                 error = relative_error(found, exact[like]) if like in exact else 0.0
