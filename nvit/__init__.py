@@ -1,14 +1,14 @@
 """Prune vision transformers to a latency you choose (NViT, arXiv:2110.04869)."""
 
-from . import zoo
+from . import sparse24, zoo
 from .about import describe
 from .analysis.evaluate import accuracy
 from .config import FinetuneConfig, PruneConfig
 from .latency.table import LatencyTable
-from .prune.api import PruneResult, prune
+from .prune.api import prune
 from .prune.pruner import Pruner
-from .sparse24 import load
-from .structure.snapshot import BUNDLED
+from .prune.result import PruneResult
+from .structure.snapshot import BUNDLED, load
 from .training.data import image_folder
 from .training.finetune import finetune
 
@@ -26,5 +26,6 @@ __all__ = [
     "image_folder",
     "load",
     "prune",
+    "sparse24",
     "zoo",
 ]

@@ -8,11 +8,12 @@ import platform
 import torch
 
 from . import sparse24
+from .latency.clock import device_name
 
 
 def describe() -> str:
     """A line for each optional part: there, or what is missing and how to get it."""
-    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU: everything runs on the CPU"
+    cuda = device_name("cuda") if torch.cuda.is_available() else "no GPU: everything runs on the CPU"
     lines = [f"python {platform.python_version()}, torch {torch.__version__}", f"CUDA: {cuda}"]
     triton = importlib.util.find_spec("triton") is not None
     lines.append(f"Triton, for fused kernels on CUDA: {'there' if triton else 'missing; pip install triton'}")

@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import sys
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from tyro.conf import arg
 
 from .spec import BUNDLE_SIZES, KINDS
-
-if sys.version_info >= (3, 11):
-    pass
-else:
-    pass
-
 
 CriterionName = Literal["hessian", "nvit", "abs", "fisher", "taylor", "magnitude", "random"]
 

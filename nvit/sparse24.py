@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from . import adapters
 from .latency.clock import time_each
-from .layers import Attention, GatedMlp, Mlp, prunable_layers
+from .layers import Prunable, prunable_layers
 from .structure import snapshot
 from .utils.progress import Progress, silent
 
@@ -38,11 +37,10 @@ def native() -> dict[str, str]:
 def projections(model: nn.Module) -> dict[str, nn.Linear]:
     """Every linear projection of the blocks of a prepared model, by the name of its weight."""
     return {
-        f"{name}.{leaf}.weight": linear
+        f"{name}.{part.name}.weight": part.module
         for name, layer in prunable_layers(model).items()
-        if isinstance(layer, (Attention, Mlp, GatedMlp))
-        for leaf, linear in layer.named_children()
-        if isinstance(linear, nn.Linear)
+        if layer.reorderable() is not None
+        for part in layer.linears()
     }
 
 
@@ -72,7 +70,7 @@ def apply_masks_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         found[name].weight.mul_(mask)
 
 
-def _reorder_(layer: Attention | Mlp | GatedMlp, axis: str, order: Tensor) -> None:
+def _reorder_(layer: Prunable, axis: str, order: Tensor) -> None:
     """Reorder the units of `mlp`, or the dims of `v_dim` head by head, wherever the layer's parameters hold them."""
     for inner in prunable_layers(layer).values():
         params = dict(inner.named_parameters())
@@ -94,19 +92,19 @@ def permute_(model: nn.Module, seconds: float = 60.0, progress: Progress = silen
     Returns:
         A row per reader: `weight, kept_before, kept_after` (fractions of the sum of magnitudes).
     """
-    from nvit_kernels.permute24 import search_channel_order
+    from nvit_kernels.sparse24.permute import search_channel_order
 
-    layers = {n: m for n, m in prunable_layers(model).items() if isinstance(m, (Attention, Mlp, GatedMlp))}
+    layers = {n: m for n, m in prunable_layers(model).items() if m.reorderable() is not None}
     rows = []
     for done, (name, layer) in enumerate(layers.items(), start=1):
-        reader, axis = layer.last, "v_dim" if isinstance(layer, Attention) else "mlp"
-        span = layer.v_dim if isinstance(layer, Attention) else None
+        part, axis, span = layer.reorderable()
+        reader = part.module
         if reader.in_features % 4 or (span or 4) % 4:
             continue
         found = search_channel_order(reader.weight.detach().cpu(), span=span, seconds=seconds / len(layers))
         _reorder_(layer, axis, found.order.to(reader.weight.device))
         kept = {"kept_before": found.kept_before, "kept_after": found.kept_after}
-        rows.append({"weight": f"{name}.{layer.last_name}.weight"} | kept)
+        rows.append({"weight": f"{name}.{part.name}.weight"} | kept)
         progress(done, len(layers), f"permute: {name} keeps {found.kept_after:.4f} of its magnitude")
     return rows
 
@@ -158,8 +156,8 @@ def compressed(weight: Tensor, backend: str) -> Tensor:
     """
     from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
-    from nvit_kernels.cusparselt import compress_cusparselt
     from nvit_kernels.sparse24 import compress_2to4
+    from nvit_kernels.sparse24.cusparselt import compress_cusparselt
 
     if backend == CUTLASS:
         packed = compress_2to4(weight)
@@ -237,22 +235,10 @@ def accelerate_(model: nn.Module, batch_size: int = 64) -> list[Choice]:
     return chosen
 
 
-def load(
-    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, *, sparse: bool = True
-) -> nn.Module:
-    """The compact model of a snapshot folder, in eval mode, ready for inference.
-
-    Args:
-        dtype: of the weights; as saved when None.
-        sparse: on a GPU that can, run 2:4 projections on sparse tensor cores where that is measured faster; elsewhere
-            they run as dense weights with zeros, with equal outputs. `model.sparse24_choices` says what was chosen.
-
-    Raises:
-        ValueError: a file is missing, damaged, or does not fit the others; one line that names it.
-    """
-    model = snapshot.load(path, device)
-    if dtype is not None:
-        model = model.to(dtype)
-    if sparse and model.sparse24 and torch.device(device).type == "cuda":
+def _finish(model: nn.Module) -> None:
+    """What `snapshot.load` does at last: 2:4 projections on sparse tensor cores, where the model is on a GPU."""
+    if model.sparse24 and next(model.parameters()).device.type == "cuda":
         model.sparse24_choices = accelerate_(model)
-    return model
+
+
+snapshot.FINISHERS.append(_finish)

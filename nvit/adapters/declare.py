@@ -134,7 +134,7 @@ def resize_layers(model: nn.Module, params: Mapping[str, Tensor], masks: Mapping
             modules[owner].out_features, modules[owner].in_features = tensor.shape
     for layer in prunable_layers(model).values():
         layer.resize_({axis: masks[group] for axis, group in layer.axes.items()})
-        layer.tap = None  # the model it was copied from may be under observation
+        layer.unwatch_()
     device = next(model.parameters()).device
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
-from ..layers import Layout, Prunable, functional
+from ..layers import Layout, LinearPart, Prunable, functional
 from ..layers.base import dim_slices, index
 from ..spec import Slice
 from .declare import with_axes
@@ -29,6 +29,9 @@ class LatentPool(Prunable):
         self.pos_embed = host.pos_embed
         self._index("emb", None)
 
+    def linears(self) -> list[LinearPart]:
+        return [LinearPart("kv", self.kv, "in", None, self.emb)]
+
     def keep_(self, keeps: Mapping[str, Tensor]) -> None:
         self._index("emb", index(keeps["emb"]))
 
@@ -43,7 +46,8 @@ class LatentPool(Prunable):
         if self.pos_embed is not None:
             x = x + functional.take(self.pos_embed, None, self.emb)
         q = self.q(self.latent.expand(len(x), -1, -1)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        kv = functional.linear(x, self.kv.weight, self.kv.bias, None, self.emb).unflatten(-1, (2, self.heads, -1))
+        (keys_and_values,) = self.linears()
+        kv = keys_and_values.project()(x).unflatten(-1, (2, self.heads, -1))
         k, v = kv.permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, scale=self.scale)
         x = self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +12,7 @@ from torch import Tensor, nn
 from .. import adapters
 from ..layers import prunable_layers
 from ..utils.progress import Progress, silent
-from .observed import observed
-
-_TAP = {"heads": None, "v_dim": "out", "mlp": "out", "qk_dim": "qk", "emb": "emb"}
-"""Which of a layer's places a tap of a kind reads; `heads` and `v_dim` see the same activation."""
+from .capture import Place, capture
 
 
 @dataclass
@@ -83,10 +81,6 @@ class GateProducts:
         self._now.clear()
 
 
-Place = tuple[str, str]
-"""Name of a layer, and `out` (where its units leave), `qk` (queries), `emb` (behind a norm) or `in` (what it reads)."""
-
-
 def probe(logits: Tensor, generator: torch.Generator) -> Tensor:
     """A draw whose second moment is the curvature of cross entropy at `logits` `(batch, classes)`."""
     p = logits.detach().float().softmax(-1)
@@ -95,17 +89,16 @@ def probe(logits: Tensor, generator: torch.Generator) -> Tensor:
     return (half - p * half.sum(-1, keepdim=True)).to(logits)
 
 
-def rows_of(kind: str, x: Tensor, axis: int, pairs: bool = False) -> Tensor:
-    """An activation as a tap gets it, as rows `(places of all images, d)`; dims of all heads side by side, units last.
-
-    Args:
-        pairs: a unit of `qk_dim` is a rotary pair, so that queries have one more dimension.
-    """
-    x = x.movedim(axis, -1)
-    if kind == "qk_dim":  # (…, heads, tokens, dims), with pairs (…, heads, tokens, 2, dims)
-        inner = 2 if pairs else 1
-        return x.movedim(-2 - inner, -1 - inner).flatten(-1 - inner).flatten(0, -2)
-    return (x.flatten(-2) if kind == "v_dim" else x).flatten(0, -2)
+@contextmanager
+def _frozen(trainable: Mapping[nn.Parameter, bool]) -> Iterator[None]:
+    """Parameters want no gradient inside."""
+    try:
+        for p in trainable:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p, was in trainable.items():
+            p.requires_grad_(was)
 
 
 def watch(
@@ -132,36 +125,22 @@ def watch(
     device = next(model.parameters()).device
     images_now = [0]
 
-    def watched(place: Place, kind: str, x: Tensor, axis: int, again: tuple | None = None) -> Tensor:
-        pairs = getattr(layers[place[0]], "pairs", None) is not None
+    def sink(place: Place, act: Tensor, grad: Tensor) -> None:
+        name, site = place
+        x, g = (layers[name].sites()[site].rows(t).float() for t in (act, grad))
+        seen.setdefault(place, Seen()).add(x, g, images_now[0])
+        if gates is not None and site != "in":
+            where = (layers[name].axes["emb"], "emb") if site == "emb" else place
+            gates.add(where, (x * g).view(images_now[0], -1, x.shape[1]).sum(1))
 
-        def sink(act: Tensor, grad: Tensor) -> None:
-            x, g = (rows_of(kind, t, axis, pairs).float() for t in (act, grad))
-            seen.setdefault(place, Seen()).add(x, g, images_now[0])
-            if gates is not None and place[1] != "in":
-                where = (layers[place[0]].axes["emb"], "emb") if place[1] == "emb" else place
-                gates.add(where, (x * g).view(images_now[0], -1, x.shape[1]).sum(1))
-
-        return observed(x, sink, again)
-
-    def tap(name: str):
-        def at(kind: str, x: Tensor, axis: int, again: tuple | None = None) -> Tensor:
-            place = _TAP[kind]
-            return x if place is None else watched((name, place), kind, x, axis, again)
-
-        return at
-
-    def entered(name: str):
-        return lambda _, args: (watched((name, "in"), "in", args[0], -1), *args[1:])
-
-    hooks = []
-    try:
-        for p in trainable:
-            p.requires_grad_(False)
-        for name, layer in layers.items():
-            layer.tap = tap(name)
-            if hasattr(layer, "last"):
-                hooks.append(layer.register_forward_pre_hook(entered(name)))
+    # What enters a layer matters where linear layers read it.
+    places = [
+        (name, site)
+        for name, layer in layers.items()
+        for site in layer.sites()
+        if layer.sites()[site].axes or (site == "in" and any(part.end == "out" for part in layer.linears()))
+    ]
+    with _frozen(trainable), capture(model, places, sink):
         generator = torch.Generator().manual_seed(seed)
         for done, images in enumerate(batches, start=1):
             images_now[0] = len(images)
@@ -172,13 +151,6 @@ def watch(
             if gates is not None:
                 gates.close_batch()
             progress(done, total, "curvature")
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for layer in layers.values():
-            layer.tap = None
-        for p, was in trainable.items():
-            p.requires_grad_(was)
     if not seen:
         raise ValueError("no batch of calibration images; the loader gave none")
     return seen

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..calibration.statistics import _TAP, GateProducts, Place, Seen
+from ..calibration.capture import Place
+from ..calibration.statistics import GateProducts, Seen
 from ..layers import prunable_layers
 from ..spec import Group
 from .fisher import leave_in_turn
@@ -22,9 +23,9 @@ def _places(model: nn.Module, groups: Sequence[Group], seen: Mapping[Place, Seen
     places: dict[str, list[Place]] = {g.name: [] for g in groups}
     for name, layer in prunable_layers(model).items():
         for axis, group in layer.axes.items():
-            place = (name, _TAP.get(axis) or "out")
-            if group in places and place in seen:
-                places[group].append(place)
+            site = next((s for s, declared in layer.sites().items() if axis in declared.axes), "")
+            if group in places and (name, site) in seen:
+                places[group].append((name, site))
     for name, found in places.items():
         if not found:
             raise ValueError(f"{name}: no gradient reached where its units leave; this criterion cannot rank it")

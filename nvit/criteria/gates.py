@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..calibration.observed import observed
+from ..calibration.capture import Place, capture
 from ..layers import prunable_layers
 from ..spec import Group
 from .base import Evidence, Scores
@@ -29,28 +28,26 @@ class GateRecorder:
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[Group], masks: Mapping[str, Tensor]) -> None:
-        self.layers = prunable_layers(model).values()
         self.groups, self.masks = {g.name: g for g in groups}, masks
         self.sums: dict[str, Tensor] = {}
+        self.units: dict[Place, list[tuple[str, int]]] = {}
+        for name, layer in prunable_layers(model).items():
+            for site, declared in layer.sites().items():
+                leaving = [(layer.axes[kind], dim) for kind, dim in declared.axes.items() if kind in layer.axes]
+                if mine := [(group, dim) for group, dim in leaving if group in self.groups]:
+                    self.units[name, site] = mine
+        self.captured = capture(model, self.units, self._see)
 
     def __enter__(self) -> GateRecorder:
-        for layer in self.layers:
-            kinds = {axis: name for axis, name in layer.axes.items() if name in self.groups}
-            if kinds:
-                layer.tap = self._tap(kinds)
+        self.captured.__enter__()
         return self
 
-    def __exit__(self, *_) -> None:
-        for layer in self.layers:
-            layer.tap = None
+    def __exit__(self, *error) -> None:
+        self.captured.__exit__(*(error or (None, None, None)))
 
-    def _tap(self, kinds: Mapping[str, str]):
-        def tap(kind: str, x: Tensor, axis: int, again: tuple | None = None) -> Tensor:
-            if kind not in kinds or not torch.is_grad_enabled():
-                return x
-            return observed(x, functools.partial(self._add, kinds[kind], axis), again)
-
-        return tap
+    def _see(self, place: Place, act: Tensor, grad: Tensor) -> None:
+        for group, dim in self.units[place]:
+            self._add(group, dim, act, grad)
 
     def _add(self, name: str, axis: int, act: Tensor, grad: Tensor) -> None:
         """Sum `act * grad` over everything but the image and the unit."""

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..calibration.statistics import Place, Seen
+from ..calibration.capture import Place
+from ..calibration.statistics import Seen
 from ..spec import Group
 from .curvature import _dims, _places, _wide
 

@@ -8,18 +8,22 @@ model's.
 from .attention import Attention, head_layout
 from .base import Layout, Prunable, keep_, prunable_layers
 from .mlp import GatedMlp, Mlp
+from .sites import Basis, LinearPart, Site
 from .stream import EmbeddingNorm, LayerScale, Linear, Norm, StreamEntry
 
 __all__ = [
     "Attention",
+    "Basis",
     "EmbeddingNorm",
     "GatedMlp",
     "LayerScale",
     "Layout",
     "Linear",
+    "LinearPart",
     "Mlp",
     "Norm",
     "Prunable",
+    "Site",
     "StreamEntry",
     "head_layout",
     "keep_",

@@ -12,6 +12,7 @@ from ..spec import Slice
 from . import functional
 from .base import Layout, Prunable, dim_slices, index
 from .functional import Rotary
+from .sites import Basis, LinearPart, Site
 from .stream import Norm
 
 PARTS = ("q", "k", "v")
@@ -110,6 +111,64 @@ class Attention(Prunable):
     def extra_repr(self) -> str:
         return "heads={}, qk_dim={}, v_dim={}".format(*self.kept)
 
+    def sites(self) -> dict[str, Site]:
+        queries = {
+            None: Site({"qk_dim": -1}, (-3, -1)),
+            "half": Site({"qk_dim": -1}, (-4, -2, -1)),
+            "interleaved": Site({"qk_dim": -2}, (-4, -1, -2)),
+        }
+        return super().sites() | {"qk": queries[self.pairs], "out": Site({"heads": -2, "v_dim": -1}, (-2, -1))}
+
+    def linears(self) -> list[LinearPart]:
+        rows = (self.q_rows, self.q_rows, self.v_rows)
+        read = [
+            LinearPart(name, layer, "in", kept, self.emb)
+            for name, layer, kept in zip(self.input_names, self.inputs, rows, strict=False)
+        ]
+        if self.gate_name is not None:
+            read.append(LinearPart(self.gate_name, self.get_submodule(self.gate_name), "gate", self.v_rows, self.emb))
+        return [*read, LinearPart(self.last_name, self.last, "out", self.emb, self.out)]
+
+    def bases(self) -> list[Basis]:
+        keys, values = None, None
+        if self.pairs is not None:
+            keys = "rotary position embedding"
+        elif self.q_norm is not None or self.k_norm is not None:
+            keys = "a norm on queries"
+        if self.norm is not None:
+            values = "a norm on the heads' outputs"
+        elif self.gate_name is not None:
+            values = "a gate on the heads' outputs"
+        return [
+            Basis("qk_dim", "qk", self.heads, self.qk_dim, keys, constant=False),
+            Basis("v_dim", "out", self.heads, self.v_dim, values, constant=self.last.bias is not None),
+        ]
+
+    @torch.no_grad()
+    def turn_(self, axis: str, turn: Tensor, inverse: Tensor) -> None:
+        """Give the dims of every head of a dense layer another basis, in place; what the layer computes stays.
+
+        Args:
+            turn, inverse: `(heads, dims, dims)`, fp64: `q -> turn q` and `k -> inverseᵀ k`, or `v -> turn v`.
+        """
+        if axis == "qk_dim":
+            self._turn_rows_("q", turn)
+            self._turn_rows_("k", inverse.mT)
+            return
+        self._turn_rows_("v", turn)
+        w = self.last.weight
+        heads = w.double().unflatten(1, inverse.shape[:2])
+        w.copy_(torch.einsum("ohd,hde->ohe", heads, inverse).flatten(1))
+
+    def _turn_rows_(self, part: str, turn: Tensor) -> None:
+        for _, tensor, rows in self._rows(part):
+            span = tensor.data if rows is None else tensor.data[rows[0] : rows[1]]
+            turned = torch.einsum("hde,he...->hd...", turn, span.double().unflatten(0, turn.shape[:2]))
+            span.copy_(turned.flatten(0, 1))
+
+    def reorderable(self) -> tuple[LinearPart, str, int | None]:
+        return self.linears()[-1], "v_dim", self.v_dim
+
     def keep_(self, keeps: Mapping[str, Tensor]) -> None:
         self.kept = tuple(int(keeps[kind].sum()) for kind in ("heads", "qk_dim", "v_dim"))
         q, v = (self.layout(part).keep(keeps) for part in ("q", "v"))
@@ -193,22 +252,14 @@ class Attention(Prunable):
         elif layer.bias is not None:
             yield f"{name}.bias", layer.bias, rows
 
-    def _projections(self) -> list[functional.Projection]:
-        if len(self.input_names) == 1:
-            (layer,) = self.inputs
-            return [(layer.weight, self._bias() if self.bias_names else layer.bias, self.q_rows)]
-        rows = (self.q_rows, self.q_rows, self.v_rows)
-        return [(layer.weight, layer.bias, r) for layer, r in zip(self.inputs, rows, strict=True)]
-
-    def _bias(self) -> Tensor:
-        """The bias of the fused layer from the host's own vectors."""
-        zero = self.inputs[0].weight.new_zeros
-        return torch.cat(
-            [
-                zero(len(self.layout(part))) if name is None else getattr(self, name)
-                for part, name in zip(PARTS, self.bias_names, strict=True)
-            ]
-        )
+    def _bias(self) -> Tensor | None:
+        """The bias of the fused layer from the host's own vectors; None where the layers have theirs."""
+        if self.bias_names is None:
+            return None
+        own = [name and getattr(self, name) for name in self.bias_names]
+        zero = next(vector for vector in own if vector is not None).new_zeros
+        lengths = (len(self.layout(part)) for part in PARTS)
+        return torch.cat([zero(n) if v is None else v for n, v in zip(lengths, own, strict=True)])
 
     def position_bias(self) -> Tensor | None:
         """Relative position bias of the kept heads, `(1, heads, tokens, tokens)`, as the fused CPU kernel wants it."""
@@ -237,33 +288,27 @@ class Attention(Prunable):
             windows: so many of the batch belong to one image.
         """
         heads, qk_dim, v_dim = self.kept
-        tap = self.tap
-        if tap is not None and windows > 1:
-            tap = functional.tap_windows(tap, windows)
+        watch = self._watch()
+        if watch is not None and windows > 1:
+            watch = functional.watch_windows(watch, windows)
+        bias, (*read, write) = self._bias(), self.linears()
         out = functional.attention(
             x,
-            self._projections(),
-            self.last.weight,
-            self.last.bias,
+            [part.project(bias) for part in read if part.end == "in"],
+            write.project(),
             heads=heads,
             qk_dim=qk_dim * self.span("qk_dim"),
             v_dim=v_dim,
             scale=self.scale,
-            emb=self.emb,
-            proj_cols=self.out,
             q_norm=self.q_norm,
             k_norm=self.k_norm,
             norm=self.norm,
-            gate=None if self.gate_name is None else self._gate(),
+            gate=next((part.project() for part in read if part.end == "gate"), None),
             rope=None if rope is None or self.pairs is None else rope.of(self.table_dims, self.table_heads),
             pairs=self.pairs,
             bias=self.position_bias(),
             attn_mask=attn_mask,
             dropout=self.attn_drop if self.training else 0.0,
-            tap=tap,
+            watch=watch,
         )
         return self.proj_drop(out)
-
-    def _gate(self) -> functional.Projection:
-        layer = self.get_submodule(self.gate_name)
-        return layer.weight, layer.bias, self.v_rows

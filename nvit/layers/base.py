@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..spec import Slice
-from . import functional
+from .sites import PLAIN, Again, Basis, LinearPart, Site, Watch
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,18 @@ class Prunable(nn.Module):
     Attributes:
         axes: axis -> name of the group that prunes it here. An axis is a kind of width; a layer that writes another
             residual stream than it reads has an axis `emb_out` as well.
-        tap: see `nvit.functional`; set while gate gradients are read.
+        places: axis -> the dense model's units that are left, of the axes where it matters which.
+        reads_only: it reads a stream and writes none, as a classifier does.
     """
 
+    reads_only = False
+
     def __init__(self) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # a subclass may be an nn.Linear as well, whose parameters are the host's
         self.axes: dict[str, str] = {}
-        self.tap: functional.Tap | None = None
+        self.places: dict[str, tuple[int, ...]] = {}
         self._indices: set[str] = set()
+        self._watches: dict[str, list[Callable[[Tensor, Again | None], Tensor]]] = {}
 
     def adopt(self, host: nn.Module) -> None:
         """Take over a host layer's parameters and the children that hold some, by name and in order."""
@@ -112,6 +116,72 @@ class Prunable(nn.Module):
         """Dims that one unit of an axis stands for: 2 for a rotary pair."""
         return 1
 
+    def sites(self) -> dict[str, Site]:
+        """Where its activations can be looked at, by name: `out` (where units leave before the last linear layer), `qk`
+        (queries as the keys meet them), `emb` (the stream as it is read). Every layer has `in`, what it is called
+        with, and `end`, what it returns."""
+        return {"in": PLAIN, "end": PLAIN}
+
+    def linears(self) -> list[LinearPart]:
+        """The linear layers inside it that read or write along an axis."""
+        return []
+
+    def bases(self) -> list[Basis]:
+        """Dims that may be given another basis; `turn_` does it."""
+        return []
+
+    def reorderable(self) -> tuple[LinearPart, str, int | None] | None:
+        """The linear layer whose inputs may come in another order, their axis, and the length of the spans inside which
+        they may (None for all of them); None where there is none."""
+        return None
+
+    def watch(self, site: str, callback: Callable[[Tensor, Again | None], Tensor]) -> Callable[[], None]:
+        """Have `callback(activation, again)` see a site from now on; several may, each gets what the last returned.
+
+        Returns:
+            A function that takes it off again.
+
+        Raises:
+            ValueError: the layer has no such site.
+        """
+        if site not in self.sites():
+            raise ValueError(f"{type(self).__name__} has no site {site!r}; it has {', '.join(self.sites())}")
+        watches = self._watches.setdefault(site, [])
+        if site == "in" and not watches:
+            self.register_forward_pre_hook(_enter)
+        if site == "end" and not watches:
+            self.register_forward_hook(_end)
+        watches.append(callback)
+
+        def leave() -> None:
+            watches.remove(callback)
+            if not watches:
+                self._drop(site)
+
+        return leave
+
+    def unwatch_(self) -> None:
+        """Forget whoever watches: a copy of a layer under observation is not under observation."""
+        for site in list(self._watches):
+            self._drop(site)
+
+    def _drop(self, site: str) -> None:
+        self._watches.pop(site, None)
+        for hooks, ours in ((self._forward_pre_hooks, _enter), (self._forward_hooks, _end)):
+            if site == ("in" if ours is _enter else "end"):
+                for key in [key for key, hook in hooks.items() if hook is ours]:
+                    del hooks[key]
+
+    def watched(self, site: str, x: Tensor, again: Again | None = None) -> Tensor:
+        """An activation on its way past a site: whoever watches there sees it."""
+        for callback in self._watches.get(site, ()):
+            x = callback(x, again)
+        return x
+
+    def _watch(self) -> Watch | None:
+        """`watched` where somebody watches a place inside, else None."""
+        return self.watched if self._watches.keys() - {"in", "end"} else None
+
     def _constant(self, name: str, values: Tensor) -> None:
         """A buffer that follows the layer's device and is not saved."""
         self.register_buffer(name, values, persistent=False)
@@ -122,6 +192,22 @@ class Prunable(nn.Module):
         p = next(self.parameters(), None)
         self.register_buffer(name, kept if kept is None or p is None else kept.to(p.device), persistent=False)
 
+    def indices_to_(self, device: torch.device) -> None:
+        """Move the kept indices to a device."""
+        for name in self._indices:
+            kept = getattr(self, name)
+            setattr(self, name, kept if kept is None else kept.to(device))
+
+
+def _enter(layer: Prunable, args: tuple) -> tuple:
+    """Forward pre-hook of a layer whose site `in` is watched."""
+    return (layer.watched("in", args[0]), *args[1:])
+
+
+def _end(layer: Prunable, args: tuple, out: Tensor | tuple) -> Tensor | tuple:
+    """Forward hook of a layer whose site `end` is watched: of several outputs, the first is what it computes."""
+    return layer.watched("end", out) if isinstance(out, Tensor) else (layer.watched("end", out[0]), *out[1:])
+
 
 def prunable_layers(model: nn.Module) -> dict[str, Prunable]:
     """Every prunable layer of a prepared model by name."""
@@ -130,5 +216,8 @@ def prunable_layers(model: nn.Module) -> dict[str, Prunable]:
 
 def keep_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Let every layer of a prepared model compute over the units that `masks` keeps (bool per group)."""
+    device = next(model.parameters()).device
     for layer in prunable_layers(model).values():
         layer.keep_({axis: masks[group] for axis, group in layer.axes.items()})
+        if next(layer.parameters(), None) is None:  # the stream's entry does not know where the model is
+            layer.indices_to_(device)

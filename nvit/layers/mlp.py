@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..spec import Slice
 from . import functional
 from .base import Layout, Prunable, dim_slices, index
+from .sites import LinearPart, Site
 from .stream import Norm
 
 
@@ -38,6 +39,17 @@ class _Hidden(Prunable):
         """Packed, a hidden unit has a row in each half: its gate's and its value's."""
         width, rows = self.last.weight.shape[1], layer.weight.shape[0]
         return Layout.of("mlp", width) if rows == width else Layout((None, "mlp"), (rows // width, width))
+
+    def sites(self) -> dict[str, Site]:
+        return super().sites() | {"out": Site({"mlp": -1})}
+
+    def linears(self) -> list[LinearPart]:
+        names = zip(self.first_names, self.first, strict=True)
+        read = [LinearPart(name, layer, "in", self.first_rows, self.emb) for name, layer in names]
+        return [*read, LinearPart(self.last_name, self.last, "out", self.emb, self.hidden)]
+
+    def reorderable(self) -> tuple[LinearPart, str, int | None]:
+        return self.linears()[-1], "mlp", None
 
     def keep_(self, keeps: Mapping[str, Tensor]) -> None:
         self._index("emb", index(keeps["emb"]))
@@ -82,19 +94,15 @@ class Mlp(_Hidden):
         super().__init__(host, (first,), last, act, drop, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        (fc1,), fc2 = self.first, self.last
+        fc1, fc2 = self.linears()
         out = functional.mlp(
             x,
-            fc1.weight,
-            fc1.bias,
-            fc2.weight,
-            fc2.bias,
+            fc1.project(),
+            fc2.project(),
             self.act,
-            emb=self.emb,
-            hidden=self.hidden,
             norm=self.norm,
             dropout=self.drop.p if self.training else 0.0,
-            tap=self.tap,
+            watch=self._watch(),
         )
         return self.drop(out)
 
@@ -122,18 +130,15 @@ class GatedMlp(_Hidden):
         self.gate_last = gate_last
 
     def forward(self, x: Tensor) -> Tensor:
+        *first, last = self.linears()
         out = functional.gated_mlp(
             x,
-            [(layer.weight, layer.bias) for layer in self.first],
-            self.last.weight,
-            self.last.bias,
+            [part.project() for part in first],
+            last.project(),
             self.act,
             gate_last=self.gate_last,
-            emb=self.emb,
-            first_rows=self.first_rows,
-            hidden=self.hidden,
             norm=self.norm,
             dropout=self.drop.p if self.training else 0.0,
-            tap=self.tap,
+            watch=self._watch(),
         )
         return self.drop(out)

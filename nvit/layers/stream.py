@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..spec import Slice
 from . import functional
 from .base import Layout, Prunable, dim_slices, index
+from .sites import LinearPart, Site
 
 
 class StreamEntry(Prunable):
@@ -64,6 +65,9 @@ class Norm(Prunable):
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}{', rms' if self.rms else ''}"
 
+    def sites(self) -> dict[str, Site]:
+        return super().sites() | ({"emb": Site({"emb": -1})} if self.reads_stream else {})
+
     def keep_(self, keeps: Mapping[str, Tensor]) -> None:
         self._index("kept", index(self.layout.keep(keeps)))
 
@@ -80,12 +84,12 @@ class Norm(Prunable):
         if self.entry:
             x = functional.enter_stream(x, self.kept)
         y = self._norm(x)
-        if self.tap is None or not self.reads_stream:
+        if self._watch() is None:
             return y
         if len(self.layout.sizes) == 1:
-            return self.tap("emb", y, -1, (self._norm, x))
+            return self.watched("emb", y, (self._norm, x))
         neighbours = self.layout.sizes[0]
-        return self.tap("emb", y.unflatten(-1, (neighbours, -1)), -1).flatten(-2)
+        return self.watched("emb", y.unflatten(-1, (neighbours, -1))).flatten(-2)
 
     def _norm(self, x: Tensor) -> Tensor:
         return functional.kept_norm(x, self.weight, self.bias, self.kept, self.eps, rms=self.rms)
@@ -123,7 +127,7 @@ class LayerScale(Prunable):
         return functional.layer_scale(x, getattr(self, self.name), self.emb)
 
 
-class Linear(Prunable):
+class Linear(Prunable, nn.Linear):
     """A linear layer between widths: a classifier reads the stream, patch merging reads one stream and writes the next.
 
     Args:
@@ -143,20 +147,17 @@ class Linear(Prunable):
         super().__init__()
         self.adopt(host)
         self.register_parameter("bias", host.bias)
+        self.in_features, self.out_features = host.in_features, host.out_features
         self.inputs, self.outputs, self.reads_stream = inputs, outputs, reads_stream
+        self.reads_only = outputs is None
         for name in ("rows", "cols"):
             self._index(name, None)
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"
+    def sites(self) -> dict[str, Site]:
+        return super().sites() | ({"emb": Site({"emb": -1})} if self.reads_stream else {})
 
-    @property
-    def in_features(self) -> int:
-        return self.weight.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.shape[0]
+    def linears(self) -> list[LinearPart]:
+        return [LinearPart("", self, "in", self.rows, self.cols)]
 
     def keep_(self, keeps: Mapping[str, Tensor]) -> None:
         self._index("rows", None if self.outputs is None else index(self.outputs.keep(keeps)))
@@ -176,6 +177,5 @@ class Linear(Prunable):
                     yield axis, replace(s, published=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.tap is not None and self.reads_stream:
-            x = self.tap("emb", x, -1)
+        x = self.watched("emb", x)
         return functional.linear(x, self.weight, self.bias, self.rows, self.cols)

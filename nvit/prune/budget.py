@@ -54,8 +54,13 @@ class Budget:
         estimate: bytes it was expected to take, everything included.
     """
 
-    def __init__(self, allowed: str, device: torch.device | str) -> None:
-        self.allowed, self.meter = parse(allowed), Meter(device)
+    def __init__(self, allowed: str, device: torch.device | str, meter: Meter | None = None) -> None:
+        self.allowed = parse(allowed)
+        if meter is None:
+            meter = Meter(device)
+        else:  # it goes on with the peak it has
+            meter.trim()
+        self.meter = meter
         self.plan, self.estimate = Plan(), 0
         if self.meter.device.type == "cpu":
             keep_freed_memory(False)

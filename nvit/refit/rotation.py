@@ -12,8 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..calibration.statistics import Place, Seen
-from ..layers import Attention, prunable_layers
+from ..calibration.capture import Place
+from ..calibration.statistics import Seen
+from ..layers import prunable_layers
 
 _FLOOR = 1e-6
 """Of eigenvalues, in units of their mean: a direction never seen still has to be invertible."""
@@ -41,17 +42,6 @@ def balanced(covariance: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor]:
     return s[..., :, None] * (vh @ c_inverse), (c @ vh.mT) / s[..., None, :]
 
 
-def refusal(layer: Attention, axis: str) -> str | None:
-    """Why the dims of this layer cannot be rotated, or None."""
-    if axis == "qk_dim":
-        if layer.pairs is not None:
-            return "rotary position embedding"
-        return "a norm on queries" if layer.q_norm is not None or layer.k_norm is not None else None
-    if layer.norm is not None:
-        return "a norm on the heads' outputs"
-    return "a gate on the heads' outputs" if layer.gate_name is not None else None
-
-
 @torch.no_grad()
 def rotate_(model: nn.Module, seen: Mapping[Place, Seen]) -> dict[str, str]:
     """Rotate queries, keys and values of a dense prepared model, in place; what was seen is turned alike.
@@ -61,25 +51,16 @@ def rotate_(model: nn.Module, seen: Mapping[Place, Seen]) -> dict[str, str]:
     """
     left = {}
     for name, layer in prunable_layers(model).items():
-        if not isinstance(layer, Attention):
-            continue
-        for axis, end, dims in (("qk_dim", "qk", layer.qk_dim), ("v_dim", "out", layer.v_dim)):
-            place = (name, end)
-            reason = "nothing was seen there" if place not in seen else refusal(layer, axis)
+        for basis in layer.bases():
+            place = (name, basis.site)
+            reason = "nothing was seen there" if place not in seen else basis.refusal
             if reason is not None:
-                left[f"{name}.{axis}"] = reason
+                left[f"{name}.{basis.axis}"] = reason
                 continue
             s = seen[place]
-            # A constant in the heads' outputs goes into the last layer's bias; in queries there is no such place.
-            second = s.xx / s.rows if axis == "qk_dim" or layer.last.bias is None else s.covariance
-            r, inverse = balanced(*(_heads(m, layer.heads, dims) for m in (second, s.curvature)))
-            if axis == "qk_dim":
-                _turn_(layer, "q", r)
-                _turn_(layer, "k", inverse.mT)
-            else:
-                _turn_(layer, "v", r)
-                w = layer.last.weight
-                w.copy_(torch.einsum("ohd,hde->ohe", w.double().unflatten(1, (layer.heads, dims)), inverse).flatten(1))
+            second = s.covariance if basis.constant else s.xx / s.rows
+            r, inverse = balanced(*(_heads(m, basis.heads, basis.dims) for m in (second, s.curvature)))
+            layer.turn_(basis.axis, r, inverse)
             _turn_seen_(s, r, inverse)
     return left
 
@@ -87,14 +68,6 @@ def rotate_(model: nn.Module, seen: Mapping[Place, Seen]) -> dict[str, str]:
 def _heads(m: Tensor, heads: int, dims: int) -> Tensor:
     """The diagonal blocks `(heads, dims, dims)` of a matrix over all heads' dims."""
     return m.view(heads, dims, heads, dims).diagonal(dim1=0, dim2=2).movedim(-1, 0)
-
-
-def _turn_(layer: Attention, part: str, r: Tensor) -> None:
-    """Rows of queries, keys or values times `r` `(heads, dims, dims)`."""
-    for _, tensor, rows in layer._rows(part):
-        span = tensor.data if rows is None else tensor.data[rows[0] : rows[1]]
-        turned = torch.einsum("hde,he...->hd...", r, span.double().unflatten(0, r.shape[:2]))
-        span.copy_(turned.flatten(0, 1))
 
 
 def _turn_seen_(s: Seen, r: Tensor, inverse: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,21 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .. import adapters
-from ..layers import Attention, prunable_layers
+from ..layers import prunable_layers
 from ..spec import Group, ViTSpec
 from ..utils.files import write_atomically
-from ..utils.tensors import _write_tensors
+from ..utils.tensors import write_tensors
 from .compact import compact, cut
 from .masks import Masks, full_masks, weight_masks, widths
 
 BUNDLED = Path(__file__).parents[1] / "bundled" / "digits_vit"
 """The snapshot of the small ViT that comes with the package."""
 
-
 SPEC, WEIGHTS, METRICS = "spec.json", "weights.safetensors", "metrics.json"
+
+FINISHERS: list[Callable[[nn.Module], None]] = []
+"""What `load` does to a loaded model at last, for speed alone: outputs stay equal. Rooms above this one add to it when
+they are imported, as `nvit.sparse24` does (and `import nvit` imports that), so that nothing is imported upwards."""
 
 
 def spec_of(model: nn.Module) -> ViTSpec:
@@ -35,10 +38,7 @@ def spec_of(model: nn.Module) -> ViTSpec:
     groups = adapter.groups(model)
     spec = adapter.spec(model, widths(groups, full_masks(groups)))
     kept = {
-        layer.axes[axis]: units
-        for layer in prunable_layers(model).values()
-        if isinstance(layer, Attention)
-        for axis, units in layer.places.items()
+        layer.axes[axis]: units for layer in prunable_layers(model).values() for axis, units in layer.places.items()
     }
     return replace(spec, sparse=getattr(model, "sparse24", ()), kept=kept)
 
@@ -64,7 +64,7 @@ def save(path: str | Path, model: nn.Module, metrics: Mapping[str, Any] | None =
     part.mkdir(parents=True)
     try:
         state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-        _write_tensors(part / WEIGHTS, state)
+        write_tensors(part / WEIGHTS, state)
         write_atomically(part / METRICS, (json.dumps(dict(metrics or {}), indent=2) + "\n").encode())
         write_atomically(part / SPEC, spec_of(model).to_json().encode())
         # Two renames, so that a kill in between leaves no folder rather than half of one.
@@ -81,8 +81,16 @@ def is_snapshot(path: str | Path) -> bool:
     return (Path(path) / SPEC).exists()
 
 
-def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
+def load(
+    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, *, sparse: bool = True
+) -> nn.Module:
     """The compact model of a snapshot folder, in eval mode, ready for inference.
+
+    Args:
+        dtype: of the weights; as saved when None.
+        sparse: on a GPU that can, run 2:4 projections on sparse tensor cores where that is measured faster; elsewhere
+            they run as dense weights with zeros, with equal outputs. `model.sparse24_choices` says what was chosen.
+            `FINISHERS` do it. Without it weights stay plain tensors, to train or to save again.
 
     Raises:
         ValueError: a file is missing, damaged, or does not fit the others; one line that names it.
@@ -105,7 +113,10 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
     adapter = adapters.FAMILIES[spec.family]
     adapter.resize(model, weights, masks)
     model.sparse24 = spec.sparse
-    return model.eval()
+    model = model.eval() if dtype is None else model.eval().to(dtype)
+    for finish in FINISHERS if sparse else ():
+        finish(model)
+    return model
 
 
 def load_spec(path: str | Path) -> ViTSpec:

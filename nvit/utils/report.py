@@ -30,10 +30,13 @@ FORMATS = {
 }
 """Column heads with units and number formats of tables, by key of result.json."""
 
+RESULT = "result.json"
+"""The file in which every command leaves what it found; a run's folder that has it is finished."""
+
 
 def write_result(folder: Path | str, result: Mapping[str, Any]) -> None:
-    """`result.json` in `folder`."""
-    write_atomically(Path(folder) / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+    """`RESULT` in `folder`."""
+    write_atomically(Path(folder) / RESULT, (json.dumps(result, indent=2) + "\n").encode())
 
 
 def write_csv(path: Path | str, rows: Sequence[Mapping[str, Any]]) -> None:

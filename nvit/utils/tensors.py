@@ -12,7 +12,7 @@ from torch import Tensor
 from .files import write_atomically
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """A safetensors file, atomically; a full disk is an OSError, as with any other file."""
 
     def write(file: Path) -> None:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from timm.models.eva import Eva
 
-from nvit import adapters, snapshot
+from nvit import adapters
 from nvit.spec import ViTSpec
-from nvit.structure import snapshot as snapshot_module
+from nvit.structure import snapshot
 from nvit.structure.compact import compact
 from nvit.structure.masks import apply_
 from tests.families import beit, eva
@@ -86,7 +86,7 @@ def test_a_spec_says_which_pairs_and_heads_are_left_where_it_matters(make, kind,
     size = adapters.preprocess(small)["input_size"][1:]
     exact, params = small(images(*size)), {n: p.detach() for n, p in small.named_parameters()}
     for kept, same in ((spec.kept, True), ({}, False)):
-        skeleton, first, _ = snapshot_module._skeleton(replace(spec, kept=kept))
+        skeleton, first, _ = snapshot._skeleton(replace(spec, kept=kept))
         again = adapters.find(skeleton).resize(skeleton, params, first).double().eval()
         assert torch.allclose(again(images(*size)), exact, atol=1e-5) is same
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import nvit
-from nvit import adapters, snapshot
+from nvit import adapters
 from nvit.adapters import hf_folder, hf_hosts
-from nvit.cli import inputs
 from nvit.cli import main as cli
-from nvit.cli.commands import ModelFlags
+from nvit.cli.flags import ModelFlags
+from nvit.cli.models import open_model
+from nvit.structure import snapshot
 from nvit.structure.compact import compact
 from tests.cli.test_cli import folder_of_images
 from tests.families import hf
@@ -148,7 +149,7 @@ def test_a_folder_opens_with_its_weights_and_its_images(folder):
     torch.testing.assert_close(model(x).logits, there(x).logits)
     found = adapters.preprocess(model)
     assert found["mean"] == (0.4, 0.5, 0.6) and found["interpolation"] == "bilinear" and found["crop_pct"] == 28 / 32
-    fresh = inputs.open_model(str(folder), ModelFlags(pretrained=False, device="cpu"))
+    fresh = open_model(str(folder), ModelFlags(pretrained=False), torch.device("cpu"))
     assert not torch.equal(fresh.classifier.weight, model.classifier.weight)
 
 

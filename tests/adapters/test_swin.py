@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
-from nvit import LatencyTable, PruneConfig, adapters, prune, snapshot
+from nvit import LatencyTable, PruneConfig, adapters, prune
 from nvit.criteria.gates import GateRecorder
 from nvit.latency import table as table_module
 from nvit.prune.pruner import Pruner
 from nvit.spec import KINDS
-from nvit.structure import snapshot as snapshot_module
+from nvit.structure import snapshot
 from nvit.structure.compact import compact
 from nvit.structure.masks import apply_, full_masks, widths
 from tests.families.swin import TINY, make
@@ -38,7 +38,7 @@ def test_every_entrypoint_is_grouped_cut_and_rebuilt(name):
     groups = adapter.groups(adapter.prepare(model))
     masks = {g.name: torch.arange(g.size) < (g.size + 1) // 2 for g in groups}
     small = compact(model, groups, masks)
-    rebuilt, _, shapes = snapshot_module._skeleton(adapter.spec(model, widths(groups, masks)))
+    rebuilt, _, shapes = snapshot._skeleton(adapter.spec(model, widths(groups, masks)))
     assert {n: p.shape for n, p in rebuilt.state_dict().items()} == before
     assert shapes == {n: p.shape for n, p in small.named_parameters()}
 

@@ -201,7 +201,7 @@ def test_gates_leave_no_trace_when_closed():
     with GateRecorder(model, groups, masks):
         torch.testing.assert_close(model(x), before, rtol=0, atol=0)
     assert torch.equal(model(x), before)
-    assert all(getattr(m, "tap", None) is None for m in model.modules())
+    assert all(not getattr(m, "_watches", None) for m in model.modules())
 
 
 def test_random_is_uniform_reproducible_and_differs_by_group_and_seed():

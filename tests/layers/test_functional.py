@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 
 from nvit.layers import functional
+from nvit.layers.functional import Projection
 from tests.references import masked_attention, masked_layer_norm
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}  # fp64, sums of a hundred terms in another order
@@ -71,15 +72,12 @@ def test_attention_with_masks_equals_attention_with_zeros_and_so_do_its_gradient
     rows = torch.cat([(head[:, None] & m).flatten() for m in (qk, qk, v)])
     got = functional.attention(
         x[..., stream],
-        [(mine["qkv.weight"], mine.get("qkv.bias"), index(rows))],
-        mine["proj.weight"],
-        mine.get("proj.bias"),
+        [Projection(mine["qkv.weight"], mine.get("qkv.bias"), index(rows), index(stream))],
+        Projection(mine["proj.weight"], mine.get("proj.bias"), index(stream), index((head[:, None] & v).flatten())),
         heads=int(head.sum()),
         qk_dim=int(qk.sum()),
         v_dim=int(v.sum()),
         scale=dim**-0.5,
-        emb=index(stream),
-        proj_cols=index((head[:, None] & v).flatten()),
     )
     exact = masked_attention(x, theirs, heads, dim, head, qk, v)[..., stream]
     torch.testing.assert_close(got, exact, **EXACT)
@@ -99,10 +97,10 @@ def test_attention_mask_reaches_the_logits(kind):
     allowed = torch.ones(4, 4, dtype=torch.bool).tril()
     mask = allowed if kind == "boolean" else torch.zeros(4, 4, dtype=torch.float64).masked_fill(~allowed, -torch.inf)
     widths = {"heads": 2, "qk_dim": 3, "v_dim": 3, "scale": 0.5}
-    full = functional.attention(x, [(w, None, None)], p, None, attn_mask=mask, **widths)
-    alone = functional.attention(x[:, :1], [(w, None, None)], p, None, **widths)
+    full = functional.attention(x, [Projection(w)], Projection(p), attn_mask=mask, **widths)
+    alone = functional.attention(x[:, :1], [Projection(w)], Projection(p), **widths)
     torch.testing.assert_close(full[:, :1], alone, **EXACT)
-    free = functional.attention(x, [(w, None, None)], p, None, **widths)
+    free = functional.attention(x, [Projection(w)], Projection(p), **widths)
     assert not torch.allclose(full[:, :1], free[:, :1])
     torch.testing.assert_close(full[:, 3:], free[:, 3:], **EXACT)
 
@@ -125,9 +123,9 @@ def test_a_position_bias_joins_any_mask(kind):
     elif kind == "windows":
         added = torch.cat([mask, mask])
     widths = {"heads": 2, "qk_dim": 3, "v_dim": 3, "scale": 0.5}
-    expected = functional.attention(x, [(w, None, None)], p, None, attn_mask=bias + added, **widths)
+    expected = functional.attention(x, [Projection(w)], Projection(p), attn_mask=bias + added, **widths)
     for each in (bias, bias.unsqueeze(0)):
-        got = functional.attention(x, [(w, None, None)], p, None, bias=each, attn_mask=mask, **widths)
+        got = functional.attention(x, [Projection(w)], Projection(p), bias=each, attn_mask=mask, **widths)
         torch.testing.assert_close(got, expected, **EXACT)
 
 
@@ -135,7 +133,9 @@ def test_mlp_with_masks_equals_mlp_with_zeros():
     x, w1, b1, w2, b2 = rand(2, 3, 6), rand(9, 6, seed=1), rand(9, seed=2), rand(6, 9, seed=3), rand(6, seed=4)
     emb, hidden = keep(6, 1), keep(9, 2)
     expected = F.linear(F.gelu(F.linear(x * emb, w1, b1)) * hidden, w2, b2)[..., emb]
-    got = functional.mlp(x[..., emb], w1, b1, w2, b2, F.gelu, emb=index(emb), hidden=index(hidden))
+    first = Projection(w1, b1, index(hidden), index(emb))
+    last = Projection(w2, b2, index(emb), index(hidden))
+    got = functional.mlp(x[..., emb], first, last, F.gelu)
     torch.testing.assert_close(got, expected, **EXACT)
 
 

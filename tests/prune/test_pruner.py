@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import nvit
-from nvit import LatencyTable, PruneConfig, Pruner, snapshot
+from nvit import LatencyTable, PruneConfig, Pruner
 from nvit.criteria.gradients import unit_saliency
 from nvit.criteria.registry import CRITERIA
 from nvit.latency import clock
 from nvit.latency import table as table_module
 from nvit.layers import prunable_layers
+from nvit.structure import snapshot
 from nvit.structure.masks import full_masks, kept_counts, weight_masks, widths
 from nvit.training.distill import sample_labels
 from tests.hosts import TINY_HOSTS, images, labels, make
@@ -143,7 +144,7 @@ def test_every_criterion_runs_and_leaves_nothing_behind(criterion, train):
     assert result.snapshots[-1].predicted_ratio <= 0.5
     assert {n: p.requires_grad for n, p in model.named_parameters()} == trainable
     for found in (model, *(s.model for s in result.snapshots)):
-        assert all(getattr(m, "tap", None) is None for m in found.modules()), "gates are still being read"
+        assert all(not getattr(m, "_watches", None) for m in found.modules()), "gates are still being read"
         F.cross_entropy(found(images(model)), labels(model, 3)).backward()
 
 
@@ -359,7 +360,7 @@ def test_a_finished_run_resumes_to_its_result(tmp_path):
     second = nvit.prune(again, *rest, out=tmp_path, resume=True, progress=stop_after(0))
     assert same(weights(first.model), weights(second.model)) and same(weights(model), weights(again))
     assert same(first.masks, second.masks)
-    assert all(getattr(m, "tap", None) is None for m in again.modules()), "gates are still being read"
+    assert all(not getattr(m, "_watches", None) for m in again.modules()), "gates are still being read"
 
 
 def test_killed_at_random_moments_a_run_ends_as_if_it_never_was(tmp_path):
@@ -456,4 +457,4 @@ def test_an_interrupted_run_leaves_no_taps_on_the_model(tmp_path):
     model, *rest = arguments(criterion="abs")
     with pytest.raises(Stop):
         nvit.prune(model, *rest, progress=stop_after(3))
-    assert all(layer.tap is None for layer in prunable_layers(model).values())
+    assert all(not layer._watches for layer in prunable_layers(model).values())

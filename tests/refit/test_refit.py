@@ -4,16 +4,17 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from nvit import LatencyTable, PruneConfig, adapters, prune
 from nvit.calibration.replay import Replay
-from nvit.calibration.statistics import GateProducts, probe, rows_of, watch
+from nvit.calibration.statistics import GateProducts, probe, watch
 from nvit.criteria.curvature import curvature_loss
 from nvit.criteria.fisher import leave_in_turn
 from nvit.criteria.gates import GateRecorder
 from nvit.criteria.remaining import eliminate, remaining_loss
-from nvit.layers import prunable_layers
+from nvit.layers import Attention, prunable_layers
 from nvit.refit.refit import entries, refit_
 from nvit.refit.ridge import Moments, ridge
 from nvit.refit.rotation import balanced, rotate_
@@ -266,7 +267,12 @@ def test_rows_of_queries_hold_all_heads_units_last(layout, windows):
     heads, tokens, units = 2, 4, 5
     shape, axis = {"plain": ((units,), -1), "half": ((2, units), -1), "interleaved": ((units, 2), -2)}[layout]
     x = draw(2, *windows, heads, tokens, *shape)
-    rows = rows_of("qk_dim", x, axis, layout != "plain")
+    host = nn.Module()
+    host.qkv, host.proj = nn.Linear(8, 8), nn.Linear(8, 8)
+    sizes = {"heads": heads, "qk_dim": units, "v_dim": 4}
+    site = Attention(host, **sizes, scale=1.0, pairs=None if layout == "plain" else layout).sites()["qk"]
+    assert site.axes == {"qk_dim": axis}
+    rows = site.rows(x)
     per_image = tokens * (windows or (1,))[0]
     assert rows.shape == (2 * per_image, heads * len(shape) * units)
     first = x[(0,) * (1 + len(windows))][:, 0].movedim(axis, -1)  # heads' dims of the first token
@@ -283,7 +289,7 @@ def test_watching_leaves_no_trace_and_reads_no_labels():
     model, dense, groups = lone("deit_distilled")
     model.blocks[0].mlp.fc1.weight.requires_grad_(False)
     seen = watch(model, batches(model, 2))
-    assert not any(m.tap or m._forward_pre_hooks for m in prunable_layers(model).values())
+    assert not any(m._watches or m._forward_pre_hooks or m._forward_hooks for m in prunable_layers(model).values())
     assert all(p.grad is None for p in model.parameters())
     assert [p.requires_grad for p in model.parameters()].count(False) == 1
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))
@@ -339,7 +345,7 @@ def test_images_that_say_nothing_are_refused_before_anything_changes():
     broken = [torch.full_like(x, torch.nan) for x in batches(model, 1)]
     with pytest.raises(FloatingPointError, match="a logit is not finite on calibration batch 2"):
         watch(model, [*batches(model, 1), *broken])
-    assert not any(m.tap or m._forward_pre_hooks for m in prunable_layers(model).values())
+    assert not any(m._watches or m._forward_pre_hooks or m._forward_hooks for m in prunable_layers(model).values())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))
 
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import nvit
 from nvit import adapters, snapshot
 from nvit.spec import ViTSpec
+from nvit.structure import snapshot as finishing
 from nvit.structure.compact import compact
 from nvit.structure.masks import widths
 from tests.hosts import images, make, masked
@@ -103,6 +105,19 @@ def test_half_precision_survives(tmp_path):
     model = small().to(torch.bfloat16)
     loaded = snapshot.load(snapshot.save(tmp_path / "s", model))
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+
+
+def test_the_dtype_asked_for_and_finishers_come_last_and_only_where_they_may(saved, monkeypatch):
+    seen = []
+    monkeypatch.setattr(finishing, "FINISHERS", [lambda model: seen.append(model.head.weight.dtype)])
+    assert snapshot.load(saved, dtype=torch.bfloat16).head.weight.dtype == torch.bfloat16
+    assert seen == [torch.bfloat16]
+    assert snapshot.load(saved, sparse=False).head.weight.dtype == torch.float32 and len(seen) == 1
+
+
+def test_nvit_load_is_the_snapshots_own_and_finishes_2to4():
+    assert nvit.load is snapshot.load
+    assert [f.__module__ for f in finishing.FINISHERS] == ["nvit.sparse24"]
 
 
 def test_an_image_size_that_timm_does_not_know_is_in_the_spec(saved):

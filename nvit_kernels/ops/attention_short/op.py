@@ -1,0 +1,332 @@
+"""Attention over short rows: what it takes, launches, gradients. Derivations: docs/kernels/attention_short.md."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nvit_kernels.configs import SHARED_BYTES
+from nvit_kernels.launch import FUSED_MULTIPLY_ADD, INTERPRET, on_device, power_of_two
+from nvit_kernels.ops.attention_short.kernels import LOG2E, backward_kernel, forward_kernel
+
+LARGEST_TOKENS = 208
+LARGEST_HEAD = 64
+WIDEST_BACKWARD_BYTES = 106 << 10  # shared memory of 256 keys, 64/64 dims, 16 rows, without warp groups
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is laid out: query rows a tile, warps, tiles fetched ahead + 1, and whether δ is summed first."""
+
+    rows: int
+    warps: int
+    stages: int
+    delta_first: bool = False
+
+
+INTERPRETED = Config(rows=256, warps=4, stages=1)  # time grows with the number of operations, so one tile
+
+
+def key_pieces(tokens: int) -> tuple[int, int, int]:
+    """At most three powers of two from 16 to 128 that hold `tokens` keys and waste least, largest first; 0 for none."""
+    choices = (c for n in (1, 2, 3) for c in itertools.combinations((128, 64, 32, 16), n) if sum(c) >= tokens)
+    return (*min(choices, key=lambda c: (sum(c), len(c))), 0, 0)[:3]
+
+
+def _warp_groups(arch: int) -> bool:
+    """Whether products are of 64 rows and a warp group: Hopper and the data-centre Blackwells."""
+    return 90 <= arch < 120
+
+
+def _shared_bytes(arch: int) -> int:
+    return SHARED_BYTES.get(arch, min(SHARED_BYTES.values()))
+
+
+def forward_config(arch: int, tokens: int) -> Config:
+    """The forward's layout on compute capability `arch`, as 90; 64 rows are where warp-group products start.
+
+    A small shared memory holds one program of 128 keys or more, so that one has eight warps, of 16 rows each as always.
+    """
+    if tokens <= 64:
+        return Config(rows=64, warps=4, stages=1)
+    if tokens > 128 and _shared_bytes(arch) < WIDEST_BACKWARD_BYTES:
+        return Config(rows=128, warps=8, stages=1)
+    return Config(rows=64, warps=4, stages=2)
+
+
+def backward_config(arch: int, tokens: int, qk: int, v: int) -> Config | None:
+    """The backward's layout on compute capability `arch`, as 90; None where it is not offered.
+
+    What is offered spills no register and fits in shared memory, which `cases` compiles and its test asserts.
+    """
+    if tokens <= 64:
+        return Config(rows=64, warps=4, stages=1)
+    if _warp_groups(arch):
+        return Config(rows=32, warps=8, stages=2)
+    if tokens <= 128:
+        return Config(rows=32, warps=8, stages=1)
+    if qk > 32 and v > 32 and _shared_bytes(arch) < WIDEST_BACKWARD_BYTES:
+        return None
+    return Config(rows=16, warps=8, stages=1)
+
+
+def padded(arch: int, rows: int, qk: int, v: int) -> tuple[int, int]:
+    """Head dims as the backward holds them with tiles of `rows` queries.
+
+    Below 64 rows ∂qᵀ is computed, with a row per qk dim, and warp-group products need 64 of them.
+    """
+    least = 64 if _warp_groups(arch) and rows < 64 else 32 if arch else 16
+    return power_of_two(qk, least), power_of_two(v)
+
+
+def backward_keys(arch: int, tokens: int) -> int:
+    """Keys as the backward holds them, in one piece."""
+    return power_of_two(tokens, 64 if arch else 16)
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability as 80 or 90; 0 under the interpreter."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def takes(q: Tensor, v_width: int, gradients: bool = True) -> bool:
+    """Whether these kernels are offered for q `(batch, heads, tokens, qk_dim)` and values of `v_width` dims a head.
+
+    They are for float16 and bfloat16, at most 208 tokens and heads of at most 64 dims; with `gradients` also only where
+    the backward has a layout that fits the device. float32 is for the interpreter alone.
+    """
+    tokens, width = q.shape[2:]
+    dtypes = (torch.float16, torch.bfloat16) if q.is_cuda else (torch.float16, torch.float32) if INTERPRET else ()
+    if q.dtype not in dtypes or tokens > LARGEST_TOKENS or width % 8 or v_width % 8:
+        return False
+    if not 0 < width <= LARGEST_HEAD or not 0 < v_width <= LARGEST_HEAD or not q.numel():
+        return False
+    arch = architecture(q.device)
+    return not gradients or not arch or backward_config(arch, tokens, width, v_width) is not None
+
+
+def _alike(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k as they are where they share strides the kernels read, else copies that do."""
+    return (q, k) if q.stride() == k.stride() and _readable(q) and _readable(k) else (_by_token(q), _by_token(k))
+
+
+def _readable(x: Tensor) -> bool:
+    return x.stride(-1) == 1 and all(s % 8 == 0 for s in x.stride()[:3]) and x.data_ptr() % 16 == 0
+
+
+def _by_token(x: Tensor) -> Tensor:
+    """`x` `(batch, heads, tokens, dim)` laid out token by token: itself where it is so already."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _empty_by_token(like: Tensor, batch: int, heads: int, tokens: int, dim: int) -> Tensor:
+    return like.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+
+
+def _strides8(x: Tensor) -> tuple[int, int, int]:
+    return tuple(stride // 8 for stride in x.stride()[:3])
+
+
+def launch(q: Tensor, k: Tensor, v: Tensor, scale: float, config: Config | None = None) -> tuple[Tensor, Tensor]:
+    """o `(batch, heads, tokens, v_dim)`, laid out token by token; float32 log2-sums `(batch, heads, tokens)`."""
+    (b, h, n, d), e = q.shape, v.shape[-1]
+    q, k = _alike(q, k)
+    v = v if _readable(v) else _by_token(v)
+    o, lse = _empty_by_token(q, b, h, n, e), q.new_empty(b, h, n, dtype=torch.float32)
+    config = config or (INTERPRETED if INTERPRET else forward_config(architecture(q.device), n))
+    with on_device(q):
+        forward_kernel[(b * h,)](
+            q, k, v, o, lse, scale * LOG2E.value, h, d // 8, e // 8, *_strides8(q), *_strides8(v), n, *key_pieces(n),
+            config.rows, power_of_two(d), power_of_two(e), config.stages,
+            num_warps=config.warps, num_stages=1, **FUSED_MULTIPLY_ADD)  # fmt: skip
+    return o, lse
+
+
+def separate_gradients(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised ∂q, ∂k, ∂v, each laid out token by token."""
+    return tuple(_empty_by_token(q, *x.shape) for x in (q, q, v))
+
+
+def launch_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float,
+    gradients: tuple[Tensor, Tensor, Tensor], wants_scores: bool, config: Config | None = None,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Fill `gradients`, separate or the parts of one packed tensor; return the float32 sums over tokens if wanted.
+
+    Returns:
+        Σ q·∂q `(batch, heads, qk_dim)` and Σ o·∂o `(batch, heads, v_dim)`, or None twice.
+    """
+    (b, h, n, d), e = q.shape, v.shape[-1]
+    q, k = _alike(q, k)
+    v = v if _readable(v) else _by_token(v)
+    do, o = _by_token(do), _by_token(o)
+    do = do if do.data_ptr() % 16 == 0 else do.clone()
+    arch = architecture(q.device)
+    config = config or (backward_config(arch, n, d, e) if arch else INTERPRETED)
+    block_qk, block_v = padded(arch, config.rows, d, e)
+    delta = torch.empty_like(lse) if config.delta_first else None
+    qk_part = q.new_empty(b, h, d, dtype=torch.float32) if wants_scores else None
+    v_part = q.new_empty(b, h, e, dtype=torch.float32) if wants_scores else None
+    keys = backward_keys(arch, n)
+    with on_device(q):
+        backward_kernel[(b * h,)](
+            q, k, v, o, do, lse, delta, *gradients, qk_part, v_part, scale, h, d // 8, e // 8,
+            *_strides8(q), *_strides8(v), n, wants_scores, gradients[0].stride(2) != h * d, config.delta_first,
+            keys, min(keys, 128), config.rows, block_qk, block_v, config.stages,
+            num_warps=config.warps, num_stages=1, **FUSED_MULTIPLY_ADD)  # fmt: skip
+    return qk_part, v_part
+
+
+def _add_scores(scores: tuple[Tensor | None, ...], qk_part: Tensor | None, v_part: Tensor | None) -> None:
+    """Add the sums over tokens to buffers `(batch, units)`, or `(units,)` summed over the batch too."""
+    for buffer, part, dim in zip(scores, (v_part, qk_part, v_part), (2, 1, 1), strict=True):
+        if buffer is not None:
+            buffer += part.sum(dim if buffer.dim() == 2 else (0, dim))
+
+
+class ShortAttention(torch.autograd.Function):
+    """The hot path, on q, k and v apart."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, head_scores, qk_scores, v_scores):
+        o, lse = launch(q, k, v, scale)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.scale, ctx.scores = scale, (head_scores, qk_scores, v_scores)
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do):
+        q, k, v, o, lse = ctx.saved_tensors
+        gradients, wants = separate_gradients(q, v), any(s is not None for s in ctx.scores)
+        _add_scores(ctx.scores, *launch_backward(do, q, k, v, o, lse, ctx.scale, gradients, wants))
+        return *gradients, None, None, None, None
+
+
+class PackedShortAttention(torch.autograd.Function):
+    """The hot path on a packed projection, whose gradient is written packed: no unbind and no stack of it."""
+
+    @staticmethod
+    def forward(ctx, qkv, scale, head_scores, qk_scores, v_scores):
+        o, lse = launch(*unpack(qkv), scale)
+        ctx.save_for_backward(qkv, o, lse)
+        ctx.scale, ctx.scores = scale, (head_scores, qk_scores, v_scores)
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do):
+        qkv, o, lse = ctx.saved_tensors
+        gradient, wants = qkv.new_empty(qkv.shape), any(s is not None for s in ctx.scores)
+        _add_scores(ctx.scores, *launch_backward(do, *unpack(qkv), o, lse, ctx.scale, unpack(gradient), wants))
+        return gradient, None, None, None, None
+
+
+def unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v `(batch, heads, tokens, dim)` as views of a projection `(batch, tokens, 3, heads, dim)`."""
+    return tuple(t.transpose(1, 2) for t in qkv.unbind(2))
+
+
+@torch.library.custom_op("nvit::attention_short", mutates_args=())
+def forward_op(
+    q: Tensor, k: Tensor, v: Tensor, scale: float,
+    head_scores: Tensor | None, qk_scores: Tensor | None, v_scores: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`launch` for torch.compile and export; the buffers are for its backward."""
+    return launch(q, k, v, scale)
+
+
+@forward_op.register_fake
+def _(q, k, v, scale, head_scores, qk_scores, v_scores):
+    return _empty_by_token(q, *v.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("nvit::attention_short_backward", mutates_args=("head_scores", "qk_scores", "v_scores"))
+def backward_op(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float,
+    head_scores: Tensor | None, qk_scores: Tensor | None, v_scores: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`launch_backward` for torch.compile; adds to the score buffers it is given."""
+    scores, gradients = (head_scores, qk_scores, v_scores), separate_gradients(q, v)
+    wants = any(s is not None for s in scores)
+    _add_scores(scores, *launch_backward(do, q, k, v, o, lse, scale, gradients, wants))
+    return gradients
+
+
+@backward_op.register_fake
+def _(do, q, k, v, o, lse, scale, head_scores, qk_scores, v_scores):
+    return separate_gradients(q, v)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, ctx.scale, *scores = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.set_materialize_grads(False)
+    ctx.scores = scores  # written by the backward, so not among what autograd guards against writing
+
+
+def _differentiate(ctx, do, _):
+    return *backward_op(do, *ctx.saved_tensors, ctx.scale, *ctx.scores), None, None, None, None
+
+
+forward_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.dim() != 4 or k.shape != q.shape or v.shape[:3] != q.shape[:3]:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: expected (batch, heads, tokens, "
+                         "qk_dim) twice and (batch, heads, tokens, v_dim)")  # fmt: skip
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; cast them to one dtype")
+    gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if not takes(q, v.shape[-1], gradients):
+        raise ValueError(f"attention_short is not offered for {q.dtype} {tuple(q.shape)} with values of {v.shape[-1]} "
+                         f"dims on {q.device}; nvit_kernels.functional.attention takes other shapes")  # fmt: skip
+
+
+def attention_short(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    head_scores: Tensor | None = None,
+    qk_scores: Tensor | None = None,
+    v_scores: Tensor | None = None,
+) -> Tensor:
+    """Fused `nvit_kernels.reference.attention` for what `takes` says, with everything kept and nothing added.
+
+    Raises:
+        ValueError: shapes or dtypes disagree, or `takes` is False.
+    """
+    _check(q, k, v)
+    if torch.compiler.is_compiling():
+        return forward_op(q, k, v, float(scale), head_scores, qk_scores, v_scores)[0]
+    return ShortAttention.apply(q, k, v, float(scale), head_scores, qk_scores, v_scores)
+
+
+def attention_short_packed(
+    qkv: Tensor,
+    scale: float,
+    head_scores: Tensor | None = None,
+    qk_scores: Tensor | None = None,
+    v_scores: Tensor | None = None,
+) -> Tensor:
+    """`attention_short` of a projection `(batch, tokens, 3, heads, dim)`, whose gradient comes packed like it.
+
+    The backward of `unbind` copies three gradients into one tensor: 116 MB moved at 64 x 12 heads of 197 x 64, against
+    156 MB of the whole backward. This writes them there.
+
+    Raises:
+        ValueError: as `attention_short`.
+    """
+    q, k, v = unpack(qkv)
+    if torch.compiler.is_compiling():
+        return attention_short(q, k, v, scale, head_scores, qk_scores, v_scores)
+    _check(q, k, v)
+    return PackedShortAttention.apply(qkv, float(scale), head_scores, qk_scores, v_scores)
