@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.harness import OURS, Case, device, fused_only, run
 from nvit_kernels import functional, reference
-from nvit_kernels.plan import DotSlice, GroupDotPlan
+from nvit_kernels.ops.group_dot.plan import DotSlice, GroupDotPlan
 
 MODELS = {"deit_base": (12, 12, 768), "deit_tiny": (12, 3, 192)}  # blocks, heads, width
 

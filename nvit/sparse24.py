@@ -93,7 +93,7 @@ def permute_(model: nn.Module, seconds: float = 60.0, progress: Progress = silen
     Returns:
         A row per reader: `weight, kept_before, kept_after` (fractions of the sum of magnitudes).
     """
-    from nvit_kernels.permute24 import search_channel_order
+    from nvit_kernels.sparse24.permute import search_channel_order
 
     layers = {n: m for n, m in prunable_layers(model).items() if isinstance(m, (Attention, Mlp, GatedMlp))}
     rows = []
@@ -157,8 +157,8 @@ def compressed(weight: Tensor, backend: str) -> Tensor:
     """
     from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
-    from nvit_kernels.cusparselt import compress_cusparselt
     from nvit_kernels.sparse24 import compress_2to4
+    from nvit_kernels.sparse24.cusparselt import compress_cusparselt
 
     if backend == CUTLASS:
         packed = compress_2to4(weight)

@@ -23,6 +23,7 @@ def _config(num_warps: int, num_stages: int, **blocks: int) -> triton.Config:
     return triton.Config({f"BLOCK_{k}": v for k, v in blocks.items()}, num_warps=num_warps, num_stages=num_stages)
 
 
+ADDED = ("bias", "window")  # optional arguments of attention's kernels that take registers and shared memory
 NARROW, WIDE, WIDEST = 64, 128, 256  # head dims up to this, after padding to a power of two
 CONFIGS = {  # by the largest head dim they hold without spilling; 0 where there is no head
     "attention_forward": {
@@ -83,7 +84,7 @@ def shared_bytes(name: str, config: triton.Config, meta: dict, itemsize: int) ->
         head = block["BLOCK_QK"] + block["BLOCK_V"]
         scratch = 0 if name == "attention_forward" else block["BLOCK_M"] * block["BLOCK_N"]
         tiles = itemsize * (head * (staged * config.num_stages + held) + scratch)
-        added = sum(bool(meta.get(flag)) for flag in ("BIAS", "WINDOW"))  # as float32 at most
+        added = sum(meta.get(name) is not None for name in ADDED)  # as float32 at most
         return tiles + 4 * added * (config.num_stages - 1) * block["BLOCK_M"] * block["BLOCK_N"]
     return itemsize * config.num_stages * block["BLOCK_K"] * (block["BLOCK_M"] + block["BLOCK_N"])
 
@@ -93,7 +94,7 @@ def fitting(name: str, arch: int, meta: dict, itemsize: int = 2) -> list[triton.
     limit = SHARED_BYTES.get(arch, min(SHARED_BYTES.values()))
     head = max(meta.get("BLOCK_QK", 0), meta.get("BLOCK_V", 0))
     held = min(held for held in CONFIGS[name] if held >= head)
-    added = meta.get("BIAS") or meta.get("WINDOW")
+    added = any(meta.get(name) is not None for name in ADDED)
     small, *rest = (added and WITH_ADDED.get(name, {}).get(held)) or CONFIGS[name][held]
     return [small, *(c for c in rest if shared_bytes(name, c, meta, itemsize) <= limit)]
 
@@ -104,7 +105,8 @@ def tuned(name: str, kernel):
 
     def prune(configs, arguments, **meta):
         major, minor = torch.cuda.get_device_capability()
-        tensor = next(a for a in arguments.values() if isinstance(a, torch.Tensor))
-        return fitting(name, 10 * major + minor, {**arguments, **meta}, tensor.element_size())
+        given = {**arguments, **meta}
+        tensor = next(a for a in given.values() if isinstance(a, torch.Tensor))
+        return fitting(name, 10 * major + minor, given, tensor.element_size())
 
     return triton.autotune(configs, key=KEYS[name], prune_configs_by={"early_config_prune": prune})(kernel)

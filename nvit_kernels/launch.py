@@ -1,15 +1,12 @@
-"""What every launcher needs: is the interpreter on, which matmul precision, identity lists, the right device."""
+"""What every launcher needs: is the interpreter on, which matmul precision, the right device, widths of eights."""
 
 from __future__ import annotations
 
 import contextlib
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 from triton import knobs
-
-from nvit_kernels.kept import Kept
 
 INTERPRET = bool(knobs.runtime.interpret)  # read once: it must be set before a kernel is imported anyway
 FUSED_MULTIPLY_ADD = {"enable_fp_fusion": True}  # said aloud, since Triton's default is about to change
@@ -30,25 +27,14 @@ def on_device(x: Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-@lru_cache(maxsize=64)
-def _everything(width: int, device: torch.device) -> Kept:
-    return Kept.all(width, device)
-
-
-def kept_or_all(index: Tensor | None, count: Tensor | None, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Index list and length, every unit where none was given.
-
-    Raises:
-        ValueError: the list is for another width, or on another device.
-    """
+def check_list(index: Tensor | None, width: int, device: torch.device) -> None:
+    """Raise `ValueError` unless kept units, where some are listed, are of this width and on this device."""
     if index is None:
-        every = _everything(width, device)
-        return every.index, every.count
+        return
     if index.numel() != width:
         raise ValueError(f"kept units are listed for a width of {index.numel()}, but the tensor has {width} there")
     if index.device != device:
         raise ValueError(f"kept units are listed on {index.device}, but the tensor is on {device}; move them with .to")
-    return index, count
 
 
 def eighths(name: str, *numbers: int) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nvit_kernels import Kept, functional
-from nvit_kernels.plan import DotSlice, GroupDotPlan
+from nvit_kernels.ops.group_dot.plan import DotSlice, GroupDotPlan
 
 pytest.importorskip("pytest_benchmark")
 KEPT = [1.0, 0.5]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nvit_kernels import Kept, collect_scores_, functional, fuse, keep_, reference, ways
-from nvit_kernels.plan import DotSlice, GroupDotPlan
+from nvit_kernels.ops.group_dot.plan import DotSlice, GroupDotPlan
 
 pytestmark = [
     pytest.mark.gpu,

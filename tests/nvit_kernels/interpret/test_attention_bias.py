@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nvit_kernels import functional, reference
-from nvit_kernels.ops import attention as op
+from nvit_kernels.ops.attention import op
 
 DTYPES = [torch.float32, torch.float16]
 

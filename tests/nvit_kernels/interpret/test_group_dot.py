@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvit_kernels import functional, reference
-from nvit_kernels.ops import group_dot as op
-from nvit_kernels.plan import DotSlice, GroupDotPlan
+from nvit_kernels.ops.group_dot import op
+from nvit_kernels.ops.group_dot.plan import DotSlice, GroupDotPlan
 
 SHAPES = {"qkv.weight": (216, 40), "qkv.bias": (216,), "fc1.weight": (104, 40), "fc1.bias": (104,),
           "fc2.weight": (40, 104), "pos_embed": (1, 17, 40), "patch.weight": (40, 3, 4, 4), "proj.weight": (40, 72),

@@ -3,7 +3,7 @@ import torch
 
 from nvit_kernels import functional, reference
 from nvit_kernels.kept import Kept
-from nvit_kernels.ops import kept_layer_norm as op
+from nvit_kernels.ops.kept_layer_norm import op
 
 DTYPES = [torch.float32, torch.float16]
 

@@ -3,8 +3,8 @@ import torch
 
 from nvit_kernels import functional, reference, ways
 from nvit_kernels.kept import Kept
-from nvit_kernels.ops import mlp as op
-from nvit_kernels.ops import swiglu as gated
+from nvit_kernels.ops.mlp import op
+from nvit_kernels.ops.swiglu import op as gated
 
 DTYPES = [torch.float32, torch.float16]
 WIDTHS = [(8, 24, 8), (24, 104, 40), (56, 200, 56), (40, 496, 24)]
@@ -118,7 +118,7 @@ def test_errors_say_what_is_wrong():
 
 @pytest.mark.parametrize("module", [op, gated])
 def test_opcheck(module):
-    name = module.__name__.rpartition(".")[2]
+    name = module.__name__.split(".")[-2]
     data = [t.requires_grad_() for t in tensors(name, 2, 4, 8, 16, 8, torch.float32).values()]
     hidden, scores = Kept.from_mask(torch.arange(16) % 3 > 0), torch.zeros(2, 16)
     arguments = (*data, hidden.index, hidden.count, None)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nvit_kernels import sparse24
-from nvit_kernels.transposable24 import patterns, transposable_mask
+from nvit_kernels.sparse24.transposable import patterns, transposable_mask
 
 
 def greedy(tile):

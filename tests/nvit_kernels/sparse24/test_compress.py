@@ -11,7 +11,8 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_to_dense_cutlass as torch_decompress,
 )
 
-from nvit_kernels import _native, _sparse24_torch, sparse24
+from nvit_kernels import _native, sparse24
+from nvit_kernels.sparse24 import plain
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.int8]
 MULTIPLES = {torch.float16: (32, 64), torch.bfloat16: (32, 64), torch.float32: (32, 32), torch.int8: (16, 128)}
@@ -23,16 +24,16 @@ class InTorch:
 
     @staticmethod
     def compress_2to4(dense, mask=None, *, dtype=None, check=True):
-        outputs = _sparse24_torch.compress([dense], [] if mask is None else [mask], dtype, check)
+        outputs = plain.compress([dense], [] if mask is None else [mask], dtype, check)
         return sparse24.Sparse24(*(column[0] for column in outputs))
 
     @staticmethod
     def decompress_2to4(values, meta):
-        return _sparse24_torch.decompress([values], [meta], True)[0]
+        return plain.decompress([values], [meta], True)[0]
 
     @staticmethod
     def repack_2to4(dense, meta, *, dtype=None):
-        return _sparse24_torch.repack([dense], [meta], dtype, True)[0]
+        return plain.repack([dense], [meta], dtype, True)[0]
 
 
 @pytest.fixture(params=["compiled", "torch"], scope="module")
@@ -172,7 +173,7 @@ def test_packs_a_given_mask(ops, blocks, dtype, kind, seed, view, packed):
     x = build(blocks, dtype, kind, seed, view)
     width = 2 if dtype == torch.float32 else 4
     noise = matrix("normal", tuple(x.shape), torch.float32, seed + 1)
-    mask = sparse24._sparse24_torch._largest(noise.abs().unflatten(1, (-1, width))).flatten(1)
+    mask = plain._largest(noise.abs().unflatten(1, (-1, width))).flatten(1)
     mask &= noise < 1  # groups with one or none kept as well
     ours = ops.compress_2to4(x, sparse24.pack_bits(mask) if packed else mask)
     masked = torch.where(mask, x, torch.zeros((), dtype=dtype)).contiguous()

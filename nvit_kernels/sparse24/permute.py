@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nvit_kernels import _native
-from nvit_kernels.sparse24 import mask_2to4
+from nvit_kernels.sparse24.compress import mask_2to4
 
 # The 35 ways to cut eight channels into two groups of four: those with channel 0, and what they leave.
 _SPLITS = [(s, tuple(c for c in range(8) if c not in s)) for s in combinations(range(8), 4) if 0 in s]

@@ -11,8 +11,8 @@ import functools
 import torch
 from torch import Tensor
 
-from nvit_kernels._sparse24_torch import _meta_order
-from nvit_kernels.sparse24 import compress_2to4, fits_2to4, mask_2to4
+from nvit_kernels.sparse24.compress import compress_2to4, fits_2to4, mask_2to4
+from nvit_kernels.sparse24.plain import _meta_order
 
 MULTIPLES = {torch.float16: 16, torch.bfloat16: 16, torch.int8: 32}
 _TRIED = ((64, 128), (96, 384), (256, 128))

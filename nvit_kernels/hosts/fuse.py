@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from nvit_kernels import layers
+from nvit_kernels.hosts import layers
 
 
 def fuse(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> nn.Module:

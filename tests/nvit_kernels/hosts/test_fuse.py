@@ -5,8 +5,9 @@ import timm
 import torch
 from torch import nn
 
-from nvit_kernels import collect_scores_, fuse, keep_, layers, unfuse
-from nvit_kernels.fuse import fused_layers, groups
+from nvit_kernels import collect_scores_, fuse, keep_, unfuse
+from nvit_kernels.hosts import layers
+from nvit_kernels.hosts.fuse import fused_layers, groups
 
 HOSTS = {
     "vit": ("vit_tiny_patch16_224", {}),

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from nvit_kernels import cusparselt, sparse24
+from nvit_kernels import sparse24
+from nvit_kernels.sparse24 import cusparselt
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Attention over kept heads and dims: checks, launches and gradients; the backward also gives the scores.
 
-Derivations and shapes: docs/kernels/attention.md. The kernels: attention_kernels.py.
+Derivations and shapes: docs/kernels/attention.md.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import triton
 from torch import Tensor
 
 from nvit_kernels.configs import tuned
-from nvit_kernels.launch import FUSED_MULTIPLY_ADD, eighths, kept_or_all, matmul_precision, on_device, power_of_two
-from nvit_kernels.ops.attention_kernels import dbias_kernel, delta_kernel, dkv_kernel, dq_kernel, forward_kernel
+from nvit_kernels.launch import FUSED_MULTIPLY_ADD, check_list, eighths, matmul_precision, on_device, power_of_two
+from nvit_kernels.ops.attention.backward_kernels import dbias_kernel, delta_kernel, dkv_kernel, dq_kernel
+from nvit_kernels.ops.attention.kernels import forward_kernel
 
 LARGEST_HEAD = 256
 BIAS_PROGRAMS = 1024
@@ -38,14 +39,34 @@ def bias_splits(batch: int, heads: int, tokens: int) -> int:
     return max(1, min(batch, triton.cdiv(BIAS_PROGRAMS, heads * triton.cdiv(tokens, 64) ** 2)))
 
 
-def _strides8(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(stride // 8 for t in tensors for stride in t.stride()[:3])
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """Strides of samples, heads and tokens; those of a single head or token, which mean nothing, so that samples fit.
+
+    The kernels take a sample to be as long as all its tokens or all its heads, whichever is more.
+    """
+    _, heads, tokens, _ = x.shape
+    b, h, n, _ = x.stride()
+    return b, 0 if heads == 1 else h, b if tokens == 1 else n
 
 
 def _readable(x: Tensor) -> Tensor:
-    """`x` as it is where its rows are contiguous and 16-byte aligned, else a copy."""
-    aligned = x.stride(-1) == 1 and all(s % 8 == 0 for s in x.stride()[:3]) and x.data_ptr() % 16 == 0
-    return x if aligned else x.contiguous()
+    """`x` as it is where its rows are contiguous and 16-byte aligned and its samples end to end, else a copy."""
+    batch, heads, tokens, _ = x.shape
+    b, h, n = _strides(x)
+    aligned = x.stride(-1) == 1 and b % 8 == h % 8 == n % 8 == 0 and x.data_ptr() % 16 == 0
+    return x if aligned and (batch == 1 or b == max(tokens * n, heads * h)) else x.contiguous()
+
+
+def _readable_alike(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Both readable, with the same strides."""
+    q, k = _readable(q), _readable(k)
+    return (q, k) if _strides(q) == _strides(k) else (q.contiguous(), k.contiguous())
+
+
+def _strides8(prefix: str, x: Tensor) -> dict[str, int]:
+    """Strides of heads and tokens divided by 8, by the names that the kernels have for them."""
+    _, h, n = _strides(x)
+    return {f"{prefix}_h8": h // 8, f"{prefix}_n8": n // 8}
 
 
 def _by_token(batch: int, heads: int, tokens: int, dim: int, like: Tensor) -> Tensor:
@@ -78,6 +99,14 @@ def check_added(q: Tensor, bias: Tensor | None, mask: Tensor | None) -> None:
             raise ValueError(f"{name} is {t.dtype} on {t.device}; q on {q.device} takes {q.dtype} or torch.float32")
 
 
+def check_kept(q: Tensor, v: Tensor, heads: Tensor | None, qk_mask: Tensor | None, v_mask: Tensor | None) -> None:
+    """Raise `ValueError` unless what is kept is listed for these widths, on this device."""
+    check_list(heads, q.shape[1], q.device)
+    for name, mask, width in (("qk", qk_mask, q.shape[-1]), ("v_dim", v_mask, v.shape[-1])):
+        if mask is not None and (mask.numel() != width or mask.device != q.device):
+            raise ValueError(f"{name} lists {mask.numel()} dims on {mask.device}, the tensor has {width} on {q.device}")
+
+
 def _whole_rows(x: Tensor) -> Tensor:
     """`(·, tokens, tokens)` contiguous, with rows filled up to a multiple of 8 by -inf."""
     return F.pad(x, (0, -x.shape[-1] % 8), value=float("-inf")).contiguous() if x.shape[-1] % 8 else x.contiguous()
@@ -92,31 +121,40 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     check(q, k, v)
     check_added(q, bias, mask)
-    q, k, v = _readable(q), _readable(k), _readable(v)
-    b, h, n, d = q.shape
+    check_kept(q, v, heads, qk_mask, v_mask)
+    (q, k), v = _readable_alike(q, k), _readable(v)
+    b, h, n, _ = q.shape
     o, stats = _by_token(b, h, n, v.shape[-1], q), q.new_empty(b, h, 2, n, dtype=torch.float32)
-    lists = _lists(q, v, heads, heads_n, qk_mask, v_mask)
-    added, windows = _added(bias, mask, lists[0])
+    shared = _shared(q, v, heads, heads_n, qk_mask, v_mask, bias, mask)
     with on_device(q):
         forward_tuned[lambda meta: (triton.cdiv(n, meta["BLOCK_M"]), h, b)](
-            q, k, v, o, stats, *lists, *added, scale * LOG2E, h, n, d // 8, v.shape[-1] // 8, triton.cdiv(n, 8),
-            windows, *_strides8(q, k, v), BIAS=bias is not None, WINDOW=mask is not None, MASK_QK=qk_mask is not None,
-            MASK_V=v_mask is not None, PRECISION=matmul_precision(), BLOCK_QK=power_of_two(d),
-            BLOCK_V=power_of_two(v.shape[-1]), **FUSED_MULTIPLY_ADD)  # fmt: skip
+            q=q, k=k, v=v, o=o, stats=stats, scale_log2=scale * LOG2E, **shared, **FUSED_MULTIPLY_ADD
+        )
     return o, stats
 
 
-def _lists(q, v, heads, heads_n, qk_mask, v_mask) -> tuple[Tensor, ...]:
-    for name, mask, width in (("qk", qk_mask, q.shape[-1]), ("v_dim", v_mask, v.shape[-1])):
-        if mask is not None and (mask.numel() != width or mask.device != q.device):
-            raise ValueError(f"{name} lists {mask.numel()} dims on {mask.device}, the tensor has {width} on {q.device}")
-    lists = kept_or_all(heads, heads_n, q.shape[1], q.device)
-    return (*lists, *(lists[0] if mask is None else mask for mask in (qk_mask, v_mask)))
-
-
-def _added(bias: Tensor | None, mask: Tensor | None, unread: Tensor) -> tuple[tuple[Tensor, Tensor], int]:
-    """What is added to the logits as kernels read it, `unread` in place of what is not, and the number of windows."""
-    return tuple(unread if t is None else _whole_rows(t) for t in (bias, mask)), 1 if mask is None else len(mask)
+def _shared(q, v, heads, heads_n, qk_mask, v_mask, bias, mask) -> dict[str, object]:
+    """The arguments that forward, dq, dkv and dbias have in common, by name."""
+    _, h, n, d = q.shape
+    e = v.shape[-1]
+    return dict(
+        heads=heads,
+        heads_n=heads_n,
+        qk_mask=qk_mask,
+        v_mask=v_mask,
+        bias=None if bias is None else _whole_rows(bias),
+        window=None if mask is None else _whole_rows(mask),
+        windows=None if mask is None else len(mask),
+        H=h,
+        N=n,
+        QK8=d // 8,
+        V8=e // 8,
+        **_strides8("qk", q),
+        **_strides8("v", v),
+        PRECISION=matmul_precision(),
+        BLOCK_QK=power_of_two(d),
+        BLOCK_V=power_of_two(e),
+    )
 
 
 @_forward.register_fake
@@ -132,37 +170,37 @@ def _backward(
     head_scores: Tensor | None, qk_scores: Tensor | None, v_scores: Tensor | None,
     bias: Tensor | None, mask: Tensor | None, wants_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    do, q, k, v = _readable(do), _readable(q), _readable(k), _readable(v)
+    (q, k), v, do = _readable_alike(q, k), _readable(v), _readable(do)
     o = o.transpose(1, 2).contiguous()  # already so, unless someone copied it on the way
     (b, h, n, d), e = q.shape, v.shape[-1]
     rows = score_rows(max(d, e))
     tiles = triton.cdiv(n, rows)
-    delta = q.new_empty(b, h, n, dtype=torch.float32)
-    v_part = q.new_empty(b, h, tiles, e, dtype=torch.float32)
-    qk_part = q.new_empty(b, h, tiles, d, dtype=torch.float32)
-    dq, dk, dv = (_by_token(b, h, n, dim, q) for dim in (d, d, e))
-    lists = _lists(q, v, heads, heads_n, qk_mask, v_mask)
-    added, windows = _added(bias, mask, lists[0])
-    sizes, strides = (scale, h, n, d // 8, e // 8, triton.cdiv(n, 8), windows), _strides8(q, k, v, do)
-    meta = dict(BIAS=bias is not None, WINDOW=mask is not None, MASK_QK=qk_mask is not None,
-                MASK_V=v_mask is not None, PRECISION=matmul_precision(),
-                BLOCK_QK=power_of_two(d), BLOCK_V=power_of_two(e), **FUSED_MULTIPLY_ADD)  # fmt: skip
     wants_v, wants_qk = head_scores is not None or v_scores is not None, qk_scores is not None
+    delta = q.new_empty(b, h, n, dtype=torch.float32)
+    v_part = q.new_empty(b, h, tiles, e, dtype=torch.float32) if wants_v else None
+    qk_part = q.new_empty(b, h, tiles, d, dtype=torch.float32) if wants_qk else None
+    dq, dk, dv = (_by_token(b, h, n, dim, q) for dim in (d, d, e))
+    bias_part = q.new_empty(bias_splits(b, h, n) if wants_bias else 0, h, n, n, dtype=torch.float32)
+    shared = dict(
+        q=q, k=k, v=v, do=do, stats=stats, delta=delta, scale=scale, **_strides8("do", do), **FUSED_MULTIPLY_ADD,
+        **_shared(q, v, heads, heads_n, qk_mask, v_mask, bias, mask),
+    )  # fmt: skip
     with on_device(q):
-        delta_kernel[(tiles, h, b)](o, do, delta, v_part, *lists[:2], h, n, e // 8, *_strides8(do), SCORES=wants_v,
-                                    BLOCK_V=meta["BLOCK_V"], BLOCK_M=rows, **FUSED_MULTIPLY_ADD)  # fmt: skip
-        dq_tuned[(tiles, h, b)](q, k, v, do, stats, delta, dq, qk_part, *lists, *added, *sizes, *strides,
-                                SCORES=wants_qk, BLOCK_M=rows, **meta)  # fmt: skip
-        dkv_tuned[lambda m: (triton.cdiv(n, m["BLOCK_N"]), h, b)](
-            q, k, v, do, stats, delta, dk, dv, *lists, *added, *sizes, *strides, **meta)  # fmt: skip
-        bias_part = q.new_empty(bias_splits(b, h, n) if wants_bias else 0, h, n, n, dtype=torch.float32)
+        delta_kernel[(tiles, h, b)](
+            o=o, do=do, delta=delta, v_part=v_part, heads=heads, heads_n=heads_n, H=h, N=n, V8=e // 8,
+            **_strides8("do", do), BLOCK_V=shared["BLOCK_V"], BLOCK_M=rows, **FUSED_MULTIPLY_ADD,
+        )  # fmt: skip
+        dq_tuned[(tiles, h, b)](dq=dq, qk_part=qk_part, BLOCK_M=rows, **shared)
+        dkv_tuned[lambda m: (triton.cdiv(n, m["BLOCK_N"]), h, b)](dk=dk, dv=dv, **shared)
         if wants_bias:
             dbias_tuned[lambda m: (triton.cdiv(n, m["BLOCK_M"]) * triton.cdiv(n, m["BLOCK_N"]), h, len(bias_part))](
-                q, k, v, do, stats, delta, bias_part, *lists, *added, *sizes, b, *strides, **meta)  # fmt: skip
+                bias_part=bias_part, B=b, **shared
+            )
     if wants_v:
         _add(head_scores, v_part, (2, 3))
         _add(v_scores, v_part, (1, 2))
-    _add(qk_scores, qk_part, (1, 2)) if wants_qk else None
+    if wants_qk:
+        _add(qk_scores, qk_part, (1, 2))
     return dq, dk, dv, bias_part.sum(0) if wants_bias else bias_part.new_empty(0)
 
 

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nvit_kernels import ways
-from nvit_kernels.launch import kept_or_all, on_device
-from nvit_kernels.ops import mlp as plain
-from nvit_kernels.ops.matmul import compact, tokens, weights
+from nvit_kernels.launch import check_list, on_device
+from nvit_kernels.ops.matmul.op import compact, tokens, weights
+from nvit_kernels.ops.mlp import op as plain
 
 
 @torch.library.custom_op("nvit::swiglu", mutates_args=())
@@ -18,7 +18,7 @@ def _forward(x: Tensor, wg: Tensor, bg: Tensor | None, wv: Tensor, bv: Tensor | 
              scores: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     plain.check(x, wg, bg, w2, b2)
     plain.check(x, wv, bv, w2, b2)
-    index, count = kept_or_all(index, count, wg.shape[0], x.device)
+    check_list(index, wg.shape[0], x.device)
     x2, wg, wv, w2 = x.reshape(-1, x.shape[-1]).contiguous(), wg.contiguous(), wv.contiguous(), w2.contiguous()
     gate, value = (x.new_empty(x2.shape[0], wg.shape[0]) for _ in range(2))
     y = x.new_empty(*x.shape[:-1], w2.shape[0])
@@ -30,17 +30,17 @@ def _forward(x: Tensor, wg: Tensor, bg: Tensor | None, wv: Tensor, bv: Tensor | 
 
 def _run(way, x, wg, bg, wv, bv, w2, b2, index, count, gate, value, y) -> None:
     if way == "gather":
-        kept = index[: int(count)].long()
-        g, v = gate[:, : len(kept)], value[:, : len(kept)]
-        g.copy_(F.linear(x, wg[kept], None if bg is None else bg[kept]))
-        v.copy_(F.linear(x, wv[kept], None if bv is None else bv[kept]))
-        y.copy_(F.linear(F.silu(g) * v, w2[:, kept], b2))
+        kept = plain.kept_units(index, count)
+        g, v = (t if kept is None else t[:, : len(kept)] for t in (gate, value))
+        g.copy_(F.linear(x, plain.rows(wg, kept), plain.rows(bg, kept)))
+        v.copy_(F.linear(x, plain.rows(wv, kept), plain.rows(bv, kept)))
+        y.copy_(F.linear(F.silu(g) * v, plain.columns(w2, kept), b2))
         return
     activation = torch.empty_like(gate)
-    tokens(x, wg, [gate], index, count, role="linear", kept="n", b_by="n", gather=True, bias=bg)
-    tokens(x, wv, [value, activation], index, count, role="swiglu", kept="n", b_by="n", gather=True, bias=bv,
-           aux=(gate,))  # fmt: skip
-    tokens(activation, compact(w2, index, count), [y], index, count, role="linear", kept="k", b_by="n", bias=b2)
+    tokens(x, wg, index, count, role="linear", kept="n", b_by="n", gather=True, bias=bg, out=gate)
+    tokens(x, wv, index, count, role="swiglu", kept="n", b_by="n", gather=True, bias=bv, aux=gate, out=value,
+           out2=activation)  # fmt: skip
+    tokens(activation, compact(w2, index, count), index, count, role="linear", kept="k", b_by="n", bias=b2, out=y)
 
 
 @_forward.register_fake
@@ -53,7 +53,6 @@ def _(x, wg, bg, wv, bv, w2, b2, index, count, scores):
 def _backward(dy: Tensor, x: Tensor, gate: Tensor, value: Tensor, wg: Tensor, wv: Tensor, w2: Tensor,
               index: Tensor | None, count: Tensor | None, scores: Tensor | None,
               wants: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    index, count = kept_or_all(index, count, wg.shape[0], x.device)
     x2, dy2 = x.reshape(-1, x.shape[-1]).contiguous(), dy.reshape(-1, dy.shape[-1]).contiguous()
     wg, wv, w2, grads = wg.contiguous(), wv.contiguous(), w2.contiguous(), _allocate(x, wg, w2, wants)
     arguments = (dy2, x2, gate, value, wg, wv, w2, index, count, grads, wants)
@@ -67,32 +66,33 @@ def _backward(dy: Tensor, x: Tensor, gate: Tensor, value: Tensor, wg: Tensor, wv
 def _run_backward(way, dy, x, gate, value, wg, wv, w2, index, count, grads, wants, scores, samples) -> None:
     dx, dwg, dbg, dwv, dbv, dw2, db2 = grads
     if way == "gather":
-        kept = index[: int(count)].long()
-        g, v, dact = gate[:, : len(kept)], value[:, : len(kept)], dy @ w2[:, kept]
+        kept = plain.kept_units(index, count)
+        g, v = (t if kept is None else t[:, : len(kept)] for t in (gate, value))
+        dact = dy @ plain.columns(w2, kept)
         silu, opened = F.silu(g), torch.sigmoid(g)
         dg, dv = dact * v * (opened + silu * (1 - opened)), dact * silu
         if scores is not None:
             plain.add_scores(scores, silu * v, dact, kept, samples)
         if wants[0]:
-            dx.view(-1, dx.shape[-1]).copy_(dg @ wg[kept] + dv @ wv[kept])
+            dx.view(-1, dx.shape[-1]).copy_(dg @ plain.rows(wg, kept) + dv @ plain.rows(wv, kept))
         for grad, weight_grad, bias_grad, i in ((dg, dwg, dbg, 1), (dv, dwv, dbv, 3)):
             if wants[i]:
-                weight_grad.zero_().index_copy_(0, kept, grad.T @ x)
+                plain.put(weight_grad, 0, kept, grad.T @ x)
             if wants[i + 1]:
-                bias_grad.zero_().index_copy_(0, kept, grad.sum(0))
+                plain.put(bias_grad, 0, kept, grad.sum(0))
         if wants[5]:
-            dw2.zero_().index_copy_(1, kept, dy.T @ (silu * v))
+            plain.put(dw2, 1, kept, dy.T @ (silu * v))
         if wants[6]:
             db2.copy_(dy.sum(0))
         return
     dg, dv, activation = (torch.empty_like(gate) for _ in range(3))
-    tokens(dy, compact(w2, index, count), [dg, activation, dv], index, count, role="swiglu_backward", kept="n",
-           b_by="k", aux=(gate, value), scores=scores, samples=samples)  # fmt: skip
+    tokens(dy, compact(w2, index, count), index, count, role="swiglu_backward", kept="n", b_by="k", aux=gate,
+           aux2=value, out=dg, out2=activation, out3=dv, scores=scores, samples=samples)  # fmt: skip
     if wants[0]:
         flat = dx.view(-1, dx.shape[-1])
         other = torch.empty_like(flat)
-        tokens(dg, wg, [flat], index, count, role="linear", kept="k", b_by="k", gather=True)
-        tokens(dv, wv, [other], index, count, role="linear", kept="k", b_by="k", gather=True)
+        tokens(dg, wg, index, count, role="linear", kept="k", b_by="k", gather=True, out=flat)
+        tokens(dv, wv, index, count, role="linear", kept="k", b_by="k", gather=True, out=other)
         flat += other
     for grad, weight_grad, bias_grad, i in ((dg, dwg, dbg, 1), (dv, dwv, dbv, 3)):
         if wants[i] or wants[i + 1]:
@@ -129,6 +129,6 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def swiglu(x, w_gate, b_gate, w_value, b_value, w2, b2, hidden=None, scores=None):
-    """Fused `nvit_kernels.reference.swiglu`, which says what the arguments are."""
+    """Fused `reference.swiglu`, which says what the arguments are."""
     lists = (None, None) if hidden is None else (hidden.index, hidden.count)
     return _forward(x, w_gate, b_gate, w_value, b_value, w2, b2, *lists, scores)[0]

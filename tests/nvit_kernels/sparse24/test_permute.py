@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nvit_kernels import _native, permute24, sparse24
-from nvit_kernels.permute24 import kept_fraction, search_channel_order
+from nvit_kernels import _native, sparse24
+from nvit_kernels.sparse24 import permute
+from nvit_kernels.sparse24.permute import kept_fraction, search_channel_order
 
 
 def weights(*shape, seed=0, spread=1.0):
@@ -97,7 +98,7 @@ def test_compiled_scores_equal_those_in_torch(rows):
     magnitudes = weights(rows, 40).abs().t().contiguous()
     octets = torch.stack([torch.randperm(40, generator=torch.Generator().manual_seed(i))[:8] for i in range(50)])
     compiled = torch.ops.nvit._split_scores(magnitudes, octets)
-    torch.testing.assert_close(compiled, permute24._split_scores_in_torch(magnitudes, octets), rtol=1e-5, atol=0)
+    torch.testing.assert_close(compiled, permute._split_scores_in_torch(magnitudes, octets), rtol=1e-5, atol=0)
     with pytest.raises((RuntimeError, ValueError), match="does not exist"):
         torch.ops.nvit._split_scores(magnitudes, octets + 40)
 
@@ -105,7 +106,7 @@ def test_compiled_scores_equal_those_in_torch(rows):
 def test_every_pair_of_groups_meets_once():
     for groups in (2, 5, 8):
         turns = groups + groups % 2 - 1
-        met = [tuple(sorted(p)) for t in range(turns) for p in permute24._meetings(groups, t, 1).tolist()]
+        met = [tuple(sorted(p)) for t in range(turns) for p in permute._meetings(groups, t, 1).tolist()]
         assert sorted(met) == list(itertools.combinations(range(groups), 2))
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from nvit_kernels import functional
-from nvit_kernels.plan import DotSlice, GroupDotPlan
+from nvit_kernels.ops.group_dot.plan import DotSlice, GroupDotPlan
 
 SHAPES = {"w": (12, 8), "b": (12,), "conv.weight": (4, 3, 2, 2)}
 

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nvit_kernels import _native, _sparse24_torch
-from nvit_kernels._sparse24_torch import pack_bits, unpack_bits
+from nvit_kernels import _native
+from nvit_kernels.sparse24 import plain
+from nvit_kernels.sparse24.plain import pack_bits, unpack_bits
 
 __all__ = [
     "Sparse24",
@@ -61,9 +62,9 @@ _SCHEMAS = {
     "decompress_2to4": "(Tensor[] values, Tensor[] meta, bool check) -> Tensor[]",
 }
 _IN_TORCH = {
-    "compress_2to4": _sparse24_torch.compress,
-    "repack_2to4": _sparse24_torch.repack,
-    "decompress_2to4": _sparse24_torch.decompress,
+    "compress_2to4": plain.compress,
+    "repack_2to4": plain.repack,
+    "decompress_2to4": plain.decompress,
 }
 
 
@@ -160,8 +161,8 @@ def mask_2to4(weight: Tensor) -> Tensor:
     """
     if weight.dim() != 2 or weight.shape[1] % 4:
         raise ValueError(f"mask_2to4: shape {tuple(weight.shape)}, expected a matrix with rows a multiple of 4 long.")
-    magnitudes = _sparse24_torch._magnitudes(weight.detach())
-    return _sparse24_torch._largest(magnitudes.unflatten(1, (-1, 4))).flatten(1)
+    magnitudes = plain._magnitudes(weight.detach())
+    return plain._largest(magnitudes.unflatten(1, (-1, 4))).flatten(1)
 
 
 def fits_2to4(shape: Sequence[int], dtype: torch.dtype) -> bool:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nvit_kernels import _native, sparse24
+from nvit_kernels.sparse24.compress import _SCHEMAS
 
 NAN = float("nan")
 COMPILED_ONLY = pytest.mark.skipif(not _native.load().cpu, reason=_native.load().why_not_cpu or "compiled")
@@ -120,7 +121,7 @@ def test_compiles_as_one_graph():
 
 @COMPILED_ONLY
 def test_one_schema_for_both_paths():
-    for name, schema in sparse24._SCHEMAS.items():
+    for name, schema in _SCHEMAS.items():
         defined = getattr(torch.ops.nvit, name).default._schema
         written = torch._C.parse_schema(f"nvit::{name}{schema}")
         assert str(defined) == str(written)
