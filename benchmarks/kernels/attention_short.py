@@ -31,8 +31,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nvit_kernels import functional, reference
-from nvit_kernels.ops.attention_short import attention_short, attention_short_packed, op
-from nvit_kernels.ops.attention_short.op import Config
+from nvit_kernels.ops.attention import short as op
+from nvit_kernels.ops.attention.short import Config, attention_short, attention_short_packed
 
 SCALE = 0.125
 Shape = tuple[int, int, int, int, int]  # batch, heads, tokens, qk, v

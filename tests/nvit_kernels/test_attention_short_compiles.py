@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nvit_kernels.configs import SHARED_BYTES
-from nvit_kernels.ops.attention_short import op
+from nvit_kernels.ops.attention import short as op
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 def test_what_is_offered_spills_nothing_and_fits(arch):
     """In a process of its own, without the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-m", "nvit_kernels.ops.attention_short.cases", str(arch)], cwd=ROOT,
+    done = subprocess.run([sys.executable, "-m", "nvit_kernels.ops.attention.short_cases", str(arch)], cwd=ROOT,
                           capture_output=True, text=True, env=environment | {"PYTHONPATH": str(ROOT)})  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     reports = [json.loads(line) for line in done.stdout.splitlines()]

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from nvit_kernels import reference
-from nvit_kernels.ops.attention_short import attention_short, attention_short_packed, op, takes
+from nvit_kernels.ops.attention import short as op
+from nvit_kernels.ops.attention.short import attention_short, attention_short_packed, takes
 
 TOKENS = [1, 16, 49, 50, 64, 65, 128, 129, 196, 197, 198, 208]
 WIDTHS = [(64, 64), (24, 56), (32, 32), (8, 8), (40, 56), (48, 48)]

@@ -1,6 +1,6 @@
 """Compile the short-row kernels ahead of time as they are offered, and say how many programs a processor holds.
 
-python -m nvit_kernels.ops.attention_short.cases 90
+python -m nvit_kernels.ops.attention.short_cases 90
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from dataclasses import asdict
 
 import triton
 
-from nvit_kernels.aot import Case, Report, compile_case
-from nvit_kernels.ops.attention_short import kernels, op
+from nvit_kernels.aot import Case, Report, absent, compile_case
+from nvit_kernels.ops.attention import short as op
+from nvit_kernels.ops.attention import short_kernels as kernels
 
 SHAPES = ((197, 64, 64), (197, 24, 56), (197, 32, 32), (197, 8, 8), (160, 64, 32), (128, 64, 64), (50, 32, 32),
           (49, 64, 64))  # tokens, qk, v  # fmt: skip
@@ -35,9 +36,9 @@ def cases(arch: int, dtype: str = "bf16") -> Iterator[tuple[Case, triton.Config]
         if config is None:
             continue
         block_qk, block_v = op.padded(arch, config.rows, qk, v)
-        constants = dict(N=tokens, SCORES=True, PACKED=False, DELTA_FIRST=config.delta_first, KEYS=keys,
-                         CHUNK=min(keys, 128), BLOCK_M=config.rows, BLOCK_QK=block_qk, BLOCK_V=block_v,
-                         STAGES=config.stages) | ({} if config.delta_first else {"delta": None})  # fmt: skip
+        constants = dict(N=tokens, PACKED=False, KEYS=keys, CHUNK=min(keys, 128), BLOCK_M=config.rows,
+                         BLOCK_QK=block_qk, BLOCK_V=block_v, STAGES=config.stages)  # fmt: skip
+        constants |= {} if config.delta_first else absent("delta")
         yield Case(f"backward {tag}", kernels.backward_kernel, constants, overrides=types), _options(config)
 
 

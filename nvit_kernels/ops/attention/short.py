@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nvit_kernels.configs import SHARED_BYTES
 from nvit_kernels.launch import FUSED_MULTIPLY_ADD, INTERPRET, on_device, power_of_two
-from nvit_kernels.ops.attention_short.kernels import LOG2E, backward_kernel, forward_kernel
+from nvit_kernels.ops.attention.short_kernels import LOG2E, backward_kernel, forward_kernel
 
 LARGEST_TOKENS = 208
 LARGEST_HEAD = 64
@@ -129,8 +129,30 @@ def _empty_by_token(like: Tensor, batch: int, heads: int, tokens: int, dim: int)
     return like.new_empty(batch, tokens, heads, dim).transpose(1, 2)
 
 
-def _strides8(x: Tensor) -> tuple[int, int, int]:
-    return tuple(stride // 8 for stride in x.stride()[:3])
+def _strides8(prefix: str, x: Tensor) -> dict[str, int]:
+    """Strides of samples, heads and tokens divided by 8, by the names that the kernels have for them."""
+    b, h, n, _ = x.stride()
+    return {f"{prefix}_b8": b // 8, f"{prefix}_h8": h // 8, f"{prefix}_n8": n // 8}
+
+
+def _sizes(q: Tensor, v: Tensor, config: Config, block_qk: int, block_v: int) -> dict[str, object]:
+    """The arguments that both kernels have, by name."""
+    _, heads, tokens, width = q.shape
+    return dict(
+        H=heads,
+        QK8=width // 8,
+        V8=v.shape[-1] // 8,
+        **_strides8("qk", q),
+        **_strides8("v", v),
+        N=tokens,
+        BLOCK_M=config.rows,
+        BLOCK_QK=block_qk,
+        BLOCK_V=block_v,
+        STAGES=config.stages,
+        num_warps=config.warps,
+        num_stages=1,
+        **FUSED_MULTIPLY_ADD,
+    )
 
 
 def launch(q: Tensor, k: Tensor, v: Tensor, scale: float, config: Config | None = None) -> tuple[Tensor, Tensor]:
@@ -142,9 +164,15 @@ def launch(q: Tensor, k: Tensor, v: Tensor, scale: float, config: Config | None 
     config = config or (INTERPRETED if INTERPRET else forward_config(architecture(q.device), n))
     with on_device(q):
         forward_kernel[(b * h,)](
-            q, k, v, o, lse, scale * LOG2E.value, h, d // 8, e // 8, *_strides8(q), *_strides8(v), n, *key_pieces(n),
-            config.rows, power_of_two(d), power_of_two(e), config.stages,
-            num_warps=config.warps, num_stages=1, **FUSED_MULTIPLY_ADD)  # fmt: skip
+            q=q,
+            k=k,
+            v=v,
+            o=o,
+            lse=lse,
+            scale_log2=scale * LOG2E.value,
+            **_sizes(q, v, config, power_of_two(d), power_of_two(e)),
+            **dict(zip(("KEYS_A", "KEYS_B", "KEYS_C"), key_pieces(n), strict=True)),
+        )
     return o, lse
 
 
@@ -163,23 +191,36 @@ def launch_backward(
         Σ q·∂q `(batch, heads, qk_dim)` and Σ o·∂o `(batch, heads, v_dim)`, or None twice.
     """
     (b, h, n, d), e = q.shape, v.shape[-1]
+    dq, dk, dv = gradients
     q, k = _alike(q, k)
     v = v if _readable(v) else _by_token(v)
     do, o = _by_token(do), _by_token(o)
     do = do if do.data_ptr() % 16 == 0 else do.clone()
     arch = architecture(q.device)
     config = config or (backward_config(arch, n, d, e) if arch else INTERPRETED)
-    block_qk, block_v = padded(arch, config.rows, d, e)
-    delta = torch.empty_like(lse) if config.delta_first else None
     qk_part = q.new_empty(b, h, d, dtype=torch.float32) if wants_scores else None
     v_part = q.new_empty(b, h, e, dtype=torch.float32) if wants_scores else None
     keys = backward_keys(arch, n)
     with on_device(q):
         backward_kernel[(b * h,)](
-            q, k, v, o, do, lse, delta, *gradients, qk_part, v_part, scale, h, d // 8, e // 8,
-            *_strides8(q), *_strides8(v), n, wants_scores, gradients[0].stride(2) != h * d, config.delta_first,
-            keys, min(keys, 128), config.rows, block_qk, block_v, config.stages,
-            num_warps=config.warps, num_stages=1, **FUSED_MULTIPLY_ADD)  # fmt: skip
+            q=q,
+            k=k,
+            v=v,
+            o=o,
+            do=do,
+            lse=lse,
+            delta=torch.empty_like(lse) if config.delta_first else None,
+            dq=dq,
+            dk=dk,
+            dv=dv,
+            qk_part=qk_part,
+            v_part=v_part,
+            scale=scale,
+            **_sizes(q, v, config, *padded(arch, config.rows, d, e)),
+            PACKED=dq.stride(2) != h * d,
+            KEYS=keys,
+            CHUNK=min(keys, 128),
+        )
     return qk_part, v_part
 
 
