@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nvit_kernels.launch import FUSED_MULTIPLY_ADD, INTERPRET, on_device, power_of_two
-from nvit_kernels.ops.attention.short_kernels import LOG2E, backward_kernel, forward_kernel
+from nvit_kernels.ops.attention.short_kernels import LOG2E, backward_kernel, forward_kernel, scores_kernel
 from nvit_kernels.ops.attention.short_layouts import (
     INTERPRETED,
     LARGEST_HEAD,
@@ -19,6 +19,8 @@ from nvit_kernels.ops.attention.short_layouts import (
     key_pieces,
     padded,
 )
+
+Scores = tuple[Tensor | None, Tensor | None, Tensor | None]  # head, qk and v buffers, as `reference.attention` has them
 
 
 def takes(q: Tensor, v_width: int, gradients: bool = True) -> bool:
@@ -109,13 +111,9 @@ def separate_gradients(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def launch_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float,
-    gradients: tuple[Tensor, Tensor, Tensor], wants_scores: bool, config: Config | None = None,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Fill `gradients`, separate or the parts of one packed tensor; return the float32 sums over tokens if wanted.
-
-    Returns:
-        Σ q·∂q `(batch, heads, qk_dim)` and Σ o·∂o `(batch, heads, v_dim)`, or None twice.
-    """
+    gradients: tuple[Tensor, Tensor, Tensor], scores: Scores, config: Config | None = None,
+) -> None:  # fmt: skip
+    """Fill `gradients`, separate or the parts of one packed tensor, and add to the `scores` that are there."""
     (b, h, n, d), e = q.shape, v.shape[-1]
     dq, dk, dv = gradients
     q, k = _alike(q, k)
@@ -124,8 +122,10 @@ def launch_backward(
     do = do if do.data_ptr() % 16 == 0 else do.clone()
     arch = architecture(q.device)
     config = config or (backward_config(arch, n, d, e) if arch else INTERPRETED)
-    qk_part = q.new_empty(b, h, d, dtype=torch.float32) if wants_scores else None
-    v_part = q.new_empty(b, h, e, dtype=torch.float32) if wants_scores else None
+    wanted = any(buffer is not None for buffer in scores)
+    qk_part, v_part, head_part = (
+        q.new_empty(b, h, width, dtype=torch.float32) if wanted else None for width in (d, e, 1)
+    )
     keys = backward_keys(arch, n)
     with on_device(q):
         backward_kernel[(b * h,)](
@@ -141,20 +141,43 @@ def launch_backward(
             dv=dv,
             qk_part=qk_part,
             v_part=v_part,
+            head_part=head_part,
             scale=scale,
             **_sizes(q, v, config, *padded(arch, config.rows, d, e)),
             PACKED=dq.stride(2) != h * d,
             KEYS=keys,
             CHUNK=min(keys, 128),
         )
-    return qk_part, v_part
+        if wanted:
+            _add_scores(scores, qk_part, v_part, head_part)
 
 
-def _add_scores(scores: tuple[Tensor | None, ...], qk_part: Tensor | None, v_part: Tensor | None) -> None:
+def _add_scores(scores: Scores, qk_part: Tensor, v_part: Tensor, head_part: Tensor) -> None:
     """Add the sums over tokens to buffers `(batch, units)`, or `(units,)` summed over the batch too."""
-    for buffer, part, dim in zip(scores, (v_part, qk_part, v_part), (2, 1, 1), strict=True):
-        if buffer is not None:
-            buffer += part.sum(dim if buffer.dim() == 2 else (0, dim))
+    batch, heads, width = qk_part.shape
+    whole = [b if b is None or b.is_contiguous() else torch.zeros_like(b).contiguous() for b in scores]
+    samples = [1 if b is None or b.dim() == 2 else batch for b in whole]
+    units = max(heads, width, v_part.shape[-1])
+    scores_kernel[(-(-units // 16), batch if 1 in samples else 1, 3)](
+        qk_part=qk_part,
+        v_part=v_part,
+        head_part=head_part,
+        head_scores=whole[0],
+        qk_scores=whole[1],
+        v_scores=whole[2],
+        head_samples=samples[0],
+        qk_samples=samples[1],
+        v_samples=samples[2],
+        B=batch,
+        H=heads,
+        D=width,
+        E=v_part.shape[-1],
+        ROWS=min(256, power_of_two(batch * heads)),
+        UNITS=16,
+    )
+    for buffer, summed in zip(scores, whole, strict=True):
+        if buffer is not summed:
+            buffer += summed
 
 
 class ShortAttention(torch.autograd.Function):
@@ -171,8 +194,8 @@ class ShortAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
         q, k, v, o, lse = ctx.saved_tensors
-        gradients, wants = separate_gradients(q, v), any(s is not None for s in ctx.scores)
-        _add_scores(ctx.scores, *launch_backward(do, q, k, v, o, lse, ctx.scale, gradients, wants))
+        gradients = separate_gradients(q, v)
+        launch_backward(do, q, k, v, o, lse, ctx.scale, gradients, ctx.scores)
         return *gradients, None, None, None, None
 
 
@@ -190,8 +213,8 @@ class PackedShortAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
         qkv, o, lse = ctx.saved_tensors
-        gradient, wants = qkv.new_empty(qkv.shape), any(s is not None for s in ctx.scores)
-        _add_scores(ctx.scores, *launch_backward(do, *unpack(qkv), o, lse, ctx.scale, unpack(gradient), wants))
+        gradient = qkv.new_empty(qkv.shape)
+        launch_backward(do, *unpack(qkv), o, lse, ctx.scale, unpack(gradient), ctx.scores)
         return gradient, None, None, None, None
 
 
@@ -220,9 +243,8 @@ def backward_op(
     head_scores: Tensor | None, qk_scores: Tensor | None, v_scores: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`launch_backward` for torch.compile; adds to the score buffers it is given."""
-    scores, gradients = (head_scores, qk_scores, v_scores), separate_gradients(q, v)
-    wants = any(s is not None for s in scores)
-    _add_scores(scores, *launch_backward(do, q, k, v, o, lse, scale, gradients, wants))
+    gradients = separate_gradients(q, v)
+    launch_backward(do, q, k, v, o, lse, scale, gradients, (head_scores, qk_scores, v_scores))
     return gradients
 
 

@@ -21,12 +21,13 @@ SHAPES = ((197, 64, 64), (197, 24, 56), (197, 32, 32), (197, 8, 8), (160, 64, 32
           (49, 64, 64))  # tokens, qk, v  # fmt: skip
 SHARED_PER_PROCESSOR = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10, 100: 228 << 10}
 WARPS_PER_PROCESSOR = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64}
+SUMS = ("lse", "head_part", "head_scores", "qk_scores", "v_scores")
 TENSORS = ("q", "k", "v", "o", "do", "dq", "dk", "dv")
 
 
 def cases(arch: int, dtype: str = "bf16") -> Iterator[tuple[Case, triton.Config]]:
     """Every layout offered on `arch`, as 90, with the launch options it has there."""
-    types = (("lse", "*fp32"), *((name, f"*{dtype}") for name in TENSORS))
+    types = (*((name, "*fp32") for name in SUMS), *((name, f"*{dtype}") for name in TENSORS))
     for tokens, qk, v in SHAPES:
         config, tag = layouts.forward_config(arch, tokens), f"{tokens} tokens {qk}/{v} {dtype}"
         pieces = dict(zip(("KEYS_A", "KEYS_B", "KEYS_C"), layouts.key_pieces(tokens), strict=True))
@@ -41,6 +42,11 @@ def cases(arch: int, dtype: str = "bf16") -> Iterator[tuple[Case, triton.Config]
                          BLOCK_QK=block_qk, BLOCK_V=block_v, STAGES=config.stages)  # fmt: skip
         constants |= {} if config.delta_first else absent("delta")
         yield Case(f"backward {tag}", kernels.backward_kernel, constants, overrides=types), _options(config)
+    constants = dict(ROWS=256, UNITS=16)
+    yield (
+        Case("scores", kernels.scores_kernel, constants, overrides=types),
+        triton.Config({}, num_warps=4, num_stages=1),
+    )
 
 
 def _options(config: layouts.Config) -> triton.Config:

@@ -123,6 +123,7 @@ def backward_kernel(
     dv,  # (B, N, H, E), likewise
     qk_part,  # (B, H, D) float32: q·∂q summed over tokens, or None
     v_part,  # (B, H, E) float32: o·∂o summed over tokens; with qk_part
+    head_part,  # (B, H) float32: and over dims; with qk_part
     scale,
     H,
     QK8,  # D / 8
@@ -192,10 +193,10 @@ def backward_kernel(
         put_rows(dq, dq_tile * scale, m0, QK8, parts * H * QK8, N, BLOCK_M, BLOCK_QK)
     put_rows(dv, dv_acc, 0, V8, parts * H * V8, N, KEYS, BLOCK_V)
     put_rows(dk, dk_acc * scale, 0, QK8, parts * H * QK8, N, KEYS, BLOCK_QK)
-    if (
-        qk_part is not None
-    ):  # Σ q·∂q over queries is Σ k·∂k over keys, and Σ o·∂o is Σ v·∂v, dim by dim: one sum at the end
-        tl.debug_barrier()  # the gradients come back through memory: held with k and v they would spill
+    if qk_part is not None:
+        # Σ q·∂q over queries is Σ k·∂k over keys, and Σ o·∂o is Σ v·∂v, dim by dim: one sum at the end. The gradients
+        # come back through memory, since held with k and v they would spill.
+        tl.debug_barrier()
         qk_sum = tl.zeros([BLOCK_QK], tl.float32)
         v_sum = tl.zeros([BLOCK_V], tl.float32)
         for n0 in tl.range(0, N, CHUNK, num_stages=1):
@@ -206,3 +207,46 @@ def backward_kernel(
         d, e = tl.arange(0, BLOCK_QK), tl.arange(0, BLOCK_V)
         tl.store(qk_part + i * (QK8 * 8) + d, qk_sum, d < QK8 * 8)
         tl.store(v_part + i * (V8 * 8) + e, v_sum, e < V8 * 8)
+        tl.store(head_part + i, tl.sum(v_sum, 0))
+
+
+@triton.jit
+def add_rows(out, part, samples, rows_each, width, B, ROWS: tl.constexpr, UNITS: tl.constexpr):
+    """out `(B / samples, width)` += the sums of part `(B, rows_each, width)` for this program's units, unless None."""
+    if out is not None:
+        s, u = tl.program_id(1), tl.program_id(0) * UNITS + tl.arange(0, UNITS)
+        units, count = (u < width) & (s * samples < B), samples * rows_each
+        total = tl.load(out + s * width + u, units, 0.0)
+        for r0 in range(0, count, ROWS):
+            r = r0 + tl.arange(0, ROWS)
+            there = (r < count)[:, None] & units[None, :]
+            total += tl.sum(tl.load(part + (s * count + r)[:, None] * width + u[None, :], there, 0.0), 0)
+        tl.store(out + s * width + u, total, units)
+
+
+@triton.jit
+def scores_kernel(
+    qk_part,  # (B, H, D) float32
+    v_part,  # (B, H, E) float32
+    head_part,  # (B, H) float32
+    qk_scores,  # float32, added to: (B, D), or (D,) where the sum is over samples too; None: not asked for
+    v_scores,  # (B, E), (E,) or None
+    head_scores,  # (B, H), (H,) or None
+    qk_samples,  # samples summed into one: 1 or B
+    v_samples,
+    head_samples,
+    B,
+    H,
+    D,
+    E,
+    ROWS: tl.constexpr,
+    UNITS: tl.constexpr,
+):
+    """The second stage of the scores: a program per 16 units, sample and buffer, each sum in one program's order."""
+    which = tl.program_id(2)
+    if which == 0:
+        add_rows(qk_scores, qk_part, qk_samples, H, D, B, ROWS, UNITS)
+    elif which == 1:
+        add_rows(v_scores, v_part, v_samples, H, E, B, ROWS, UNITS)
+    else:
+        add_rows(head_scores, head_part, head_samples, 1, H, B, ROWS, UNITS)
