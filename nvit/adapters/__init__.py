@@ -30,7 +30,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..layers.bypass import carried
 from . import hf_vit, timm_beit, timm_eva, timm_swin, timm_vit
+from .masking import hook_refusal
 
 FAMILIES: dict[str, ModuleType] = {
     "timm_vit": timm_vit,
@@ -61,6 +63,22 @@ def find(model: nn.Module) -> ModuleType:
     if (reason := refusal(model)) is not None:
         raise ValueError(f"{type(model).__name__} is not supported: {reason}. Supported families: {SUPPORTED}")
     return next(a for a in FAMILIES.values() if a.knows(model))
+
+
+def find_maskable(model: nn.Module) -> ModuleType:
+    """The adapter for a model that is going to be masked.
+
+    Raises:
+        ValueError: as `find`; or masks would bypass something in it, an adapter, a hook, a parametrised or quantised
+            weight, which is named. The model is left as it was.
+    """
+    host = next((m for m in model.modules() if any(a.knows(m) for a in FAMILIES.values())), None)
+    if (reason := None if host is None else carried(host)) is None:
+        family = find(model)
+        reason = hook_refusal(model, family.prepare)
+    if reason is not None:
+        raise ValueError(reason)
+    return family
 
 
 def preprocess(model: nn.Module) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def prune(
     config = config or PruneConfig()
     config.check()
     device = next(model.parameters()).device
-    adapter = adapters.find(model)
+    adapter = adapters.find_maskable(model)
     adapter.prepare(model)
     budget = Budget(config.budget, device) if config.budget else None
     if parallel.world() > 1:
