@@ -13,8 +13,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..layers.bypass import carried
 from .base import Adapter, Logits
 from .hf_vit import HFViT
+from .masking import hook_refusal
 from .timm_beit import TimmBeit
 from .timm_eva import TimmEva
 from .timm_swin import TimmSwin
@@ -50,6 +52,22 @@ def find(model: nn.Module) -> Adapter:
 def of(model: nn.Module) -> Adapter:
     """The adapter of a prepared model, which `find` took before; its blocks may be wrapped meanwhile (in shards)."""
     return next(a for a in FAMILIES.values() if a.knows(model))
+
+
+def find_maskable(model: nn.Module) -> Adapter:
+    """The adapter for a model that is going to be masked.
+
+    Raises:
+        ValueError: as `find`; or masks would bypass something in it, an adapter, a hook, a parametrised or quantised
+            weight, which is named. The model is left as it was.
+    """
+    host = next((m for m in model.modules() if any(a.knows(m) for a in FAMILIES.values())), None)
+    if (reason := None if host is None else carried(host)) is None:
+        family = find(model)
+        reason = hook_refusal(model, family.prepare)
+    if reason is not None:
+        raise ValueError(reason)
+    return family
 
 
 def preprocess(model: nn.Module) -> dict[str, Any]:

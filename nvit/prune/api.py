@@ -62,7 +62,7 @@ def prune(
     config = config or PruneConfig()
     config.check()
     device = next(model.parameters()).device
-    adapter = adapters.find(model)
+    adapter = adapters.find_maskable(model)
     adapter.prepare(model)
     budget = Budget(config.budget, device, meter) if config.budget else None
     config = _for_ranks(config)

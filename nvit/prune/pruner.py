@@ -74,7 +74,7 @@ class Pruner:
     def __init__(self, model: nn.Module, table: LatencyTable, config: PruneConfig | None = None) -> None:
         self.config = config or PruneConfig()
         self.config.check()
-        adapter = adapters.find(model)
+        adapter = adapters.find_maskable(model)
         self.model, self.table = adapter.prepare(model), table
         self.groups = adapter.groups(model, self.config.bundle_sizes)
         self.free = prunable_groups(self.groups, self.config.only, self.config.freeze, self.config.stages)
