@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .. import adapters, parallel
-from ..config import WATCHED, PruneConfig
+from ..config import PruneConfig
 from ..latency.clock import current_setting
 from ..latency.table import LatencyTable
 from ..structure import snapshot
@@ -112,13 +112,7 @@ def prune(
     adapter = adapters.find(model)
     adapter.prepare(model)
     budget = Budget(config.budget, device) if config.budget else None
-    if parallel.world() > 1:
-        if config.refit or config.criterion in WATCHED:
-            raise ValueError(f"a refit and criteria {', '.join(WATCHED)} run in one process; start without torchrun")
-        if config.saliency in WATCHED:
-            config = replace(config, criterion="fisher")
-    if budget and parallel.world() > 1:
-        raise ValueError("a budget bounds a run of one process; leave out --budget, or start without torchrun")
+    config = config.over_ranks(parallel.world())
     parallel.same_weights_(model)
     dense = None if budget else frozen(copy.deepcopy(model))
     if table is None:
@@ -142,7 +136,7 @@ def prune(
             pruner.work_in(parallel.shard(model, adapter.logits))
         with parallel.watch():
             snapshots = prune_one_shot(pruner, loader, keep, budget, progress)
-    pruner.come_home()
+    pruner.unshard()
     memory = budget.report() if budget else None
     return PruneResult(snapshots, pruner.masks, pruner.history, table, dense, memory, config.saliency)
 
