@@ -12,7 +12,7 @@ from ..calibration.gauss_newton import GateProducts
 from ..calibration.statistics import SiteStatistics, StatisticsRecorder
 from ..layers import prunable_layers
 from ..spec import Group
-from .base import Capabilities, Context, Criterion, Evidence
+from .base import Capabilities, Context, Criterion
 
 
 class GaussNewton(Criterion):
@@ -51,10 +51,6 @@ class GaussNewton(Criterion):
         if self.recorder is None or not self.recorder.statistics:
             raise ValueError("no batch of calibration images; the loader gave none")
         return self.recorder.statistics
-
-    def observe(self, batch: Evidence) -> None:
-        """Statistics were gathered in the backward pass."""
-        super().observe(batch)
 
     def close(self) -> None:
         super().close()
