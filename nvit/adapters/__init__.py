@@ -22,7 +22,19 @@ from .timm_eva import TimmEva
 from .timm_swin import TimmSwin
 from .timm_vit import TimmViT
 
-__all__ = ["FAMILIES", "SUPPORTED", "Adapter", "Logits", "classes", "find", "of", "predict", "preprocess", "refusal"]
+__all__ = [
+    "FAMILIES",
+    "SUPPORTED",
+    "Adapter",
+    "Logits",
+    "classes",
+    "find",
+    "label_names",
+    "of",
+    "predict",
+    "preprocess",
+    "refusal",
+]
 
 FAMILIES: dict[str, Adapter] = {a.family: a for a in (TimmViT(), TimmSwin(), TimmEva(), TimmBeit(), HFViT())}
 
@@ -73,6 +85,11 @@ def find_maskable(model: nn.Module) -> Adapter:
 def preprocess(model: nn.Module) -> dict[str, Any]:
     """How images are prepared for a model of a supported family: timm's data config, at the model's own size."""
     return find(model).preprocess(model)
+
+
+def label_names(model: nn.Module) -> dict[str, int]:
+    """Class numbers by the model's own names of its classes; empty where it has none, or no adapter knows it."""
+    return find(model).label_names(model) if refusal(model) is None else {}
 
 
 def predict(model: nn.Module, images: Tensor) -> Tensor:
