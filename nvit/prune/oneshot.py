@@ -14,6 +14,7 @@ from ..calibration.capture import Place
 from ..calibration.statistics import SiteStatistics, gather_statistics
 from ..refit.refit import refit_
 from ..refit.rotation import rotate_
+from ..training.batches import images_of
 from ..training.distill import frozen
 from ..utils.memory import most_held
 from ..utils.progress import Progress
@@ -59,7 +60,7 @@ class Refitter:
         self.dense = frozen(copy.deepcopy(pruner.model))
 
     def _images(self) -> Iterator[Tensor]:
-        return (images for images, _ in islice(self.loader, self.total))
+        return images_of(islice(self.loader, self.total))
 
     def refit(self) -> dict[str, Any]:
         """Refit what the last decision left, and return time and memory of it for the history."""

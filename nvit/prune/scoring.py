@@ -14,6 +14,7 @@ from .. import parallel
 from ..calibration.capture import Place
 from ..calibration.statistics import SiteStatistics
 from ..criteria.base import Criterion
+from ..training.batches import length
 from ..training.data import seed_draws, shares
 from ..training.distill import sample_labels
 from ..utils.progress import Progress, silent
@@ -25,8 +26,16 @@ if TYPE_CHECKING:
 
 
 def batches_to_score(pruner: Pruner, loader) -> int:
-    """`score_batches`, or all of one pass, and never more than there are."""
-    return min(pruner.config.score_batches or len(loader), len(loader))
+    """`score_batches`, or all of one pass, and never more than there are, if the loader says.
+
+    Raises:
+        ValueError: it does not, and `score_batches` is not given.
+    """
+    asked = pruner.config.score_batches
+    if asked and not hasattr(loader, "__len__"):
+        return asked
+    there = length(loader, "to score one pass; set score_batches")
+    return min(asked or there, there)
 
 
 def score(
