@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import adapters
 from ..structure.compact import meta_copy
-from ..training.batches import labelled
+from ..training.batches import known_length, labelled
 from ..utils.memory import LiveBytes
 from ..utils.progress import Progress, silent
 
@@ -28,7 +28,7 @@ def accuracy(model: nn.Module, loader, *, amp: str = "no", progress: Progress = 
     model.eval()
     top1 = top5 = seen = 0
     loss = busy = 0.0
-    total = len(loader) if hasattr(loader, "__len__") else 0
+    total = known_length(loader) or 0
     for i, batch in enumerate(loader):
         images, labels = (t.to(device) for t in labelled(batch))
         start = time.perf_counter()

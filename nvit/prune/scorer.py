@@ -16,9 +16,9 @@ from ..criteria.base import Context, Criterion, Evidence, RunningMean
 from ..criteria.registry import CRITERIA
 from ..layers import prunable_layers
 from ..structure.masks import Masks, apply_, full_masks
+from .backward import backward, wanting_gradients
 from .budget import Plan
 from .limits import prunable_groups
-from .scoring import backward, wanting_gradients
 
 
 class Scorer:
