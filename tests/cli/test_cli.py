@@ -118,7 +118,11 @@ def test_every_recipe_is_valid(path):
     [
         (cli.PruneCommand, 'criterion = "hesian"', "criterion: unknown value 'hesian' (did you mean 'hessian'?)"),
         (cli.FinetuneCommand, 'amp = "fp8"', "amp: unknown value 'fp8'"),
-        (cli.CorrelationCommand, 'criterion = ["abs", "remaining"]', "criterion: unknown value 'remaining'"),
+        (
+            cli.CorrelationCommand,
+            'criterion = ["abs", "remains"]',
+            "criterion: unknown value 'remains' (did you mean 'remaining'?)",
+        ),
         (cli.PruneCommand, 'latency-target = ["half"]', "latency_target is 'half', expected float"),
     ],
 )
