@@ -52,8 +52,8 @@ def use_kernels(on: bool) -> None:
     _kernels_on = on
 
 
-def _kernels(op: str, x: Tensor, *widths: int) -> ModuleType | None:
-    """`nvit_kernels.functional` where its `op` runs fused on `x` and these widths, else None.
+def _kernels(x: Tensor) -> ModuleType | None:
+    """`nvit_kernels.functional` where kernels may run on `x`, else None; its `<op>_takes` says whether one does.
 
     The kept part is gathered first here as well: at the narrow width the kernels meet every projection, not only the
     ones with kept lists, so that a masked step costs what a compact one does.
@@ -63,7 +63,7 @@ def _kernels(op: str, x: Tensor, *widths: int) -> ModuleType | None:
         return None
     from nvit_kernels import functional
 
-    return functional if functional.takes_kernels(x, *widths) else None
+    return functional
 
 
 def enter_stream(x: Tensor, emb: Tensor | None) -> Tensor:
@@ -84,7 +84,7 @@ def kept_norm(
     weight, bias = take(weight, kept), None if bias is None else take(bias, kept)
     if rms:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
-    if kernels := _kernels("kept_layer_norm", x):
+    if (kernels := _kernels(x)) and kernels.kept_layer_norm_takes(x):
         return kernels.kept_layer_norm(x, weight, bias, eps=eps)
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
@@ -175,8 +175,9 @@ def group_dot(params: Mapping[str, Tensor], grads: Mapping[str, Tensor], slices:
 
     None where no fused kernel runs; `nvit.saliency` then sums slice by slice.
     """
-    kernels = _kernels("group_dot", params[slices[0][0]])
-    if kernels is None:
+    first = params[slices[0][0]]
+    kernels = _kernels(first)
+    if kernels is None or not kernels.group_dot_takes(first):
         return None
     shapes = tuple((name, tuple(params[name].shape)) for name in dict.fromkeys(s[0] for s in slices))
     return kernels.group_dot(params, grads, _plan(tuple(slices), shapes))
@@ -194,7 +195,7 @@ def _attend(
 ) -> Tensor:
     """softmax(scale · q kᵀ + bias + mask) v: `(batch, heads, tokens, v_dim)`."""
     qk_dim, v_dim = q.shape[-1], v.shape[-1]
-    if not dropout and (kernels := _kernels("attention", q, qk_dim, v_dim)):
+    if not dropout and (kernels := _kernels(q)) and kernels.attention_takes(q, v_dim):
         added = _per_head_and_window(q, bias, attn_mask)
         if added is not None:
             return kernels.attention(q, k, v, scale, bias=added[0], mask=added[1])
@@ -294,8 +295,8 @@ def mlp(
     watch: Watch | None = None,
 ) -> Tensor:
     """fc1, activation, fc2 over kept hidden units: `(batch, tokens, kept emb)` to the same shape."""
-    if watch is None and norm is None and not dropout and _is_exact_gelu(act):
+    if watch is None and norm is None and not dropout and _is_exact_gelu(act) and (kernels := _kernels(x)):
         first, second = as_tensors(fc1), as_tensors(fc2)
-        if first and second and (kernels := _kernels("mlp", x, x.shape[-1], first.shape[0], second.shape[0])):
+        if first and second and kernels.mlp_takes(x, x.shape[-1], first.shape[0], second.shape[0]):
             return kernels.mlp(x, *first.kept(), *second.kept())
     return _last((act, fc1(x)), fc2, norm, dropout, watch)
