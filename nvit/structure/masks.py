@@ -87,19 +87,40 @@ def weight_masks(params: Mapping[str, Tensor], groups: Sequence[Group], masks: M
     return {name: tuple(dims) for name, dims in found.items()}
 
 
-@torch.no_grad()
+class Projection:
+    """Zeroing what was pruned, with everything that can be known beforehand on the parameters' devices: applying it
+    reads nothing back.
+
+    Args:
+        params: of which only devices and shapes are read.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor], weights: WeightMasks) -> None:
+        self.rows: list[tuple[str, Tensor]] = []
+        self.columns: list[tuple[str, Tensor]] = []
+        for name, dims in weights.items():
+            p = params[name]
+            for dim, keep in enumerate(dims):
+                if keep is None:
+                    continue
+                if dim == 0:
+                    self.rows.append((name, (~keep).nonzero().squeeze(1).to(p.device)))
+                else:  # columns lie scattered: one pass over the parameter is faster than filling them
+                    shape = [-1 if d == dim else 1 for d in range(p.dim())]
+                    self.columns.append((name, keep.view(shape).to(p.device)))
+
+    @torch.no_grad()
+    def __call__(self, params: Mapping[str, Tensor]) -> None:
+        """Zero what was pruned, in place."""
+        for name, gone in self.rows:
+            params[name].index_fill_(0, gone, 0)
+        for name, keep in self.columns:
+            params[name].mul_(keep)
+
+
 def project_(params: Mapping[str, Tensor], weights: WeightMasks) -> None:
-    """Zero what was pruned, in place."""
-    for name, dims in weights.items():
-        p = params[name]
-        for dim, keep in enumerate(dims):
-            if keep is None:
-                continue
-            keep = keep.to(p.device)
-            if dim == 0:
-                p.index_fill_(0, (~keep).nonzero().squeeze(1), 0)
-            else:  # columns lie scattered: one pass over the parameter is faster than filling them
-                p.mul_(keep.view([-1 if d == dim else 1 for d in range(p.dim())]))
+    """Zero what was pruned, in place, once; see `Projection` for doing it after every step."""
+    Projection(params, weights)(params)
 
 
 def apply_(
