@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nvit_kernels.configs import tuned
+from nvit_kernels.tuning import Tuned as tuned
 from nvit_kernels.launch import FUSED_MULTIPLY_ADD, INTERPRET, eighths, matmul_precision
 from nvit_kernels.ops.matmul.kernels import compact_kernel, scores_kernel, tokens_kernel, weights_kernel
 
