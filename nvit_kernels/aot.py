@@ -25,6 +25,7 @@ from nvit_kernels.ops.attention import backward_kernels as attention_backward
 from nvit_kernels.ops.attention import kernels as attention
 from nvit_kernels.ops.attention.op import score_rows
 from nvit_kernels.ops.group_dot import kernels as group_dot
+from nvit_kernels.ops.group_dot.plan import FEW, LONG, MANY, SHORT
 from nvit_kernels.ops.kept_layer_norm import kernels as kept_layer_norm
 from nvit_kernels.ops.kept_layer_norm.op import BACKWARD_TILE, blocks
 from nvit_kernels.ops.matmul import kernels as matmul
@@ -104,8 +105,8 @@ def attention_cases(qk: int, v: int, kept: bool, added: bool = False) -> Iterato
 
 def matmul_cases() -> Iterator[Case]:
     """Each role of the products, on the side that its list is for."""
-    outs = {"linear": ("out2", "out3", "aux", "aux2"), "gelu": ("out3", "aux", "aux2"), "swiglu": ("out3", "aux2"),
-            "gelu_backward": ("out3", "aux2"), "swiglu_backward": ()}  # fmt: skip
+    outs = {"linear": ("out2", "aux", "aux2"), "gelu": ("aux", "aux2"), "swiglu": ("aux2",),
+            "gelu_backward": ("out2", "aux2"), "swiglu_backward": ()}  # fmt: skip
     for role, b_by, kept, gather, bias in (
         ("gelu", "n", "n", True, True), ("swiglu", "n", "n", True, True), ("linear", "n", "n", True, True),
         ("linear", "n", "k", False, True), ("linear", "k", "k", True, False),
@@ -155,7 +156,7 @@ def cases() -> Iterator[Case]:
         yield Case(f"group_dot tiles by {step}", group_dot.tiles_kernel,
                    dict(W=triton.language.float32, G=triton.language.float32, STEP=step, ROWS=8, BLOCK=256,
                         INTERPRETED=False))  # fmt: skip
-    yield Case("group_dot slices", group_dot.slices_kernel, dict(UNITS=32, LANES=64))
+    yield Case("group_dot slices", group_dot.slices_kernel, dict(MANY=MANY, SHORT=SHORT, FEW=FEW, LONG=LONG))
     yield Case("group_dot outputs", group_dot.outputs_kernel, dict(BLOCK=128),
                overrides=(("out", "*fp32"), ("scale", "*fp32")))  # fmt: skip
 

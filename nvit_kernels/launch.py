@@ -36,9 +36,9 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager:
 def stays_one_operator(x: Tensor, w: Tensor) -> bool:
     """Whether a call must reach torch as one registered operator, and not run as Python and launches.
 
-    So it is while torch compiles or exports, under function transforms, under any dispatch mode (fake tensors, counting,
-    selective checkpointing), and for tensors of another class than torch's own. What the operator costs the host, five
-    times the plain path, does not matter there.
+    So it is while torch compiles or exports, under function transforms, under any dispatch mode (fake tensors,
+    counting, selective checkpointing), and for tensors of another class than torch's own. What the operator costs the
+    host, five times the plain path, does not matter there.
     """
     return (
         torch.compiler.is_compiling()

@@ -16,17 +16,18 @@ COVER_BYTES = 64 << 20  # more than an L2 cache holds
 Grid = Callable[[dict[str, object]], tuple[int, ...]]
 
 
-def device_milliseconds(call: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
+def device_milliseconds(call: Callable[[], object], device: torch.device, repeats: int = 7, covers: int = 8) -> float:
     """Median device time of single calls that find cold caches, after two that compile and warm up.
 
-    Work queued before each call keeps the device busy while the host enqueues it, so the host's time does not count.
+    Work queued before each call, `covers` passes over 64 MB, keeps the device busy while the host enqueues the call, so
+    that the host's time does not count.
     """
     cover = torch.empty(COVER_BYTES, dtype=torch.uint8, device=device)
     for _ in range(2):
         call()
     spans = []
     for _ in range(repeats):
-        for _ in range(8):
+        for _ in range(covers):
             cover.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

@@ -9,14 +9,34 @@ Needed: one read of `part`, `4 · samples · tiles · PLANES · width` bytes, an
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from nvit_kernels.launch import INTERPRET, power_of_two
 from nvit_kernels.tuning import Launch
 
 ROWS, COLUMNS = (1024, 1024) if INTERPRET else (64, 32)  # of `part`, at a time
+
+
+PROGRAMS = 512  # of a first stage, about: some for each processor of a large GPU, all at once
+
+
+def chunk_rows(rows: int, across: int = 1, least: int = 8, most: int = 64) -> int:
+    """Rows that a program of the first stage folds into one partial sum, a power of two and a matter of shapes alone.
+
+    Args:
+        rows: tokens of all samples.
+        across: programs side by side over the width.
+    """
+    return max(least, min(most, power_of_two(rows * across // PROGRAMS, 1)))
+
+
+def in_units(width: int) -> dict[str, int]:
+    """A width as kernels take it: divided by 8 where it can be, so that loads stay wide."""
+    unit = 1 if width % 8 else 8
+    return dict(units=width // unit, UNIT=unit)
 
 
 @triton.jit
@@ -81,9 +101,9 @@ def fold_kernel(
             tl.store(place, tl.load(place, mask=inside, other=0.0) + total_score, mask=inside)
 
 
-def fold(part_shape: tuple[int, int, int, int], scores: Tensor | None) -> Launch:
-    """The launch that folds a `part` of this shape; call it with the kernel's pointers."""
-    samples, tiles, planes, width = part_shape
+@lru_cache(maxsize=1024)
+def fold(samples: int, tiles: int, planes: int, width: int, of_each: bool) -> Launch:
+    """The launch that folds a `part` of this shape, to scores of each sample or of all; call it with the pointers."""
     at_once = min(power_of_two(tiles, 1), ROWS)
     return Launch(
         fold_kernel,
@@ -92,7 +112,7 @@ def fold(part_shape: tuple[int, int, int, int], scores: Tensor | None) -> Launch
             samples=samples,
             row_tiles=tiles,
             width=width,
-            each=width if scores is not None and scores.dim() == 2 else 0,
+            each=width if of_each else 0,
             PLANES=planes,
             SAMPLES=min(power_of_two(samples, 1), ROWS // at_once),
             TILES=at_once,

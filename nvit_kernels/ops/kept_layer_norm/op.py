@@ -21,11 +21,10 @@ from nvit_kernels.launch import (
     remember,
     stays_one_operator,
 )
-from nvit_kernels.ops.fold import fold
+from nvit_kernels.ops.fold import chunk_rows, fold, in_units
 from nvit_kernels.ops.kept_layer_norm.kernels import backward_kernel, forward_kernel
 from nvit_kernels.tuning import Launch
 
-PROGRAMS = 512  # of a backward, about: some for each processor of a large GPU, all at once
 LONGEST_CHUNK = 64
 BACKWARD_TILE = 2048  # elements: fewer registers, so that more programs share a processor
 
@@ -35,17 +34,6 @@ def blocks(width: int, elements: int = 4096) -> dict[str, int]:
     block = power_of_two(width)
     rows = LONGEST_CHUNK if INTERPRET else max(1, elements // block)
     return dict(BLOCK_M=min(rows, LONGEST_CHUNK), BLOCK_E=block, num_warps=min(16, max(4, block // 512)))
-
-
-def chunk_rows(rows: int) -> int:
-    """Rows that one backward program folds into one partial sum of ∂w and ∂b, a matter of their number alone."""
-    return max(8, min(LONGEST_CHUNK, power_of_two(rows // PROGRAMS, 1)))
-
-
-def in_units(width: int) -> dict[str, int]:
-    """A width as the kernels take it: divided by 8 where it can be, so that loads stay wide."""
-    unit = 1 if width % 8 else 8
-    return dict(units=width // unit, UNIT=unit)
 
 
 def _check(x: Tensor, w: Tensor, b: Tensor | None, mask: Tensor | None, residual: Tensor | None) -> None:
@@ -139,7 +127,11 @@ def _backward_launches(rows: int, samples: int, width: int, scores: Tensor | Non
     size = blocks(width, BACKWARD_TILE)
     size["BLOCK_M"] = min(size["BLOCK_M"], chunk)
     fixed = dict(rows=rows, tokens=tokens, CHUNK=chunk, STAGES=3, **in_units(width), **size)
-    return Launch(backward_kernel, (shape[1], samples), fixed), shape, fold(shape, scores)
+    return (
+        Launch(backward_kernel, (shape[1], samples), fixed),
+        shape,
+        fold(*shape, scores is not None and scores.dim() == 2),
+    )
 
 
 class KeptLayerNorm(torch.autograd.Function):

@@ -79,5 +79,6 @@ def test_opcheck(residual):
         y, total, stats = op.operator(*arguments)
     x, w, b = (t.detach() for t in (x, w, b))
     g = torch.randn_like(y)
-    torch.library.opcheck(op.operator_backward, (g, g.clone() if residual else None, total if residual else x, w, b, keep.mask,
-                                         keep.count, stats, scores))  # fmt: skip
+    of_total = (g.clone(), total) if residual else (None, x)
+    arguments = (g, *of_total, w, b, keep.mask, keep.count, stats, scores)
+    torch.library.opcheck(op.operator_backward, arguments)
