@@ -149,7 +149,7 @@ def test_pieces_hold_the_keys_and_waste_less_than_sixteen():
 def test_what_is_not_offered_is_said_so(shape, v, dtype):
     q, value = torch.zeros(shape, dtype=dtype), torch.zeros(*shape[:3], v, dtype=dtype)
     assert not takes(q, v)
-    with pytest.raises(ValueError, match="not offered|multiples of 8"):
+    with pytest.raises(ValueError, match=r"not offered|multiples of 8"):
         attention_short(q, q, value, 0.2)
 
 
