@@ -20,12 +20,14 @@ from triton.compiler import ASTSource
 
 from nvit_kernels import configs
 from nvit_kernels.launch import FUSED_MULTIPLY_ADD
+from nvit_kernels.ops import fold
 from nvit_kernels.ops.attention import backward_kernels as attention_backward
 from nvit_kernels.ops.attention import kernels as attention
 from nvit_kernels.ops.attention.op import score_rows
 from nvit_kernels.ops.group_dot import kernels as group_dot
+from nvit_kernels.ops.group_dot.plan import FEW, LONG, MANY, SHORT
 from nvit_kernels.ops.kept_layer_norm import kernels as kept_layer_norm
-from nvit_kernels.ops.kept_layer_norm.op import CHUNK, blocks
+from nvit_kernels.ops.kept_layer_norm.op import BACKWARD_TILE, blocks
 from nvit_kernels.ops.matmul import kernels as matmul
 from nvit_kernels.ops.matmul.op import ROWS
 
@@ -103,8 +105,8 @@ def attention_cases(qk: int, v: int, kept: bool, added: bool = False) -> Iterato
 
 def matmul_cases() -> Iterator[Case]:
     """Each role of the products, on the side that its list is for."""
-    outs = {"linear": ("out2", "out3", "aux", "aux2"), "gelu": ("out3", "aux", "aux2"), "swiglu": ("out3", "aux2"),
-            "gelu_backward": ("out3", "aux2"), "swiglu_backward": ()}  # fmt: skip
+    outs = {"linear": ("out2", "aux", "aux2"), "gelu": ("aux", "aux2"), "swiglu": ("aux2",),
+            "gelu_backward": ("out2", "aux2"), "swiglu_backward": ()}  # fmt: skip
     for role, b_by, kept, gather, bias in (
         ("gelu", "n", "n", True, True), ("swiglu", "n", "n", True, True), ("linear", "n", "n", True, True),
         ("linear", "n", "k", False, True), ("linear", "k", "k", True, False),
@@ -122,6 +124,17 @@ def matmul_cases() -> Iterator[Case]:
     yield Case("scores", matmul.scores_kernel, dict(ROWS=ROWS, BLOCK=128))
 
 
+def layer_norm_cases(width: int, kept: bool) -> Iterator[Case]:
+    """LayerNorm with a residual, all of it or over kept channels."""
+    lists, tag = {} if kept else absent("mask", "count"), f"{width}{' kept' if kept else ''}"
+    for name, kernel, more, size in (
+        ("forward", kept_layer_norm.forward_kernel, {}, blocks(width)),
+        ("backward", kept_layer_norm.backward_kernel, dict(CHUNK=32, STAGES=3), blocks(width, BACKWARD_TILE)),
+    ):
+        constants = {"UNIT": 8, **more, **lists, **{k: v for k, v in size.items() if k.startswith("BLOCK")}}
+        yield Case(f"layer norm {name} {tag}", kernel, constants, warps=size["num_warps"])
+
+
 def cases() -> Iterator[Case]:
     """Every kernel at 16-bit, each role at the widths that real models have."""
     for qk, v in ((64, 64), (32, 64), (16, 64), (128, 128), (256, 256)):
@@ -132,16 +145,18 @@ def cases() -> Iterator[Case]:
     yield Case("attention delta", attention_backward.delta_kernel, dict(BLOCK_V=64, BLOCK_M=score_rows(64)))
     yield from matmul_cases()
     for width in (192, 768, 1280):
-        size = blocks(width)
-        constants = {"UNIT": 8, **{k: v for k, v in size.items() if k.startswith("BLOCK")}}
-        yield Case(f"layer norm forward {width}", kept_layer_norm.forward_kernel, constants, warps=size["num_warps"])
-        yield Case(f"layer norm backward {width}", kept_layer_norm.backward_kernel, constants | dict(CHUNK=CHUNK),
-                   warps=size["num_warps"])  # fmt: skip
+        for kept in (False, True):
+            yield from layer_norm_cases(width, kept)
+    for planes, samples, tiles in ((2, 1, 64), (2, 8, 8), (3, 1, 64), (3, 8, 8)):
+        weights = absent("weight0", "weight1") if planes == 3 else {}
+        yield Case(f"fold {planes} planes, {samples} samples", fold.fold_kernel,
+                   dict(PLANES=planes, SAMPLES=samples, TILES=tiles, COLUMNS=32, **weights), warps=8,
+                   overrides=tuple((name, "*fp16") for name in ("sum0", "sum1", "weight0", "weight1")))  # fmt: skip
     for step in (8, 1):
         yield Case(f"group_dot tiles by {step}", group_dot.tiles_kernel,
                    dict(W=triton.language.float32, G=triton.language.float32, STEP=step, ROWS=8, BLOCK=256,
                         INTERPRETED=False))  # fmt: skip
-    yield Case("group_dot slices", group_dot.slices_kernel, dict(UNITS=32, LANES=64))
+    yield Case("group_dot slices", group_dot.slices_kernel, dict(MANY=MANY, SHORT=SHORT, FEW=FEW, LONG=LONG))
     yield Case("group_dot outputs", group_dot.outputs_kernel, dict(BLOCK=128),
                overrides=(("out", "*fp32"), ("scale", "*fp32")))  # fmt: skip
 
