@@ -30,6 +30,9 @@ from nvit_kernels.ops.kept_layer_norm import kernels as kept_layer_norm
 from nvit_kernels.ops.kept_layer_norm.op import BACKWARD_TILE, blocks
 from nvit_kernels.ops.matmul import kernels as matmul
 from nvit_kernels.ops.matmul.op import ROWS
+from nvit_kernels.ops.mlp import kernels as mlp_kernels
+from nvit_kernels.ops.mlp import whole as mlp
+from nvit_kernels.ops.swiglu import kernels as swiglu_kernels
 
 ARCHS = (80, 86, 89, 90, 100)
 INT64_POINTERS = {"pointers", "tiles", "reductions", "outputs", "contributions"}
@@ -38,8 +41,10 @@ MASKS = {"mask", "qk_mask", "v_mask"}
 FLOAT_POINTERS = {"stats", "delta", "v_part", "qk_part", "bias_part", "part", "mean", "rstd", "workspace", "sums",
                   "scores"}  # fmt: skip
 FLOATS = {"scale", "scale_log2", "eps"}
-TENSORS = {"q", "k", "v", "o", "do", "dq", "dk", "dv", "a", "b", "bias", "window", "out", "out2", "out3", "aux", "aux2",
-           "w", "x", "y", "residual", "total", "dx", "dy", "dtotal"}  # fmt: skip
+TENSORS = {"q", "k", "v", "o", "do", "dq", "dk", "dv", "bias", "window",  # attention
+           "x", "w", "b", "y", "residual", "total", "dx", "dy", "dtotal",  # LayerNorm
+           "a", "out", "out2", "aux", "aux2", "u", "da", "du",  # MLP
+           "gate", "value", "dgate", "dvalue", "b_gate", "b_value"}  # fmt: skip
 KINDS = (
     (INT64_POINTERS, "*i64"),
     (INT32_POINTERS, "*i32"),
@@ -124,6 +129,21 @@ def matmul_cases() -> Iterator[Case]:
     yield Case("scores", matmul.scores_kernel, dict(ROWS=ROWS, BLOCK=128))
 
 
+def mlp_cases() -> Iterator[Case]:
+    """The passes around the vendor's products, over all units and over kept ones, and with odd widths."""
+    for mask, unit in ((False, 8), (True, 8), (True, 1)):
+        tag = f"{' kept' if mask else ''}{' odd width' if unit == 1 else ''}"
+        shared = dict(UNIT=unit, BLOCK_N=mlp.COLUMNS, **({} if mask else absent("mask")))
+        for op, module, forward, backward, planes in (
+            ("gelu", mlp_kernels, "gelu_kernel", "gelu_backward_kernel", 2),
+            ("swiglu", swiglu_kernels, "gated_kernel", "gated_backward_kernel", 3),
+        ):
+            rows = mlp.backward_rows(planes)
+            yield Case(f"{op} pass{tag}", getattr(module, forward), shared | dict(BLOCK_M=mlp.FORWARD_ROWS))
+            yield Case(f"{op} backward pass{tag}", getattr(module, backward),
+                       shared | dict(BLOCK_M=rows, CHUNK=mlp.LONGEST_CHUNK))  # fmt: skip
+
+
 def layer_norm_cases(width: int, kept: bool) -> Iterator[Case]:
     """LayerNorm with a residual, all of it or over kept channels."""
     lists, tag = {} if kept else absent("mask", "count"), f"{width}{' kept' if kept else ''}"
@@ -144,6 +164,7 @@ def cases() -> Iterator[Case]:
         yield from attention_cases(qk, v, kept, added=True)
     yield Case("attention delta", attention_backward.delta_kernel, dict(BLOCK_V=64, BLOCK_M=score_rows(64)))
     yield from matmul_cases()
+    yield from mlp_cases()
     for width in (192, 768, 1280):
         for kept in (False, True):
             yield from layer_norm_cases(width, kept)
