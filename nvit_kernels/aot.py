@@ -5,6 +5,7 @@ Not under the interpreter, where `@triton.jit` yields functions that cannot be c
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -112,19 +113,26 @@ def matmul_cases() -> Iterator[Case]:
     """Each role of the products, on the side that its list is for."""
     outs = {"linear": ("out2", "aux", "aux2"), "gelu": ("aux", "aux2"), "swiglu": ("aux2",),
             "gelu_backward": ("out2", "aux2"), "swiglu_backward": ()}  # fmt: skip
-    for role, b_by, kept, gather, bias in (
+    for listed, (role, b_by, kept, gather, bias) in itertools.product((True, False), (
         ("gelu", "n", "n", True, True), ("swiglu", "n", "n", True, True), ("linear", "n", "n", True, True),
         ("linear", "n", "k", False, True), ("linear", "k", "k", True, False),
         ("gelu_backward", "k", "n", False, False), ("swiglu_backward", "k", "n", False, False),
-    ):  # fmt: skip
+    )):  # fmt: skip
         backward = "backward" in role
         constants = dict(ROLE=role, B_BY=b_by, KEPT=kept, GATHER=gather, PRECISION="ieee", BLOCK_M=ROWS)
         constants |= absent(*outs[role], *(() if bias else ("bias",)), *(() if backward else ("part",)))
-        yield Case(f"tokens {role} b by {b_by}, kept {kept}", matmul.tokens_kernel, constants,
+        constants |= {} if listed else absent("index", "count")
+        yield Case(f"tokens {role} b by {b_by}, {'' if listed else 'all '}kept {kept}", matmul.tokens_kernel, constants,
                    "tokens_backward" if backward else "tokens", (("bias", "*fp16"),))  # fmt: skip
-    for kept in "mn":
-        constants = dict(KEPT=kept, PRECISION="ieee")
-        yield Case(f"weights kept {kept}", matmul.weights_kernel, constants, "weights", (("sums", "*fp16"),))
+    for listed, kept in itertools.product((True, False), "mn"):
+        constants = dict(KEPT=kept, PRECISION="ieee", **({} if listed else absent("index", "count")))
+        yield Case(
+            f"weights {'' if listed else 'all '}kept {kept}",
+            matmul.weights_kernel,
+            constants,
+            "weights",
+            (("sums", "*fp16"),),
+        )
     yield Case("compact", matmul.compact_kernel, dict(ROWS=8, BLOCK=256))
     yield Case("scores", matmul.scores_kernel, dict(ROWS=ROWS, BLOCK=128))
 
