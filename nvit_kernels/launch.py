@@ -36,16 +36,15 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager:
 def stays_one_operator(x: Tensor, w: Tensor) -> bool:
     """Whether a call must reach torch as one registered operator, and not run as Python and launches.
 
-    So it is while torch compiles or exports, under function transforms, under any dispatch mode (fake tensors,
-    counting, selective checkpointing), and for tensors of another class than torch's own. What the operator costs the
-    host, five times the plain path, does not matter there.
+    So it is while torch compiles or exports, under any dispatch mode (fake tensors, counting, selective checkpointing),
+    and for tensors of another class than torch's own. What the operator costs the host, five times the plain path, does
+    not matter there.
     """
     return (
         torch.compiler.is_compiling()
         or type(x) not in (Tensor, nn.Parameter)
         or type(w) not in (Tensor, nn.Parameter)
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
     )
 
 

@@ -70,7 +70,10 @@ class GroupDotPlan:
     def tables(self, device: torch.device, block: int = 128) -> Tables:
         """The launch tables on `device`, made at the first call, for programs of `block` outputs."""
         if device not in self._tables:
-            self._tables[device] = lay_out(self, device, block)
+            made = lay_out(self, device, block)
+            if type(made.outputs) is not Tensor:  # a fake device's, which would be of no use to a real one
+                return made
+            self._tables[device] = made
         return self._tables[device]
 
 

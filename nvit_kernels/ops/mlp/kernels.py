@@ -26,6 +26,23 @@ def hidden_columns(b, mask, pid, units, UNIT: tl.constexpr, BLOCK_N: tl.constexp
 
 
 @triton.jit
+def normal(x, NARROW: tl.constexpr):
+    """Φ(x) and exp(-x²/2). Where the results are 16 bits wide, Φ comes from the exponential that both need.
+
+    That is formula 7.1.26 of Abramowitz and Stegun: off by at most 1.5e-7, a hundredth of what rounding will do, for
+    half the instructions of erf, which otherwise are about as dear here as the memory.
+    """
+    bell = tl.exp(-0.5 * x * x)
+    if NARROW:
+        t = 1 / (1 + 0.23164189 * tl.abs(x))
+        tail = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+        tail *= 0.5 * bell
+        return tl.where(x < 0, tail, 1 - tail), bell
+    else:
+        return 0.5 * (1 + tl.erf(x * 0.7071067811865476)), bell
+
+
+@triton.jit
 def gelu_kernel(
     u,  # (rows, width), fc1's product without its bias
     b,  # (width,); None: no bias
@@ -43,7 +60,8 @@ def gelu_kernel(
     at = row.to(tl.int64)[:, None] * (units * UNIT) + col[None, :]
     inside = (row < rows)[:, None] & there[None, :]
     x = tl.load(u + at, mask=inside, other=0.0).to(tl.float32) + shift[None, :]
-    x = x * 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+    below, _ = normal(x, a.dtype.element_ty.primitive_bitwidth < 32)
+    x *= below
     if mask is not None:
         x = tl.where(kept[None, :], x, 0.0)
     tl.store(a + at, x.to(a.dtype.element_ty), mask=inside)
@@ -78,8 +96,8 @@ def gelu_backward_kernel(
         grad = tl.load(da + at, mask=inside, other=0.0).to(tl.float32)
         if mask is not None:
             grad = tl.where(kept[None, :], grad, 0.0)
-        below = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
-        out = grad * (below + x * tl.exp(-0.5 * x * x) * 0.3989422804014327)
+        below, bell = normal(x, du.dtype.element_ty.primitive_bitwidth < 32)
+        out = grad * (below + x * bell * 0.3989422804014327)
         tl.store(du + at, out.to(du.dtype.element_ty), mask=inside)
         bias_sum += out
         score_sum += grad * x * below

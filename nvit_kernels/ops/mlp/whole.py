@@ -15,8 +15,13 @@ from nvit_kernels.ops.fold import chunk_rows, fold, in_units
 from nvit_kernels.ops.mlp.kernels import gelu_backward_kernel, gelu_kernel
 from nvit_kernels.tuning import Launch
 
-COLUMNS = 128  # of a program
+COLUMNS, FORWARD_ROWS = 128, 32  # of a program
 LONGEST_CHUNK = 128
+
+
+def backward_rows(planes: int) -> int:
+    """Rows at a time of a backward pass: more sums, the planes of its partial sums, take more registers."""
+    return 8 if planes > 2 else 16
 
 
 def tile(width: int, rows: int) -> dict[str, int]:
@@ -28,14 +33,14 @@ def tile(width: int, rows: int) -> dict[str, int]:
 
 def forward_pass(kernel: object, rows: int, width: int) -> Launch:
     """The launch of a forward pass of a kernel over `(rows, width)`."""
-    block = tile(width, 32)
+    block = tile(width, FORWARD_ROWS)
     grid = (-(-width // block["BLOCK_N"]), -(-rows // block["BLOCK_M"]))
     return Launch(kernel, grid, dict(rows=rows, **in_units(width), **block))
 
 
 def backward_pass(kernel: object, rows: int, width: int, samples: int, planes: int) -> tuple[Launch, tuple[int, ...]]:
     """The launch of a backward pass over `(samples, rows / samples, width)`, and the shape of its partial sums."""
-    block = tile(width, 8 if planes > 2 else 16)  # more sums take more registers
+    block = tile(width, backward_rows(planes))
     across = -(-width // block["BLOCK_N"])
     chunk = chunk_rows(rows, across, least=16, most=LONGEST_CHUNK)
     block["BLOCK_M"] = min(block["BLOCK_M"], chunk)
