@@ -52,11 +52,11 @@ def refit_layer_(ours: Attention, theirs: Attention, fit: Joint, held: Joint, tu
     size, kept = fit.rows.shape[0] - 1, ours.kept_heads
     width = size - theirs.inputs[0].in_features  # of what our layer receives
     heads = torch.arange(theirs.heads) if kept is None else kept
-    has_bias = any(name.endswith("bias") for name, _, _ in ours._rows("q"))
+    has_bias = any(name.endswith("bias") for name, _, _ in ours.rows_of("q"))
 
     def affine(layer: Attention, part: str, start: int) -> Tensor:
         """Of `z`, by head `(heads, dims, size + 1)`."""
-        spans = {name.rpartition(".")[2]: _span(tensor, rows) for name, tensor, rows in layer._rows(part)}
+        spans = {name.rpartition(".")[2]: _span(tensor, rows) for name, tensor, rows in layer.rows_of(part)}
         own = _own_rows(layer)
         weight = spans["weight"][own] if layer.emb is None else spans["weight"][own][:, layer.emb]
         out = torch.zeros(len(own), size + 1, dtype=torch.float64)
@@ -113,7 +113,7 @@ def _moments(zz: Tensor, now: Tensor, target: Tensor, width: int) -> Moments:
 def _add_(layer: Attention, part: str, weight: Tensor, bias: Tensor) -> None:
     own = _own_rows(layer)
     cols = torch.arange(weight.shape[1]) if layer.emb is None else layer.emb
-    for name, tensor, rows in layer._rows(part):
+    for name, tensor, rows in layer.rows_of(part):
         if name.endswith("weight"):
             _span(tensor, rows)[own[:, None], cols] += weight.to(tensor)
         elif part == "q":

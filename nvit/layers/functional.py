@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .projection import Project, Projection, as_tensors, linear, take
+from .projection import Project, Projection, as_tensors, hooks, linear, take
 from .rotary import Rotary
 from .sites import Watch
 
@@ -289,7 +289,7 @@ def _last(again, last: Project, norm, dropout, watch) -> Tensor:
 
 
 def _is_exact_gelu(act: Callable[[Tensor], Tensor]) -> bool:
-    return type(act) is nn.GELU and act.approximate == "none"
+    return type(act) is nn.GELU and act.approximate == "none" and not hooks(act)
 
 
 def mlp(

@@ -80,7 +80,7 @@ class Projection:
 
 
 def hooks(module: nn.Module) -> list[tuple[str, Callable]]:
-    """What a module's call runs besides its class's forward: kind and function, `forward` one of the module's own."""
+    """What a module's call runs besides its class's forward: kind and function."""
     kinds = {
         "forward hook": module._forward_hooks,
         "forward pre-hook": module._forward_pre_hooks,
@@ -88,7 +88,7 @@ def hooks(module: nn.Module) -> list[tuple[str, Callable]]:
         "backward pre-hook": module._backward_pre_hooks,
     }
     found = [(kind, hook) for kind, by_id in kinds.items() for hook in by_id.values()]
-    return found + ([("forward", module.forward)] if "forward" in vars(module) else [])
+    return found + ([("forward of its own", module.forward)] if "forward" in vars(module) else [])
 
 
 def is_plain(module: nn.Module) -> bool:

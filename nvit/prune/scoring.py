@@ -1,100 +1,157 @@
-"""Scores of frozen weights: one pass over the data, within a budget of memory where there is one."""
+"""Scores of frozen weights: batches forward and backward, within a budget of memory where there is one."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from .. import parallel
+from ..calibration.capture import Place
+from ..calibration.statistics import SiteStatistics
+from ..criteria.base import Criterion
+from ..training.batches import length
 from ..training.data import seed_draws, shares
 from ..training.distill import sample_labels
 from ..utils.progress import Progress, silent
-from .budget import Budget, Plan
-from .pruner import Pruner
+from .budget import Budget
+from .plan import Plan
+
+if TYPE_CHECKING:
+    from .pruner import Pruner
 
 
 def batches_to_score(pruner: Pruner, loader) -> int:
-    """`score_batches`, or all of one pass, and never more than there are."""
-    return min(pruner.config.score_batches or len(loader), len(loader))
+    """`score_batches`, or all of one pass, and never more than there are, if the loader says.
+
+    Raises:
+        ValueError: it does not, and `score_batches` is not given.
+    """
+    asked = pruner.config.score_batches
+    if asked and not hasattr(loader, "__len__"):
+        return asked
+    there = length(loader, "to score one pass; set score_batches")
+    return min(asked or there, there)
 
 
-def score(pruner: Pruner, loader, budget: Budget | None = None, *, progress: Progress = silent) -> None:
+def score(
+    pruner: Pruner,
+    loader,
+    budget: Budget | None = None,
+    *,
+    statistics: Mapping[Place, SiteStatistics] | None = None,
+    progress: Progress = silent,
+) -> None:
     """Add one pass over the data (or `score_batches`) to the pruner's saliency; weights stay as they are.
 
-    Cross entropy with the labels, or with labels drawn from the model's own softmax. Criteria that read gates alone
-    need no weight gradients: the weights are frozen meanwhile, which is faster and takes less memory. Under a budget a
-    batch may go through the model in parts; its scores are those of the whole batch, up to rounding.
+    Criteria that read no weight gradients have the weights frozen meanwhile, which is faster and takes less memory.
+    Under a budget a batch may go through the model in parts; its scores are those of the whole batch, up to rounding.
 
     Args:
         budget: picks how batches are scored; whole, as they come, when None.
+        statistics: of the model as it is, where they have been gathered already.
 
     Raises:
         ValueError: the budget does not hold what is needed.
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss or a logit is not finite.
     """
-    model = pruner.call.model
-    reads = pruner.criterion.reads
+    criterion, total = pruner.criterion, batches_to_score(pruner, loader)
     weights = sum(p.numel() * p.element_size() for p in pruner.params.values())
     # A compact model has about its target's share of the weights.
     later = weights * sum(pruner.targets[len(pruner.met) :])
-    if reads == "nothing":
-        if budget is not None:
-            budget.allow(later)
-        pruner.observe({})
-        return
-    frozen_route = reads in ("gates", "either")
-    trainable = {name: p.requires_grad for name, p in pruner.params.items()}
-    plan = Plan(weight_gradients=not frozen_route) if budget is None else None
-    model.eval()
-    total = batches_to_score(pruner, loader)
+    pruner.stop_recording()
+    pruner.call.model.eval()
     try:
-        for p in pruner.params.values():
-            p.requires_grad_(not frozen_route)
+        if statistics is not None:
+            pruner.start_scoring(statistics)
+        if not criterion.wants_images:
+            if budget is not None:
+                budget.allow(later)
+            pruner.score_weights()
+            return
         for done, (images, labels) in enumerate(shares(loader), start=1):
-            if plan is None:
-                needs = {"gradients": not frozen_route, "statistics": pruner.criterion.memory(pruner.free)}
-                plan = budget.choose(model, pruner.free, images.shape, **needs, later=later)
+            if done == 1 and budget is not None:
+                gradients, kept = criterion.capabilities.weight_gradients, criterion.memory(pruner.free)
+                plan = budget.choose(
+                    pruner.call.model, pruner.free, images.shape, gradients=gradients, statistics=kept, later=later
+                )
                 progress(0, total, f"budget: {plan}")
-            if frozen_route and pruner.gates is None:
-                pruner.start_recording()
-            gates = _backward(pruner, plan, images, labels, done)
-            grads = {name: p.grad for name, p in pruner.params.items() if p.grad is not None}
-            # Shards hold the mean over ranks already.
-            pruner.observe(grads if model is not pruner.model else parallel.mean(grads), gates)
-            model.zero_grad(set_to_none=True)
+            pruner.score(images, labels, None if budget is None else plan)
             progress(done, total, "score")
             if done >= total:
                 break
     finally:
         pruner.stop_recording()
-        for name, p in pruner.params.items():
-            p.requires_grad_(trainable[name])
 
 
-def _backward(pruner: Pruner, plan: Plan, images: Tensor, labels: Tensor, number: int) -> dict[str, Tensor] | None:
-    """Gradients of one batch's loss, part by part; its gate gradients `(images, group.size)` where they are recorded.
+@contextmanager
+def wanting_gradients(params: Mapping[str, nn.Parameter], wanted: bool) -> Iterator[None]:
+    """Inside, all parameters want gradients or none does."""
+    before = {name: p.requires_grad for name, p in params.items()}
+    try:
+        for p in params.values():
+            p.requires_grad_(wanted)
+        yield
+    finally:
+        for name, p in params.items():
+            p.requires_grad_(before[name])
 
-    `images` are this rank's share of the batch; without ranks, all of it.
+
+@dataclass(frozen=True)
+class LabelLoss:
+    """Cross entropy of a part of a batch, with its labels or with labels drawn from the model's own softmax.
+
+    Attributes:
+        labels: of this part; None where they are drawn.
+        places: of this part's images in the batch.
+        batch: images in the batch, of all parts and ranks.
+        number: of the batch, for messages and with `seed` for draws.
     """
-    config, model, recorded = pruner.config, pruner.call.model, []
-    device, ranks = next(model.parameters()).device, parallel.world()
-    (batch,) = map(int, parallel.sums([len(images)], device))
-    places = parallel.share(batch)
-    for part in plan.parts(len(images)):
-        seed_draws(config.seed, 2**31 + number)
-        with plan.running(model):
-            logits = pruner.call(images[part].to(device)).mean
-        logits = logits.float() if plan.bf16 else logits
-        rows = places[part] if len(logits) < batch else ()
-        target = labels[part].to(device) if config.labels == "true" else sample_labels(logits, rows, batch)
-        # A part counts as much as it has images, so that parts, and the mean over ranks, make the batch's mean.
-        loss = nn.functional.cross_entropy(logits, target) * (len(logits) * ranks / batch)
-        (whole,) = parallel.sums([loss.detach() / ranks], device)
+
+    labels: Tensor | None
+    places: list[int]
+    batch: int
+    number: int
+    seed: int
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """The loss of this part's logits, as much of the batch's mean as it has of its images.
+
+        Parts add up to the mean over this rank's images, and the mean over ranks is then the batch's.
+
+        Raises:
+            FloatingPointError: it is not finite, on whichever rank.
+        """
+        seed_draws(self.seed, 2**31 + self.number)
+        if self.labels is None:
+            target = sample_labels(logits, self.places if len(logits) < self.batch else (), self.batch)
+        else:
+            target = self.labels.to(logits.device)
+        ranks = parallel.world()
+        loss = nn.functional.cross_entropy(logits, target) * (len(logits) * ranks / self.batch)
+        (whole,) = parallel.sums([loss.detach() / ranks], logits.device)
         if not math.isfinite(whole):
-            raise FloatingPointError(f"the loss is {whole} on scoring batch {number}; check the data")
-        loss.backward()
-        if pruner.gates is not None:
-            recorded.append(pruner.gates.pop())
-    return {name: torch.cat([r[name] for r in recorded]) for name in recorded[0]} if recorded else None
+            raise FloatingPointError(f"the loss is {whole} on scoring batch {self.number}; check the data")
+        return loss
+
+
+def backward(
+    call: nn.Module, criterion: Criterion, images: Tensor, labels: Tensor | None, plan: Plan, seed: int
+) -> None:
+    """One batch forward through `call`, and backward what the criterion reads, in the parts of `plan`.
+
+    Args:
+        images, labels: this rank's share of the batch; without ranks, all of it. Labels are drawn where None.
+    """
+    device = next(call.model.parameters()).device
+    (batch,) = map(int, parallel.sums([len(images)], device))
+    places, number = parallel.share(batch), criterion.batches + 1
+    for part in plan.parts(len(images)):
+        with plan.running(call.model):
+            logits = call(images[part].to(device)).mean
+        loss = LabelLoss(None if labels is None else labels[part], places[part], batch, number, seed)
+        criterion.backward(logits.float() if plan.bf16 else logits, loss)
