@@ -38,6 +38,9 @@ def captured(function: Function, inputs: tuple[Tensor, ...], memory: Any = None)
             function(*inputs)
             function(*inputs)
             torch.cuda.synchronize()
+            # A weight that autocast casts is cast by the graph too: a cached copy is gone when autocast ends.
+            cached = torch.is_autocast_cache_enabled()
+            torch.set_autocast_cache_enabled(False)
             # Only this thread is watched: others, as a data loader's, may call CUDA meanwhile.
             graph.capture_begin(memory, capture_error_mode="thread_local")
             try:
@@ -48,6 +51,8 @@ def captured(function: Function, inputs: tuple[Tensor, ...], memory: Any = None)
                 with contextlib.suppress(RuntimeError):
                     graph.capture_end()
                 raise
+            finally:
+                torch.set_autocast_cache_enabled(cached)
             graph.capture_end()
         current.wait_stream(stream)
 
