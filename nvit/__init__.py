@@ -8,6 +8,7 @@ from .latency.table import LatencyTable
 from .prune.api import prune
 from .prune.pruner import Pruner
 from .prune.result import PruneResult
+from .serve import graphed
 from .structure.snapshot import BUNDLED, load
 from .training.finetune import finetune
 from .training.images import image_folder
@@ -23,6 +24,7 @@ __all__ = [
     "accuracy",
     "describe",
     "finetune",
+    "graphed",
     "image_folder",
     "load",
     "prune",

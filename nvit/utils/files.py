@@ -29,3 +29,9 @@ def write_atomically(path: Path, content: bytes | Callable[[Path], None]) -> Non
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """What is measured once on a machine and used again: `$NVIT_CACHE`, or `nvit` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("NVIT_CACHE") or Path(base) / "nvit")
