@@ -21,7 +21,7 @@ ORDER = [
     {"structure"},
     {"parallel"},
     {"tasks", "latency", "calibration", "zoo"},
-    {"criteria", "selection", "sparse24"},
+    {"criteria", "selection", "sparse24", "serve"},
     {"config", "about"},
     {"refit", "training"},
     {"prune"},

@@ -17,8 +17,8 @@ from ..criteria.registry import CRITERIA
 from ..layers import prunable_layers
 from ..structure.masks import Masks, apply_, full_masks
 from .backward import backward, wanting_gradients
-from .budget import Plan
 from .limits import prunable_groups
+from .plan import Plan
 
 
 class Scorer:

@@ -126,17 +126,26 @@ def project_(params: Mapping[str, Tensor], weights: WeightMasks) -> None:
 def apply_(
     model: nn.Module, groups: Sequence[Group], masks: Mapping[str, Tensor], project: Callable = project_
 ) -> WeightMasks:
-    """Mask a prepared model in place: layers compute over kept units, pruned weights become zero (by `project`)."""
+    """Mask a prepared model in place: layers compute over kept units, pruned weights become zero (by `project`). The
+    model carries its masks as `masks`, so that whoever saves it knows (`masks_of`)."""
     check_masks(groups, masks)
     params = dict(model.named_parameters())
     weights = weight_masks(params, groups, masks)
     project(params, weights)
     keep_(model, masks)
+    model.masks = {name: keep.cpu() for name, keep in masks.items()}
     return weights
+
+
+def masks_of(model: nn.Module) -> Masks | None:
+    """What a masked model keeps, as `apply_` was told; None of a dense or compact one."""
+    masks = getattr(model, "masks", None)
+    return None if masks is None or all(bool(keep.all()) for keep in masks.values()) else masks
 
 
 def unmasked_(model: nn.Module) -> nn.Module:
     """Let a masked model compute over all units again, at the dense model's cost. What was pruned stays zero, so that
     its outputs are neither the dense model's nor the masked one's."""
     keep_(model, full_masks(adapters.find(model).groups(model)))
+    model.masks = None
     return model

@@ -15,7 +15,7 @@ from nvit import LatencyTable, PruneConfig, Pruner
 from nvit.criteria.gradients import unit_saliency
 from nvit.criteria.registry import CRITERIA
 from nvit.latency import clock
-from nvit.latency import table as table_module
+from nvit.latency import measure as table_module
 from nvit.layers import prunable_layers
 from nvit.structure import snapshot
 from nvit.structure.masks import full_masks, kept_counts, weight_masks, widths
