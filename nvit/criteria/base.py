@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..calibration.capture import Place
 from ..calibration.statistics import SiteStatistics
 from ..spec import Group
+from ..utils import devices
 from .gradients import gate_gradients
 
 Scores = dict[str, Tensor]
@@ -179,11 +180,6 @@ class BatchMean(Criterion):
         return self.scores(self.mean.value())
 
 
-def reading_is_free(device: torch.device) -> bool:
-    """Whether looking at a number there makes nobody wait."""
-    return device.type == "cpu"
-
-
 class RunningMean:
     """Mean of scores over batches: of all of them or, with `momentum`, of those since the last decision, exponentially
     averaged over decisions with the start-up bias corrected (the published runs: 0.9).
@@ -208,7 +204,7 @@ class RunningMean:
             ValueError: a score on the CPU is not finite; the mean is left as it was.
         """
         for name, s in scores.items():
-            if reading_is_free(s.device) and not bool(torch.isfinite(s).all()):
+            if devices.reading_is_free(s.device) and not bool(torch.isfinite(s).all()):
                 raise ValueError(f"{name}: saliency is not finite after {self.count} good batches; the loss diverged")
         for name, s in scores.items():
             self.sums[name] = self.sums[name].add_(s) if name in self.sums else s.clone()

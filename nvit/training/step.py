@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..utils import devices
 from .distill import Objective
 
 AMP = {"no": None, "bf16": torch.bfloat16}
@@ -66,11 +67,14 @@ class Step:
             loss = self.objective.of_logits(self.call(images), images, labels)
         loss.backward()
         grads = {name: p.grad for name, p in self.params.items() if p.grad is not None}
-        if self.observe is not None:
-            self.observe(grads)
         with torch.no_grad():
             norm = torch.stack(torch._foreach_norm(list(grads.values()))).norm()
             self._judge(loss, norm)
+        if devices.reading_is_free(self.device):
+            self.look()
+        if self.observe is not None:
+            self.observe(grads)
+        with torch.no_grad():
             if self.clip:
                 scale = (self.clip / (norm + 1e-6)).clamp(max=1.0)
                 torch._foreach_mul_(list(grads.values()), scale)

@@ -247,7 +247,7 @@ def test_a_table_of_another_machine_is_refused():
 
 
 def test_without_a_table_one_is_measured(monkeypatch):
-    monkeypatch.setattr(measure, "LEVELS", dict.fromkeys(nvit.spec.KINDS, 2))
+    monkeypatch.setattr(table_module, "LEVELS", dict.fromkeys(nvit.spec.KINDS, 2))
     measured = LatencyTable.measure.__func__
     monkeypatch.setattr(
         LatencyTable, "measure", classmethod(lambda cls, *a, **k: measured(cls, *a, **(k | {"seconds": 0.05})))

@@ -15,6 +15,7 @@ from nvit.prune.pruner import Pruner
 from nvit.training.distill import Objective, frozen
 from nvit.training.optimizer import decay_groups, fused_adamw
 from nvit.training.step import Step
+from nvit.utils import devices
 from tests.hosts import images, labels, make, prepared
 from tests.runs import arguments, config, table
 
@@ -69,7 +70,8 @@ def test_a_step_is_the_plain_loop(clip):
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_after_a_bad_step_nothing_moves(what):
+def test_after_a_bad_step_nothing_moves(what, monkeypatch):
+    monkeypatch.setattr(devices, "reading_is_free", lambda device: False)
     model = make("plain")
     step = stepper(model)
     good, y = images(model, 4), labels(model, 4)
@@ -93,7 +95,7 @@ def test_after_a_bad_step_nothing_moves(what):
 @pytest.mark.parametrize("criterion", ["hessian", "nvit", "abs", "taylor"])
 def test_nothing_is_read_back_between_decisions(criterion, monkeypatch):
     """Dense, then masked in every kind of width: forward, teacher, backward, scores, clipping, update, projection."""
-    monkeypatch.setattr(base, "reading_is_free", lambda device: False)
+    monkeypatch.setattr(devices, "reading_is_free", lambda device: False)
     model, settings = make("plain"), config(latency_target=(0.3,), criterion=criterion, interval=2, bundles_per_step=9)
     pruner = Pruner(model, table(model, settings), settings)
     step = stepper(model, teacher=True, clip=1.0, observe=pruner.observe, constrain=lambda: pruner.project())
