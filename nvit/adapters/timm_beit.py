@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from timm.layers import SwiGLU, resize_rel_pos_bias_table
 from timm.models.beit import Attention as BeitAttention
 from timm.models.beit import Beit, Block, gen_relative_position_index
-import torch
 from torch import Tensor, nn
 
 from ..layers import Attention, Prunable, StreamEntry

@@ -28,6 +28,7 @@ from pathlib import Path
 from nvit import snapshot
 root, event_count = Path(sys.argv[1]), 0
 new = snapshot.load(root / "new")
+snapshot.save(root / "new", new)  # what is imported or cached by then, every child has
 
 def die_at(n):
     def hook(event, args):
