@@ -226,7 +226,7 @@ def test_a_change_that_cannot_be_said_is_refused_by_name(change, tmp_path):
 
 
 def test_a_masked_model_is_saved_as_its_compact_twin(tmp_path):
-    model, groups, masks = masked("plain")
+    model, _, masks = masked("plain")
     again = snapshot.load(snapshot.save(tmp_path / "s", model))
     assert again.embed_dim == int(masks["emb"].sum()) and model.embed_dim == 48
     torch.testing.assert_close(outputs(again), outputs(model), rtol=0, atol=1e-5 * float(outputs(model).abs().max()))
