@@ -1,5 +1,5 @@
-"""A compact model on disk: `spec.json`, `weights.safetensors`, `metrics.json`, and `manifest.json`, which says what
-these were when they were saved. No pickle."""
+"""A compact model on disk: `spec.json`, `weights.safetensors`, `metrics.json`, and `manifest.json`, which says what the
+others were when they were saved. No pickle."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 import resource
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from pathlib import Path
 from nvit import snapshot
 root, event_count = Path(sys.argv[1]), 0
 new = snapshot.load(root / "new")
+snapshot.save(root / "new", new)  # what is imported or cached by then, every child has
 
 def die_at(n):
     def hook(event, args):
@@ -352,6 +354,26 @@ def test_damaged_run_states_give_one_line(tmp_path, content):
     with pytest.raises(ValueError, match=r"is not a run state .*start the run without --resume") as e:
         snapshot.load_run_state(file)
     assert one_line(e)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_changed_bit_of_a_run_state_is_seen(tmp_path, seed):
+    rng, file = random.Random(seed), tmp_path / "state"
+    tensors = {"a": torch.randn(30, 4), "n": torch.tensor(3), "none": torch.empty(0), "h": torch.ones(5).bfloat16()}
+    snapshot.save_run_state(file, tensors, {"step": 7})
+    assert torch.equal(snapshot.load_run_state(file)[0]["a"], tensors["a"])
+    content = bytearray(file.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="start the run without --resume") as e:
+        snapshot.load_run_state(file)
+    assert one_line(e)
+
+
+def test_a_run_state_from_before_they_were_signed_loads_with_one_line(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "state", metadata={"values": '{"step": 1}'})
+    with pytest.warns(UserWarning, match="is from before run states were signed: it is unchecked"):
+        assert snapshot.load_run_state(tmp_path / "state")[1] == {"step": 1}
 
 
 def test_a_snapshots_weights_are_no_run_state(saved):
