@@ -114,6 +114,24 @@ def test_mlps_every_way(tokens, width, hidden, name, way, dtype):
             ways.prefer(op, None)
 
 
+@pytest.mark.parametrize("name", ["mlp", "swiglu"])
+def test_the_fastest_way_is_measured_once_and_is_right(name, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(ways, "_measured", {})
+    inner = [(504, 104), (504,)] * (2 if name == "swiglu" else 1)
+    tensors = [torch.randn(s, device="cuda") / s[-1] ** 0.5 for s in ((3, 99, 104), *inner, (104, 504), (104,))]
+
+    def call(module):
+        return lambda *t: getattr(module, name)(*t, hidden=some(504))
+
+    for dtype in (torch.float16, torch.bfloat16):
+        assert_as_accurate(call(functional), call(reference), dtype, tensors)
+        assert_as_accurate(call(functional), call(reference), dtype, tensors)
+    assert len(ways.measured()) == 2, "one entry a dtype"
+    for times in ways.measured().values():
+        assert {"whole", "gather"} <= set(times) and all(ms > 0 for ms in times.values())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [8, 24, 200, 768])
 def test_kept_layer_norm(width, dtype):
