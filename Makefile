@@ -1,10 +1,10 @@
-# Two commands on a bare machine: `make demo` and `make test`. Both set up .venv first.
+# Two commands on a bare machine: `make demo` and `make test`; `make gpu` on one with a GPU. All set up .venv first.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test gpu lint clean
 
 demo: $(READY)
 	rm -rf nvit-demo
@@ -12,6 +12,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(RUN) -m pytest --durations=15
+
+# All that a GPU shows, in at most 8 minutes: build, tests, kernels, steps, latencies; CSVs into benchmarks/results.
+gpu: $(READY)
+	$(RUN) -m benchmarks.gpu
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

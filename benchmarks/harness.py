@@ -1,24 +1,26 @@
-"""Timing with a gate: a provider's result is compared first, and a wrong one is never timed.
+"""Right first, then timed: a provider's result is compared with the exact one, and a wrong one is never timed.
 
-A row is a case and a provider: median, 20th and 80th percentile in ms, device, versions, commit, and a note (why a
-peer was skipped, or images/s and memory). Ceilings are measured in the same run. Cold L2 on a GPU.
+A `Row` is a case and a provider of a kernel's benchmark, `Records` the rows of any other. Both say where they were
+measured: device, versions, commit. Ceilings of the device are measured in the same run.
 """
 
 from __future__ import annotations
 
 import csv
 import itertools
-import platform
-import subprocess
+import json
 import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
+
+from benchmarks import timing
+from benchmarks.figure import figure
+from benchmarks.where import commit, device, device_name, setting, slug, triton_version
 
 RESULTS = Path(__file__).parent / "results"
 OURS = "nvit"
@@ -31,6 +33,9 @@ class SkipProvider(Exception):
 @dataclass(frozen=True)
 class Case:
     """One comparison: calls by provider name, the exact result, and how far from it a result may be.
+
+    A call whose own result is of other shapes, as gradients of cut weights are, has an attribute `comparable`: a call
+    that gives the same result in the shapes of `exact`. It is compared, and never timed.
 
     Attributes:
         error: largest difference allowed, relative to the largest value of `exact`.
@@ -45,62 +50,56 @@ class Case:
     flops: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
+    """Milliseconds of a provider: the device's, and on a GPU the host's to enqueue; a note, why a peer was skipped."""
+
     case: str
     provider: str
-    median_ms: float | None
-    p20_ms: float | None
-    p80_ms: float | None
-    device: str
-    torch: str = field(default_factory=lambda: torch.__version__)
-    triton: str = triton.__version__
-    commit: str = field(default_factory=lambda: COMMIT)
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    host_ms: float | None = None
+    host_p20_ms: float | None = None
+    host_p80_ms: float | None = None
+    device: str = field(default_factory=setting)
+    torch: str = torch.__version__
+    triton: str = field(default_factory=triton_version)
+    commit: str = field(default_factory=commit)
     note: str = ""
 
 
-def commit() -> str:
-    """The checked-out commit, with a plus sign when tracked files differ from it."""
-    said = subprocess.run(["git", "describe", "--always", "--dirty=+", "--exclude=*"], capture_output=True, text=True,
-                          cwd=Path(__file__).parent)  # fmt: skip
-    return said.stdout.strip() or "unknown"
+class Records:
+    """Rows of one benchmark: `add` prints each as it comes, `save` writes `<name>_cpu.csv`, or `<GPU>_<name>.csv`."""
+
+    def __init__(self, name: str, of: torch.device | str = "cpu", folder: Path | None = None) -> None:
+        on_cpu = torch.device(of).type == "cpu"
+        file = f"{name}_cpu.csv" if on_cpu else f"{slug(device_name(of))}_{name}.csv"
+        self.path = (folder or RESULTS) / file
+        self.rows: list[dict[str, Any]] = []
+        self.where = {
+            "device": device_name(of),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "commit": commit(),
+        }
+
+    def add(self, **row: Any) -> None:
+        row = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()} | self.where
+        print(json.dumps(row), flush=True)
+        self.rows.append(row)
+
+    def save(self) -> None:
+        names = list(dict.fromkeys(k for row in self.rows for k in row))
+        _write(self.path, names, self.rows)
 
 
-COMMIT = commit()
-
-
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def device_name() -> str:
-    """The GPU's name, or the CPU's with its threads."""
-    if device().type == "cuda":
-        return torch.cuda.get_device_name()
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), "") if Path("/proc/cpuinfo").exists() else ""  # fmt: skip
-    return f"CPU {cpu or platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def milliseconds(calls: dict[str, Callable[[], object]], budget_s: float = 0.4) -> dict[str, tuple[float, ...]]:
-    """(median, 20th, 80th percentile) of single calls of each, after warming up.
-
-    On a GPU one after another with the L2 cache flushed between calls; on a CPU in turns, so that whatever else the
-    machine does meets them all alike.
-    """
-    if device().type == "cuda":
-        return {name: tuple(triton.testing.do_bench(call, quantiles=[0.5, 0.2, 0.8])) for name, call in calls.items()}
-    for call in calls.values():
-        call()
-    times, end = {name: [] for name in calls}, time.perf_counter() + budget_s * len(calls)
-    for turn in range(200):
-        if turn >= 7 and time.perf_counter() > end:
-            break
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: tuple(sorted(t)[len(t) * tenths // 10] for tenths in (5, 2, 8)) for name, t in times.items()}
+def _write(path: Path, names: Sequence[str], rows: Iterable[Mapping]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, names, lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
 
 
 def relative_error(result: Tensor | tuple[Tensor, ...], exact: Tensor | tuple[Tensor, ...]) -> float:
@@ -113,33 +112,49 @@ def relative_error(result: Tensor | tuple[Tensor, ...], exact: Tensor | tuple[Te
     return worst
 
 
-def measure(case: Case) -> list[Row]:
-    """Rows of a case. A peer that is wrong or unsupported is noted; our own wrong result stops the run.
+def gate(case: Case) -> tuple[dict[str, Callable], list[Row]]:
+    """Providers whose result is right, and rows of the others; our own wrong or failing result is an error.
 
     Raises:
         AssertionError: our kernel's result is further from the exact one than the case allows.
     """
-    exact, rows, name, right = case.exact(), [], device_name(), {}
+    exact = case.exact()
+    right: dict[str, Callable] = {}
+    rows = []
     for provider, call in case.providers.items():
         try:
-            error = relative_error(call(), exact)
+            error = relative_error(getattr(call, "comparable", call)(), exact)
         except SkipProvider as reason:
-            rows.append(Row(case.name, provider, None, None, None, name, note=f"skipped: {reason}"))
+            rows.append(Row(case=case.name, provider=provider, note=f"skipped: {reason}"))
             continue
-        except (RuntimeError, NotImplementedError, torch.cuda.OutOfMemoryError) as failed:
+        except Exception as failed:  # whatever a peer of another version raises
             if provider.startswith(OURS):
                 raise
-            rows.append(Row(case.name, provider, None, None, None, name,
-                            note=f"skipped: {str(failed).strip().splitlines()[0][:160]}"))  # fmt: skip
+            reason = (str(failed).strip().splitlines() or [type(failed).__name__])[0][:160]
+            rows.append(Row(case=case.name, provider=provider, note=f"skipped: {reason}"))
             continue
         if error > case.error:
             said = f"wrong by {error:.1e} of the largest value, {case.error:.0e} allowed"
             assert not provider.startswith(OURS), f"{case.name}: {provider} is {said}; it will not be timed"
-            rows.append(Row(case.name, provider, None, None, None, name, note=f"not timed: {said}"))
+            rows.append(Row(case=case.name, provider=provider, note=f"not timed: {said}"))
             continue
         right[provider] = call
-    timed = milliseconds(right)
-    rows += [Row(case.name, p, *(round(t, 4) for t in ts), name, note=_share(case, ts[0])) for p, ts in timed.items()]
+    return right, rows
+
+
+def measure(case: Case) -> list[Row]:
+    """Rows of a case in the order of its providers; a peer that is wrong or unsupported has no time but a note.
+
+    Raises:
+        AssertionError: our own result is wrong.
+    """
+    right, rows = gate(case)
+    for provider, found in timing.timings(right).items():
+        median, p20, p80 = (round(t, 4) for t in found.ms)
+        host, host_p20, host_p80 = (round(t, 4) for t in found.host_ms) if found.host_ms else (None, None, None)
+        note = ", ".join(part for part in (_share(case, found.ms[0]), found.note) if part)
+        rows.append(Row(case=case.name, provider=provider, median_ms=median, p20_ms=p20, p80_ms=p80, host_ms=host,
+                        host_p20_ms=host_p20, host_p80_ms=host_p80, note=note))  # fmt: skip
     return sorted(rows, key=lambda row: list(case.providers).index(row.provider))
 
 
@@ -154,7 +169,8 @@ def _share(case: Case, ms: float) -> str:
 
 def ceilings() -> list[Case]:
     """What this device does at best: a copy, and a 16-bit matrix product (float32 on a CPU)."""
-    there, big = device(), device().type == "cuda"
+    there = device()
+    big = there.type == "cuda"
     source = torch.randn((256 if big else 32) << 18, device=there)
     target = torch.empty_like(source)
     n, dtype = (8192, torch.bfloat16) if big else (1024, torch.float32)
@@ -165,31 +181,10 @@ def ceilings() -> list[Case]:
     ]
 
 
-def fused_only(call: Callable[[], object]) -> Callable[[], object]:
-    """`call`, skipped where kernels would run in the interpreter or not at all."""
-
-    def on_gpu():
-        if device().type != "cuda":
-            raise SkipProvider("the kernels need a GPU; correctness on a CPU is in the tests")
-        return call()
-
-    return on_gpu
-
-
-def with_gradients(call: Callable[..., Tensor], *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    """`call` on the tensors, then its gradients by all of them, along the first call's output shape."""
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
-
-    def step():
-        out = call(*leaves)
-        return torch.autograd.grad(out, leaves, torch.ones_like(out))
-
-    return step
-
-
 def run(cases: Iterable[Case] = (), measured: Iterable[Row] = ()) -> list[Row]:
     """Measure cases one by one, ceilings first, and print their rows as CSV; then rows that are measured elsewhere."""
-    table, rows = csv.DictWriter(sys.stdout, [f.name for f in fields(Row)], lineterminator="\n"), []
+    table = csv.DictWriter(sys.stdout, [f.name for f in fields(Row)], lineterminator="\n")
+    rows = []
     table.writeheader()
     for row in itertools.chain((row for case in (*ceilings(), *cases) for row in measure(case)), measured):
         rows.append(row)
@@ -198,41 +193,19 @@ def run(cases: Iterable[Case] = (), measured: Iterable[Row] = ()) -> list[Row]:
     return rows
 
 
-def save(rows: list[Row], op: str, folder: Path = RESULTS) -> Path:
-    """Write `<device>_<op>.csv` and its figure."""
-    folder.mkdir(parents=True, exist_ok=True)
-    slug = "".join(c if c.isalnum() else "_" for c in device_name().lower()).strip("_")
-    path = folder / f"{slug}_{op}.csv"
-    with path.open("w", newline="") as file:
-        table = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-        table.writeheader()
-        table.writerows(asdict(row) for row in rows)
-    figure(rows, op, path.with_suffix(".png"))
+def path_of(op: str, folder: Path | None = None) -> Path:
+    """Where rows of an op measured here are kept."""
+    return (folder or RESULTS) / f"{slug(setting())}_{op}.csv"
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """The CSV of a kernel's rows."""
+    _write(path, [f.name for f in fields(Row)], map(asdict, rows))
+
+
+def save(rows: Sequence[Row], op: str, folder: Path | None = None) -> Path:
+    """Write `<device>_<op>.csv` and its figure, into `results/` without a folder."""
+    path = path_of(op, folder)
+    write(path, rows)
+    figure(rows, op, path.with_suffix(".png"), OURS)
     return path
-
-
-def figure(rows: list[Row], op: str, path: Path) -> None:
-    """Median ms a provider, one panel a case, with bars from the 20th to the 80th percentile."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    timed = [r for r in rows if r.median_ms is not None and not r.case.startswith("ceiling")]
-    names = list(dict.fromkeys(r.case for r in timed))
-    if not names:
-        return
-    height = [1 + 0.3 * sum(r.case == n for r in timed) for n in names]
-    fig, axes = plt.subplots(len(names), 1, figsize=(8, sum(height)), height_ratios=height, squeeze=False)
-    for ax, name in zip(axes[:, 0], names, strict=True):
-        mine = [r for r in timed if r.case == name]
-        spread = [[r.median_ms - r.p20_ms for r in mine], [r.p80_ms - r.median_ms for r in mine]]
-        colors = ["tab:orange" if r.provider.startswith(OURS) else "tab:gray" for r in mine]
-        ax.barh([r.provider for r in mine], [r.median_ms for r in mine], xerr=spread, color=colors)
-        ax.invert_yaxis()
-        ax.set_title(name, fontsize=9, loc="left")
-    axes[-1, 0].set_xlabel("ms")
-    fig.suptitle(f"{op} · {rows[0].device}", fontsize=9)
-    fig.tight_layout()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)

@@ -1,5 +1,5 @@
 // From tensors to jobs: what every device's operators share. Sizes are checked here once more, because a wrong one
-// would be read out of bounds; the sentences users see are in nvit_kernels/sparse24.py.
+// would be read out of bounds; the sentences users see are in nvit_kernels/sparse24/compress.py.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -8,15 +8,18 @@ import platform
 import torch
 
 from . import sparse24
+from .latency.clock import device_name
+from .serve import describe_choices
 
 
 def describe() -> str:
     """A line for each optional part: there, or what is missing and how to get it."""
-    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU: everything runs on the CPU"
+    cuda = device_name("cuda") if torch.cuda.is_available() else "no GPU: everything runs on the CPU"
     lines = [f"python {platform.python_version()}, torch {torch.__version__}", f"CUDA: {cuda}"]
     triton = importlib.util.find_spec("triton") is not None
     lines.append(f"Triton, for fused kernels on CUDA: {'there' if triton else 'missing; pip install triton'}")
     theirs = importlib.util.find_spec("transformers") is not None
     lines.append(f"transformers, for Hugging Face models: {'there' if theirs else 'missing; pip install nvit[hf]'}")
     lines += [f"native 2:4 library, {half}: {word}" for half, word in sparse24.native().items()]
+    lines += [f"kernel or torch, {line}" for line in describe_choices()]
     return "\n".join(lines)

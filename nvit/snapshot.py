@@ -1,5 +1,32 @@
-"""Snapshots, under the name that users import: `nvit.structure.snapshot`."""
+"""Snapshots and run states, under the name that users import: `nvit.structure.snapshot`, `nvit.structure.run_state`."""
 
-from .structure.snapshot import BUNDLED, fresh, is_snapshot, load, load_metrics, load_spec, save, spec_of
+from .structure.run_state import load_run_state, save_run_state
+from .structure.snapshot import (
+    BUNDLED,
+    METRICS,
+    SPEC,
+    WEIGHTS,
+    fresh,
+    is_snapshot,
+    load,
+    load_metrics,
+    load_spec,
+    save,
+    spec_of,
+)
 
-__all__ = ["BUNDLED", "fresh", "is_snapshot", "load", "load_metrics", "load_spec", "save", "spec_of"]
+__all__ = [
+    "BUNDLED",
+    "METRICS",
+    "SPEC",
+    "WEIGHTS",
+    "fresh",
+    "is_snapshot",
+    "load",
+    "load_metrics",
+    "load_run_state",
+    "load_spec",
+    "save",
+    "save_run_state",
+    "spec_of",
+]

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +92,7 @@ def permute_(model: nn.Module, seconds: float = 60.0, progress: Progress = silen
     Returns:
         A row per reader: `weight, kept_before, kept_after` (fractions of the sum of magnitudes).
     """
-    from nvit_kernels.permute24 import search_channel_order
+    from nvit_kernels.sparse24.permute import search_channel_order
 
     layers = {n: m for n, m in prunable_layers(model).items() if m.reorderable() is not None}
     rows = []
@@ -157,8 +156,8 @@ def compressed(weight: Tensor, backend: str) -> Tensor:
     """
     from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
-    from nvit_kernels.cusparselt import compress_cusparselt
     from nvit_kernels.sparse24 import compress_2to4
+    from nvit_kernels.sparse24.cusparselt import compress_cusparselt
 
     if backend == CUTLASS:
         packed = compress_2to4(weight)
@@ -236,22 +235,10 @@ def accelerate_(model: nn.Module, batch_size: int = 64) -> list[Choice]:
     return chosen
 
 
-def load(
-    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, *, sparse: bool = True
-) -> nn.Module:
-    """The compact model of a snapshot folder, in eval mode, ready for inference.
-
-    Args:
-        dtype: of the weights; as saved when None.
-        sparse: on a GPU that can, run 2:4 projections on sparse tensor cores where that is measured faster; elsewhere
-            they run as dense weights with zeros, with equal outputs. `model.sparse24_choices` says what was chosen.
-
-    Raises:
-        ValueError: a file is missing, damaged, or does not fit the others; one line that names it.
-    """
-    model = snapshot.load(path, device)
-    if dtype is not None:
-        model = model.to(dtype)
-    if sparse and model.sparse24 and torch.device(device).type == "cuda":
+def _finish(model: nn.Module) -> None:
+    """What `snapshot.load` does at last: 2:4 projections on sparse tensor cores, where the model is on a GPU."""
+    if model.sparse24 and next(model.parameters()).device.type == "cuda":
         model.sparse24_choices = accelerate_(model)
-    return model
+
+
+snapshot.FINISHERS.append(_finish)

@@ -15,7 +15,7 @@ from typing import Any
 from timm.models import register_model
 from torch import nn
 
-from .adapters.timm_layers import mlp_ratio
+from .adapters.timm_config import mlp_ratio
 from .spec import BlockWidths, ViTSpec
 from .structure.snapshot import fresh
 

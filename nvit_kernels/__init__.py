@@ -3,7 +3,7 @@
 `functional` holds the functions, `fuse` and `unfuse` swap fused layers in a timm model and back.
 """
 
-from nvit_kernels.fuse import collect_scores_, fuse, keep_, unfuse
+from nvit_kernels.hosts.fuse import collect_scores_, fuse, keep_, unfuse
 from nvit_kernels.kept import Kept
 
 __all__ = ["Kept", "collect_scores_", "fuse", "keep_", "unfuse"]

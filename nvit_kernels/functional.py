@@ -1,9 +1,9 @@
-"""The public functions: one signature for kernel and reference, chosen by device.
+"""The public functions: one signature for kernel and plain torch, and for each op the one rule that chooses.
 
-Tensors on CUDA in float16, bfloat16 or float32 with widths the kernels take go to Triton; all else goes to
-`nvit_kernels.reference`, whose docstrings say what arguments and scores are. Under Triton's interpreter
-(`TRITON_INTERPRET=1` before import) CPU tensors take the kernels' code too. Under autocast, attention and MLPs cast
-their inputs as torch's own do.
+A tensor on CUDA in float16, bfloat16 or float32, with widths that the op's kernels take, goes to Triton; all else goes
+to plain torch. `<op>_takes` is that rule: an engine that asks beforehand gets the same answer as the op itself. What
+arguments and scores are is said by `nvit_kernels.reference`. Under Triton's interpreter (`TRITON_INTERPRET=1` before
+import) CPU tensors take the kernels' code too. Under autocast, attention and MLPs cast their inputs as torch's own do.
 """
 
 from __future__ import annotations
@@ -16,26 +16,69 @@ from torch import Tensor
 
 from nvit_kernels import reference
 from nvit_kernels.kept import Kept
-from nvit_kernels.plan import DotSlice, GroupDotPlan
+from nvit_kernels.ops.attention.reference import fallback as plain_attention
+from nvit_kernels.ops.group_dot.plan import DotSlice, GroupDotPlan
 
 HAS_TRITON = find_spec("triton") is not None
 if HAS_TRITON:
     from nvit_kernels.launch import INTERPRET
-    from nvit_kernels.ops.attention import attention as fused_attention
-    from nvit_kernels.ops.group_dot import group_dot as fused_group_dot
-    from nvit_kernels.ops.kept_layer_norm import kept_layer_norm as fused_kept_layer_norm
-    from nvit_kernels.ops.mlp import mlp as fused_mlp
-    from nvit_kernels.ops.swiglu import swiglu as fused_swiglu
+    from nvit_kernels.ops.attention.op import attention as fused_attention
+    from nvit_kernels.ops.group_dot.op import group_dot as fused_group_dot
+    from nvit_kernels.ops.kept_layer_norm.op import kept_layer_norm as fused_kept_layer_norm
+    from nvit_kernels.ops.mlp.op import mlp as fused_mlp
+    from nvit_kernels.ops.swiglu.op import swiglu as fused_swiglu
 
-__all__ = ["DotSlice", "GroupDotPlan", "Kept", "attention", "group_dot", "kept_layer_norm", "mlp", "swiglu"]
+__all__ = [
+    "DotSlice",
+    "GroupDotPlan",
+    "Kept",
+    "attention",
+    "attention_takes",
+    "group_dot",
+    "group_dot_takes",
+    "kept_layer_norm",
+    "kept_layer_norm_takes",
+    "mlp",
+    "mlp_takes",
+    "swiglu",
+]
 LARGEST_BATCH = 65535  # of a CUDA grid; windows count
-FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+WIDEST_HEAD = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 64}  # on a GPU: a float32 tile is twice as large
 
 
-def takes_kernels(x: Tensor, *widths: int) -> bool:
-    """Whether a call on `x` with these widths runs fused kernels."""
-    here = HAS_TRITON and (x.is_cuda or (INTERPRET and x.device.type == "cpu"))
-    return here and x.dtype in FUSED_DTYPES and all(width % 8 == 0 for width in widths)
+def _here(x: Tensor) -> bool:
+    """Whether kernels run where `x` is: on CUDA, or on a CPU under Triton's interpreter."""
+    return HAS_TRITON and (x.is_cuda or (INTERPRET and x.device.type == "cpu"))
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which an op that autocast casts sees `x`."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def attention_takes(q: Tensor, v_width: int) -> bool:
+    """Whether `attention` runs fused on queries `(batch, heads, tokens, qk_dim)` with values `v_width` wide."""
+    if not _here(q) or q.dim() != 4:
+        return False
+    dtype, batch, width = _autocast_dtype(q), q.shape[0], q.shape[3]
+    widest = WIDEST_HEAD.get(dtype, 0) if q.is_cuda or dtype not in WIDEST_HEAD else max(WIDEST_HEAD.values())
+    return max(width, v_width) <= widest and batch <= LARGEST_BATCH and width % 8 == v_width % 8 == 0
+
+
+def mlp_takes(x: Tensor, *widths: int) -> bool:
+    """Whether `mlp` and `swiglu` run fused on `x`; `widths` are those of input, hidden units and output."""
+    return _here(x) and _autocast_dtype(x) in WIDEST_HEAD and all(width % 8 == 0 for width in widths)
+
+
+def kept_layer_norm_takes(x: Tensor) -> bool:
+    """Whether `kept_layer_norm` runs fused on `x`, of any width."""
+    return _here(x) and x.dtype in WIDEST_HEAD
+
+
+def group_dot_takes(param: Tensor) -> bool:
+    """Whether `group_dot` runs fused on a model with parameters such as `param`."""
+    return _here(param) and param.dtype in WIDEST_HEAD
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -62,12 +105,8 @@ def attention(
     mask: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale · q kᵀ + bias + mask) v over kept heads and dims, with their scores; see `reference.attention`."""
+    run = fused_attention if attention_takes(q, v.shape[-1]) else plain_attention
     q, k, v = _autocast(q, k, v)
-    widest = max(q.shape[-1], v.shape[-1])
-    fits = widest <= (64 if q.is_cuda and q.dtype == torch.float32 else 256)  # a float32 tile is twice the memory
-    fits &= len(q) <= LARGEST_BATCH
-    fused = fits and takes_kernels(q, q.shape[-1], v.shape[-1])
-    run = fused_attention if fused else reference.attention
     return run(q, k, v, scale, heads, qk, v_dim, head_scores, qk_scores, v_scores, bias, mask)
 
 
@@ -81,8 +120,8 @@ def mlp(
     scores: Tensor | None = None,
 ) -> Tensor:
     """fc2(GELU(fc1(x))) over kept hidden units, with their scores; see `reference.mlp`."""
+    run = fused_mlp if mlp_takes(x, *w1.shape, w2.shape[0]) else reference.mlp
     x, w1, b1, w2, b2 = _autocast(x, w1, b1, w2, b2)
-    run = fused_mlp if takes_kernels(x, *w1.shape, w2.shape[0]) else reference.mlp
     return run(x, w1, b1, w2, b2, hidden, scores)
 
 
@@ -98,8 +137,8 @@ def swiglu(
     scores: Tensor | None = None,
 ) -> Tensor:
     """fc2(SiLU(gate(x)) · value(x)) over kept hidden units, with their scores; see `reference.swiglu`."""
+    run = fused_swiglu if mlp_takes(x, *w_gate.shape, w2.shape[0]) else reference.swiglu
     x, *weights = _autocast(x, w_gate, b_gate, w_value, b_value, w2, b2)
-    run = fused_swiglu if takes_kernels(x, *w_gate.shape, w2.shape[0]) else reference.swiglu
     return run(x, *weights, hidden, scores)
 
 
@@ -114,13 +153,12 @@ def kept_layer_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """LayerNorm over kept channels, with the residual add and their scores; see `reference.kept_layer_norm`.
 
-    A missing bias counts as zeros; an x and a residual of two dtypes are added in the wider one.
+    An x and a residual of two dtypes are added in the wider one.
     """
-    b = torch.zeros_like(w) if b is None else b
     if residual is not None and residual.dtype != x.dtype:
         wider = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(wider), residual.to(wider)
-    run = fused_kept_layer_norm if takes_kernels(x) else reference.kept_layer_norm
+    run = fused_kept_layer_norm if kept_layer_norm_takes(x) else reference.kept_layer_norm
     return run(x, w, b, keep, eps, residual, scores)
 
 
@@ -128,5 +166,5 @@ def group_dot(
     params: Mapping[str, Tensor], grads: Mapping[str, Tensor], plan: GroupDotPlan, *, scale: float | Tensor = 1.0
 ) -> Tensor:
     """Σ scale · w·∂w of every unit that `plan` declares; see `reference.group_dot`. Bitwise repeatable."""
-    run = fused_group_dot if takes_kernels(next(iter(params.values()))) else reference.group_dot
+    run = fused_group_dot if group_dot_takes(next(iter(params.values()))) else reference.group_dot
     return run(params, grads, plan, scale=scale)

@@ -20,14 +20,16 @@ import torch
 from safetensors.torch import save_file
 
 import nvit
-from nvit import FinetuneConfig, parallel
+from nvit import FinetuneConfig, adapters, parallel
 from nvit.cli import main as cli
 from nvit.criteria.base import RunningMean
+from nvit.prune.plan import Plan
 from nvit.prune.pruner import Pruner
 from nvit.structure.run_state import load_run_state
-from nvit.training.data import TrainingData
+from nvit.training.data import TrainingData, shares
 from nvit.training.distill import Objective
 from nvit.training.trainer import Trainer
+from tests.families import HOSTS, ONE_OF_EACH
 from tests.hosts import images, labels, make
 from tests.runs import NoisyImages, config, table
 
@@ -147,6 +149,33 @@ def finetuned(root: Path, name: str, fsdp: bool) -> None:
     parallel.leave()
 
 
+def checkpointed() -> None:
+    """Blocks in shards that compute their activations again: the whole model's gradients, for every family."""
+    parallel.join()
+    for name in ONE_OF_EACH:
+        host = HOSTS[name]().double()
+        adapter = adapters.find(host)
+        model = adapter.prepare(host)
+        g = torch.Generator().manual_seed(0)
+        x = torch.randn(2, *adapter.preprocess(model)["input_size"], generator=g, dtype=torch.float64)
+        adapter.logits(model, x).mean.square().sum().backward()
+        expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        call, runs = parallel.shard(model, adapter.logits), []
+        blocks = adapter.blocks(call.model)
+        for block in blocks:
+            block.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        with Plan(checkpoint=True).running(call.model):
+            logits = call(x)
+        logits.mean.square().sum().backward()
+        assert len(runs) == 2 * len(blocks), f"{name}: {len(runs)} runs of {len(blocks)} blocks"
+        found = {n: parallel.full(p.grad) for n, p in call.model.named_parameters() if p.grad is not None}
+        assert found.keys() == expected.keys(), name
+        for n, grad in expected.items():
+            torch.testing.assert_close(found[n], grad, rtol=0, atol=1e-12, msg=f"{name}: {n}")
+    parallel.leave()
+
+
 def killed(out: Path, step: int, more: dict) -> int:
     """The last rank dies after `step` more steps. 1 where that is noticed, 0 where the run ended well."""
     steps = [0]
@@ -203,7 +232,7 @@ def words() -> int:
         (lambda: parallel.from_main(Path("/no/such/file").read_bytes), "No such file"),
         (lambda: parallel.share(2 * world - 1), f"give --batch-size {2 * world}"),
         (
-            lambda: next(nvit.data.shares([(torch.full((8, 1), rank), torch.zeros(8))])),
+            lambda: next(shares([(torch.full((8, 1), rank), torch.zeros(8))])),
             "the loader's first batch differs",
         ),
     ):
@@ -252,6 +281,7 @@ def play(root: Path) -> None:
         start(f"decisions-{count}", count, decisions, root)
     for count, fsdp in ((1, False), (2, False), (3, True)):
         start(f"finetuned-{count}", count, finetuned, root, f"finetuned-{count}", fsdp)
+    start("checkpointed", 2, checkpointed)
     start("whole", 1, ended, root, root / "whole")
     began = time.monotonic()
     start("killed-copies", 2, killed, root / "killed", 4, {"save_every": 1e9})

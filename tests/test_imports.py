@@ -1,35 +1,37 @@
-"""Imports point one way, so that every file can be read with only those before it in mind."""
+"""Imports point one way between rooms, so that every file can be read with only those before it in mind.
+
+A room is a package or a file directly in nvit/. Read `ORDER` from the top: a room knows those in rows above its own.
+`config` stands behind `criteria`, whose registry is the one list of their names and of what each can do.
+"""
 
 import ast
+import statistics
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEAVES = {"progress": set(), "files": set(), "report": {"files"}}
-"""Helpers that anyone may import, and what they import themselves."""
 ORDER = [
+    {"utils"},
     {"spec"},
-    {"functional", "grid", "memory", "taps"},
-    {"modules"},
+    {"layers"},
     {"adapters"},
-    {"masks"},
-    {"saliency", "latency", "moments", "replay"},
-    {"curvature"},
-    {"selection", "refit", "rotation"},
-    {"snapshot"},
-    {"config", "distributed", "analysis", "zoo"},
-    {"data", "distill", "evaluate"},
-    {"training", "budget", "pruner"},
-    {"scoring"},
-    {"finetune", "oneshot", "export", "sparse24"},
-    {"run"},
-    {"inputs", "correlation"},
-    {"jobs"},
-    {"cli", "about"},
-    {"__main__"},
+    {"structure"},
+    {"parallel"},
+    {"tasks", "latency", "calibration", "zoo"},
+    {"criteria", "selection", "sparse24", "serve"},
+    {"config", "about"},
+    {"refit", "training"},
+    {"prune"},
+    {"analysis", "export"},
+    {"cli"},
 ]
-"""A file imports from lines above its own."""
+DOORS = {"__init__", "__main__", "data", "snapshot"}
+"""Files directly in nvit/ that hand on what lives in rooms, under names that users import, and hold nothing else."""
+KERNEL_DOORS = {"nvit/layers/functional.py", "nvit/sparse24.py"}
+MOST_ROOMS, MOST_LINES, MEDIAN_LINES = 20, 350, 150
 
 
 def imported(path: Path) -> set[str]:
@@ -47,40 +49,84 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def module_of(dotted: str) -> str | None:
-    """`nvit.masks.Masks` -> `masks`."""
-    parts = dotted.split(".")
-    return parts[1] if parts[0] == "nvit" and len(parts) > 1 else None
+def where(path: Path) -> str:
+    """`nvit/spec.py`, from the root."""
+    return path.relative_to(ROOT).as_posix()
 
 
-FILES = {p: imported(p) for folder in ("nvit", "nvit_kernels") for p in sorted((ROOT / folder).rglob("*.py"))}
-ENGINE = {p: names for p, names in FILES.items() if p.parts[len(ROOT.parts)] == "nvit" and p.name != "__init__.py"}
-ENGINE |= {p: names for p, names in FILES.items() if p.parent.name == "adapters"}
-
-
-def own(path: Path) -> str:
+def room_of(path: Path) -> str:
+    """`nvit/latency/grid.py` -> `latency`."""
     return path.relative_to(ROOT / "nvit").with_suffix("").parts[0]
 
 
-def level(name: str) -> int:
-    return next((i for i, names in enumerate(ORDER) if name in names), len(ORDER))
+def file_of(dotted: str) -> Path | None:
+    """The file of nvit that `nvit.latency.grid.Grid` is imported from: `nvit/latency/grid.py`."""
+    parts = dotted.split(".")
+    for end in range(len(parts), 0, -1):
+        base = ROOT.joinpath(*parts[:end])
+        for file in (base.with_suffix(".py"), base / "__init__.py"):
+            if parts[0] == "nvit" and file in FILES:
+                return file
+    return None
 
 
-def test_every_file_has_its_place():
-    assert {own(p) for p in ENGINE} <= set().union(*ORDER, LEAVES)
-    assert len(ENGINE) > 15 and any(FILES.values())
+FILES = {p: imported(p) for folder in ("nvit", "nvit_kernels") for p in sorted((ROOT / folder).rglob("*.py"))}
+ENGINE = {p: names for p, names in FILES.items() if where(p).startswith("nvit/")}
+ROOMS = sorted({room_of(p) for p in ENGINE} - DOORS)
 
 
-@pytest.mark.parametrize("path", ENGINE, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_point_one_way(path):
-    mine = own(path)
-    theirs = {m for m in map(module_of, ENGINE[path]) if m and m != mine}
-    if mine in LEAVES:
-        assert theirs <= LEAVES[mine], f"{mine} is a leaf"
-        return
-    package_itself = {m for m in theirs if m.startswith("__version__")}
-    late = {m for m in theirs - LEAVES.keys() - package_itself if level(m) >= level(mine)}
-    assert not late, f"{mine} imports {sorted(late)}, which come later"
+def neighbours(path: Path) -> Iterator[tuple[str, Path]]:
+    """What a file of the engine imports from other files of it; the package's own version apart."""
+    for name in sorted(ENGINE[path]):
+        file = file_of(name)
+        if file is not None and file != path and name != "nvit.__version__":
+            yield name, file
+
+
+def test_every_room_has_its_place_and_they_are_few():
+    assert set(ROOMS) <= set().union(*ORDER), "a room is in no row of ORDER"
+    assert 15 < len(ROOMS) <= MOST_ROOMS, ROOMS
+    assert sum(len(list(neighbours(p))) for p in ENGINE) > 200, "imports are seen"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_point_down_or_stay_in_their_room(room):
+    level = {name: row for row, names in enumerate(ORDER) for name in names}
+    late = [
+        f"{where(path)} imports {name}"
+        for path in ENGINE
+        if room_of(path) == room
+        for name, file in neighbours(path)
+        if room_of(file) != room and not level.get(room_of(file), len(ORDER)) < level[room]
+    ]
+    assert not late, "\n".join(late)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_files_of_a_room_do_not_import_in_circles(room):
+    files = [path for path in ENGINE if room_of(path) == room]
+    graph = {path: {file for _, file in neighbours(path) if room_of(file) == room} for path in files}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as e:
+        pytest.fail(" <- ".join(map(where, e.args[1])))
+
+
+def test_doors_only_hand_on():
+    """Imports and `__all__`; the package's own file says its version as well, and `__main__` calls."""
+    for name in sorted(DOORS - {"__init__", "__main__"}):
+        path = ROOT / "nvit" / f"{name}.py"
+        if path.exists():
+            rest = [n for n in ast.parse(path.read_text()).body if not isinstance(n, (ast.Import, ast.ImportFrom))]
+            allowed = (ast.Expr, ast.Assign)
+            assert all(isinstance(n, allowed) for n in rest), f"{where(path)} defines something"
+
+
+def test_utils_knows_nobody():
+    for path in ENGINE:
+        if room_of(path) == "utils":
+            outside = [name for name, file in neighbours(path) if room_of(file) != "utils"]
+            assert not outside, f"{where(path)} imports {outside}"
 
 
 def test_spec_knows_no_torch():
@@ -90,27 +136,42 @@ def test_spec_knows_no_torch():
 def test_host_names_stay_in_adapters():
     """timm's model and layer classes are known to adapters alone; its data, optimiser, factory serve everyone."""
     for path, names in ENGINE.items():
-        if own(path) != "adapters":
-            assert not {
+        if room_of(path) != "adapters":
+            hosts = {
                 n
                 for n in names
                 if n.startswith(("timm.layers", "transformers")) or (n.count(".") > 2 and n.startswith("timm.models."))
-            }, path
+            }
+            assert not hosts, f"{where(path)} imports {sorted(hosts)}"
 
 
-def test_one_door_each():
+def test_kernels_have_two_doors_and_processes_one():
+    for path, names in ENGINE.items():
+        if where(path) not in KERNEL_DOORS:
+            assert "nvit_kernels" not in {n.split(".")[0] for n in names}, where(path)
+        if room_of(path) != "parallel":
+            assert not any(n.startswith("torch.distributed") for n in names), where(path)
+
+
+def test_kernels_know_neither_the_engine_nor_hosts():
+    """`fuse` swaps layers in timm's models."""
     for path, names in FILES.items():
-        tops = {n.split(".")[0] for n in names}
-        where = str(path.relative_to(ROOT))
-        assert "benchmarks" not in tops and "tests" not in tops, where
-        if where.startswith("nvit_kernels"):
-            hosts = {"transformers"} if path.name == "fuse.py" else {"timm", "transformers"}
-            assert not tops & ({"nvit"} | hosts), where
-        elif path.name not in ("functional.py", "sparse24.py"):
-            assert "nvit_kernels" not in tops, where
-        if path.name != "distributed.py":
-            assert not any(n.startswith("torch.distributed") for n in names), where
-        assert not tops & {"pickle", "dill", "joblib", "shelve"}, where
+        if path not in ENGINE:
+            banned = {"nvit", "transformers"} | (set() if path.name == "fuse.py" else {"timm"})
+            assert not {n.split(".")[0] for n in names} & banned, where(path)
+
+
+def test_nobody_pickles_or_imports_benchmarks():
+    for path, names in FILES.items():
+        banned = {"pickle", "dill", "joblib", "shelve", "benchmarks", "tests"}
+        assert not {n.split(".")[0] for n in names} & banned, where(path)
+
+
+def test_files_are_short():
+    lines = {where(p): len(p.read_text().splitlines()) for p in FILES}
+    long = {name: n for name, n in lines.items() if n > MOST_LINES}
+    assert not long, f"over {MOST_LINES} lines: {long}"
+    assert statistics.median(lines.values()) <= MEDIAN_LINES
 
 
 def test_the_checker_sees_relative_absolute_and_nested_imports(tmp_path, monkeypatch):
@@ -121,3 +182,11 @@ def test_the_checker_sees_relative_absolute_and_nested_imports(tmp_path, monkeyp
     )
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     assert imported(file) == {"nvit.modules.A", "nvit.adapters.y", "nvit.cli", "nvit.masks"}
+
+
+def test_the_checker_finds_the_file_behind_a_name():
+    assert file_of("nvit.latency.grid.Grid") == ROOT / "nvit/latency/grid.py"
+    assert file_of("nvit.spec.KINDS") == ROOT / "nvit/spec.py"
+    assert file_of("nvit.layers.keep_") == ROOT / "nvit/layers/__init__.py"
+    assert file_of("nvit.layers.base") == ROOT / "nvit/layers/base.py"
+    assert file_of("torch.nn") is None and file_of("nvit_kernels.plan") is None

@@ -24,7 +24,7 @@ import torch
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass as convert
 import nvit_kernels
 from nvit_kernels import _native, sparse24
-from nvit_kernels.permute24 import search_channel_order
+from nvit_kernels.sparse24.permute import search_channel_order
 
 native = _native.load()
 assert "site-packages" in nvit_kernels.__file__ or "wheel" in nvit_kernels.__file__, nvit_kernels.__file__

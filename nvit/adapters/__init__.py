@@ -1,46 +1,46 @@
-"""One adapter per model family: which weights leave together, declared rather than traced.
+"""Model families: which weights of a model leave together, declared rather than traced.
 
-An adapter is a module with these functions; nothing outside `adapters/` knows a host's attribute names. All but the
-first three and `preprocess` get prepared models, dense or compact. `prepare` and `resize` return the model; a prepared
-one goes through `prepare` unchanged. `groups` takes `spec.BUNDLE_SIZES` where none are given, and `preprocess` always
-holds an `input_size`. `build` raises ValueError for a spec it does not know.
-
-| function | does |
-|---|---|
-| `knows(model)` | whether the model is of this family at all |
-| `refusal(model)` | why a model of this family, prepared or not, is not supported, or None |
-| `prepare(model)` | swaps in prunable layers, in place; same outputs, same parameter names |
-| `groups(model, bundle_sizes)` | the prunable widths and their slices |
-| `spec(model, blocks)` | the `ViTSpec` of the model with these block widths |
-| `build(spec, device)` | the prepared dense model, a skeleton on the meta device unless told otherwise |
-| `resize(model, params, masks)` | gives it cut parameters and the widths that masks leave, in place |
-| `logits(model, images)` | `(class token's, distillation token's or None)`, each `(batch, classes)` |
-| `preprocess(model)` | how images are prepared for it, as timm's data config; `input_size` is always there |
-| `tokens(model)` | tokens in the residual stream |
-| `parts(model)` | the `Part`s whose latencies add up to a prepared model's |
-| `part_macs(model, part)` | a function of a part's widths: multiply-accumulates an image of one piece, multilinear |
-| `sample_spec(spec, part, widths)` | the spec of the smallest model that holds one piece of `part` at these widths |
-| `piece(model, part)` | that piece of such a model as a function, and the shape of its input without the batch |
+To add a family, write a subclass of `base.Adapter` in a file of its own and list it in `FAMILIES`. A model that is an
+embedding, a stack of blocks and what follows them is a `one_stream.OneStream`, which knows its groups and the parts of
+its latency already; a plain transformer of timm is a `timm_plain.TimmPlain`. The layers declare their own slices
+(`declare`); an adapter swaps them in, names the widths and rebuilds the host from a spec. Tiny hosts in
+`tests/families` hold it to all that a family promises.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..layers.bypass import carried
-from . import hf_vit, timm_beit, timm_eva, timm_swin, timm_vit
+from .base import Adapter, Logits
+from .changes import change_, changes_of
+from .hf_vit import HFViT
 from .masking import hook_refusal
+from .timm_beit import TimmBeit
+from .timm_eva import TimmEva
+from .timm_swin import TimmSwin
+from .timm_vit import TimmViT
+from .wrapped import tied, way_in
 
-FAMILIES: dict[str, ModuleType] = {
-    "timm_vit": timm_vit,
-    "timm_swin": timm_swin,
-    "timm_eva": timm_eva,
-    "timm_beit": timm_beit,
-    "hf_vit": hf_vit,
-}
+__all__ = [
+    "FAMILIES",
+    "SUPPORTED",
+    "Adapter",
+    "Logits",
+    "change_",
+    "changes_of",
+    "classes",
+    "find",
+    "label_names",
+    "of",
+    "predict",
+    "preprocess",
+    "refusal",
+]
+
+FAMILIES: dict[str, Adapter] = {a.family: a for a in (TimmViT(), TimmSwin(), TimmEva(), TimmBeit(), HFViT())}
 
 SUPPORTED = (
     "timm's VisionTransformer (ViT, DeiT, DINOv2, CLIP, SigLIP and alike), SwinTransformer, Eva (EVA02, DINOv3, PE and "
@@ -50,22 +50,35 @@ SUPPORTED = (
 
 def refusal(model: nn.Module) -> str | None:
     """Why no adapter takes `model`, or None."""
-    family = next((a for a in FAMILIES.values() if a.knows(model)), None)
-    return "no adapter knows its class" if family is None else family.refusal(model)
+    family = _family(model)
+    if family is None:
+        bases = tuple(cls for a in FAMILIES.values() for cls in a.classes())
+        return way_in(model, lambda m: _family(m) is not None, bases) or "no adapter knows its class"
+    return tied(model) or family.refusal(model)
 
 
-def find(model: nn.Module) -> ModuleType:
+def _family(model: nn.Module) -> Adapter | None:
+    return next((a for a in FAMILIES.values() if a.knows(model)), None)
+
+
+def find(model: nn.Module) -> Adapter:
     """The adapter for `model`.
 
     Raises:
         ValueError: no adapter takes it; names the reason and the supported families.
     """
     if (reason := refusal(model)) is not None:
-        raise ValueError(f"{type(model).__name__} is not supported: {reason}. Supported families: {SUPPORTED}")
+        known = "" if "give" in reason else f". Supported families: {SUPPORTED}"
+        raise ValueError(f"{type(model).__module__}.{type(model).__name__} is not supported: {reason}{known}")
+    return of(model)
+
+
+def of(model: nn.Module) -> Adapter:
+    """The adapter of a prepared model, which `find` took before; its blocks may be wrapped meanwhile (in shards)."""
     return next(a for a in FAMILIES.values() if a.knows(model))
 
 
-def find_maskable(model: nn.Module) -> ModuleType:
+def find_maskable(model: nn.Module) -> Adapter:
     """The adapter for a model that is going to be masked.
 
     Raises:
@@ -86,6 +99,11 @@ def preprocess(model: nn.Module) -> dict[str, Any]:
     return find(model).preprocess(model)
 
 
+def label_names(model: nn.Module) -> dict[str, int]:
+    """Class numbers by the model's own names of its classes; empty where it has none, or no adapter knows it."""
+    return find(model).label_names(model) if refusal(model) is None else {}
+
+
 def predict(model: nn.Module, images: Tensor) -> Tensor:
     """Logits `(batch, classes)` of any classifier, also one that hands them out in an object, as transformers' do."""
     out = model(images)
@@ -94,4 +112,6 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
 
 def classes(model: nn.Module) -> int:
     """How many classes a model tells apart, under timm's name for it or transformers'."""
+    if hasattr(model, "dense_config") and isinstance(head := getattr(model, "head", None), nn.Linear):
+        return head.out_features  # a new head does not tell the model
     return model.num_classes if hasattr(model, "num_classes") else model.num_labels

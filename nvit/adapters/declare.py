@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from ..layers import EmbeddingNorm, Layout, Norm, Prunable, prunable_layers
 from ..spec import Group, Slice
 
+EMB = {"emb": "emb"}
+"""Axes of a layer that is on the only residual stream of a model and on nothing else."""
+
 PUBLISHED_HEAD_DIVISOR, PUBLISHED_DIM_DIVISOR = 12.0, 2.0
 
 

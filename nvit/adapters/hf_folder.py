@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .hf_vit import ARCHITECTURES, dense, library
+from .hf_hosts import ARCHITECTURES, dense, library
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from ..layers import Layout, Mlp, Prunable, functional
 from ..layers.base import dim_slices, index
 from ..spec import Slice
-from .declare import block_axes
-from .timm_layers import is_norm, mlp, mlp_refusal
-from .timm_plain import EMB, stream_norm
+from .declare import EMB, block_axes
+from .timm_layers import is_norm, mlp, mlp_refusal, stream_norm
 
 
 class ScaledBlock(Prunable):

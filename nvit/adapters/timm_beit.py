@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
-from timm.layers import SwiGLU
+import torch
+from timm.layers import SwiGLU, resize_rel_pos_bias_table
 from timm.models.beit import Attention as BeitAttention
 from timm.models.beit import Beit, Block, gen_relative_position_index
 from torch import Tensor, nn
 
 from ..layers import Attention, Prunable, StreamEntry
-from ..spec import BUNDLE_SIZES, BlockWidths, Group, Part, ViTSpec
-from . import timm_plain
-from .declare import fill_buffers_, with_axes
+from ..spec import ViTSpec
+from .declare import EMB, fill_buffers_, with_axes
 from .scaled_block import ScaledBlock, block_refusal, scaled_block
-from .timm_layers import is_norm, mlp_ratio
-from .timm_plain import EMB, embedding_config, norm_config, norm_layer, prepare_output
-from .timm_plain import parts as parts
-from .timm_plain import preprocess as preprocess
-from .timm_plain import resize as resize
-from .timm_plain import sample_spec as sample_spec
-from .timm_plain import tokens as tokens
-
-ARCHITECTURES = {"Beit": Beit}
+from .timm_config import mlp_ratio, norm_layer
+from .timm_layers import is_norm
+from .timm_plain import TimmPlain, embedding_config, norm_config, prepare_heads, prepare_output
 
 
 class BiasedAttention(Attention):
-    """Attention that takes the position bias that all blocks share as timm's blocks pass it."""
+    """Attention that takes the position bias that all blocks share as timm's blocks pass it.
+
+    Attributes:
+        window_size: patches along height and width that its own table of biases is for; None without one.
+    """
+
+    window_size: tuple[int, int] | None = None
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         """`shared_rel_pos_bias`: `(dense heads, tokens, tokens)`."""
@@ -37,24 +37,61 @@ class BiasedAttention(Attention):
         bias = shared_rel_pos_bias if self.table_heads is None else shared_rel_pos_bias[self.table_heads]
         return self.attend(x, bias.unsqueeze(0))
 
-
-def knows(model: nn.Module) -> bool:
-    """Whether `model` is of this class; a subclass may compute something else."""
-    return type(model) is Beit
-
-
-def _block_refusal(block: nn.Module) -> str | None:
-    if not isinstance(block, ScaledBlock):
-        if type(block) is not Block:
-            return f"block type {type(block).__name__}"
-        if type(block.attn) is not BeitAttention:
-            return f"attention type {type(block.attn).__name__}"
-    return block_refusal(block)
+    def set_window_size(self, window_size: tuple[int, int]) -> None:
+        """Called by the model's `set_input_size`: the table of the kept heads is resampled as timm's is."""
+        if self.bias_table_name is None or tuple(window_size) == self.window_size:
+            return
+        table, height, width = self.relative_position_bias_table, *window_size
+        shape = ((2 * height - 1) * (2 * width - 1) + 3, table.shape[1])
+        with torch.no_grad():
+            resized = resize_rel_pos_bias_table(table, window_size, shape, self.window_size)
+        self.relative_position_bias_table = nn.Parameter(resized, requires_grad=table.requires_grad)
+        self._constant("bias_index", gen_relative_position_index(window_size).to(table.device))
+        self.window_size = tuple(window_size)
 
 
-def refusal(model: nn.Module) -> str | None:
-    """Why a model of this family is not supported, or None."""
-    return timm_plain.refusal(model, _block_refusal)
+class TimmBeit(TimmPlain):
+    """The adapter of timm's Beit.
+
+    A head takes its column of the block's position bias with it; a bias that all blocks share stays whole.
+    """
+
+    family = "timm_beit"
+    architectures: ClassVar = {"Beit": Beit}
+
+    def block_refusal(self, block: nn.Module) -> str | None:
+        if not isinstance(block, ScaledBlock):
+            if type(block) is not Block:
+                return f"block type {type(block).__name__}"
+            if type(block.attn) is not BeitAttention:
+                return f"attention type {type(block.attn).__name__}"
+        return block_refusal(block)
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        if hasattr(model, "dense_config"):
+            return prepare_heads(model)
+        model.dense_config = _config(model)
+        model.pos_drop = nn.Sequential(model.pos_drop, with_axes(EMB, StreamEntry(), model.pos_drop))
+        for i, block in enumerate(model.blocks):
+            model.blocks[i] = scaled_block(block, i, partial(_attention, shared_bias=model.rel_pos_bias is not None))
+        prepare_output(model)
+        return model
+
+    def settings(self, model: nn.Module) -> dict[str, Any]:
+        return super().settings(model) | {"use_fc_norm": is_norm(model.fc_norm)}
+
+    def build(self, spec: ViTSpec, device: str = "meta") -> nn.Module:
+        config = dict(spec.config)
+        config["norm_layer"] = norm_layer(config)
+        model = self.construct(spec, config, device)
+        if model.rel_pos_bias is not None:
+            fill_buffers_(model.rel_pos_bias)
+        return self.prepare(model)
+
+    def steps(self, model: nn.Module) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        block = model.blocks[0]
+        shared = None if model.rel_pos_bias is None else model.rel_pos_bias()
+        return partial(block.attention_step, shared_rel_pos_bias=shared), block.mlp_step
 
 
 def _attention(host: nn.Module, axes: Mapping[str, str], shared_bias: bool) -> Prunable:
@@ -74,27 +111,8 @@ def _attention(host: nn.Module, axes: Mapping[str, str], shared_bias: bool) -> P
         attn_drop=host.attn_drop.p,
         proj_drop=host.proj_drop.p,
     )
+    layer.window_size = tuple(host.window_size) if own_bias else None
     return with_axes(axes, layer, host)
-
-
-def prepare(model: nn.Module) -> nn.Module:
-    """Swap timm's layers for prunable ones, in place. Outputs, parameters and their names stay as they are."""
-    if hasattr(model, "dense_config"):
-        return model
-    model.dense_config = _config(model)
-    model.pos_drop = nn.Sequential(model.pos_drop, with_axes(EMB, StreamEntry(), model.pos_drop))
-    for i, block in enumerate(model.blocks):
-        model.blocks[i] = scaled_block(block, i, partial(_attention, shared_bias=model.rel_pos_bias is not None))
-    prepare_output(model)
-    return model
-
-
-def groups(model: nn.Module, bundle_sizes: Mapping[str, int] = BUNDLE_SIZES) -> list[Group]:
-    """Every prunable width of a prepared model, see `timm_plain.groups`.
-
-    A head takes its column of the block's position bias with it; a bias that all blocks share stays whole.
-    """
-    return timm_plain.groups(model, bundle_sizes)
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
@@ -109,43 +127,5 @@ def _config(model: nn.Module) -> dict[str, Any]:
         "use_abs_pos_emb": model.pos_embed is not None,
         "use_rel_pos_bias": block.attn.relative_position_bias_table is not None,
         "use_shared_rel_pos_bias": model.rel_pos_bias is not None,
-        "use_fc_norm": is_norm(model.fc_norm),
         **norm_config(model),
     }
-
-
-def spec(model: nn.Module, blocks: Sequence[BlockWidths]) -> ViTSpec:
-    """The spec of a prepared model at these widths."""
-    return timm_plain.spec("timm_beit", model, blocks)
-
-
-def build(spec: ViTSpec, device: str = "meta") -> nn.Module:
-    """The prepared dense model of `spec`: on the meta device its structure alone, elsewhere freshly initialised.
-
-    Raises:
-        ValueError: an architecture or constructor argument this version does not know.
-    """
-    config = dict(spec.config)
-    config["norm_layer"] = norm_layer(config)
-    model = timm_plain.build(spec, ARCHITECTURES, config, device)
-    if model.rel_pos_bias is not None:
-        fill_buffers_(model.rel_pos_bias)
-    return prepare(model)
-
-
-def logits(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """`(batch, classes)` and no distillation token's."""
-    return model(images), None
-
-
-def part_macs(model: nn.Module, part: Part) -> Callable[..., int]:
-    """Multiply-accumulates an image of one piece of `part`, as a function of its widths."""
-    return timm_plain.part_macs(model, part)
-
-
-def piece(model: nn.Module, part: Part) -> tuple[Callable[[Tensor], Tensor], tuple[int, ...]]:
-    """A part of a one-block model as a function, see `timm_plain.piece`."""
-    block = model.blocks[0]
-    shared = None if model.rel_pos_bias is None else model.rel_pos_bias()
-    attention = partial(block.attention_step, shared_rel_pos_bias=shared)
-    return timm_plain.piece(model, part, attention, block.mlp_step)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.layers import AttentionRope, GluMlp, SwiGLU
 from timm.layers.pos_embed_sincos import (
@@ -20,18 +20,13 @@ from torch import Tensor, nn
 
 from ..layers import Attention, Layout, Prunable, StreamEntry, head_layout
 from ..layers.functional import Rotary
-from ..spec import BUNDLE_SIZES, BlockWidths, Group, Part, ViTSpec
-from . import timm_plain
-from .declare import fill_buffers_, with_axes
+from ..spec import Part, ViTSpec
+from .declare import EMB, fill_buffers_, with_axes
 from .scaled_block import ScaledBlock, block_refusal, scaled_block
-from .timm_layers import inner_norm, is_norm, is_norm_or_none, known, mlp_ratio
-from .timm_plain import EMB, embedding_config, norm_config, norm_layer, prepare_output, stream_norm
-from .timm_plain import parts as parts
-from .timm_plain import preprocess as preprocess
-from .timm_plain import resize as resize
-from .timm_plain import tokens as tokens
+from .timm_config import known, mlp_ratio, norm_layer
+from .timm_layers import inner_norm, is_norm, is_norm_or_none, stream_norm
+from .timm_plain import TimmPlain, embedding_config, norm_config, prepare_heads, prepare_output
 
-ARCHITECTURES = {"Eva": Eva}
 ATTENTIONS = {"eva": EvaAttention, "rope": AttentionRope}
 ROPES = {
     "cat": RotaryEmbeddingCat,
@@ -72,33 +67,78 @@ class RotaryAttention(Attention):
         return super().forward(x, attn_mask, is_causal, turn)
 
 
-def knows(model: nn.Module) -> bool:
-    """Whether `model` is of this class; a subclass may compute something else."""
-    return type(model) is Eva
+class TimmEva(TimmPlain):
+    """The adapter of timm's Eva. A unit of `qk_dim` is a rotary pair where positions turn.
 
+    Learned frequencies (`rope.freqs`) belong to all blocks and stay whole; each block reads its own part of them.
+    """
 
-def _block_refusal(block: nn.Module) -> str | None:
-    if not isinstance(block, ScaledBlock):
-        if type(block) is not EvaBlock:
-            return f"block type {type(block).__name__}; only the pre-norm EvaBlock is known"
-        attn = block.attn
-        if type(attn) not in ATTENTIONS.values():
-            return f"attention type {type(attn).__name__}"
-        if getattr(attn, "num_kv_heads", attn.num_heads) != attn.num_heads:
-            return f"grouped-query attention ({attn.num_kv_heads} key heads for {attn.num_heads} query heads)"
-        if attn.gate is not None:
-            return "gated attention output"
-        inner = next((m for m in (attn.q_norm, attn.k_norm, attn.norm) if not is_norm_or_none(m)), None)
-        if inner is not None:
-            return f"norm type {type(inner).__name__} in attention"
-    return block_refusal(block)
+    family = "timm_eva"
+    architectures: ClassVar = {"Eva": Eva}
 
+    def refusal(self, model: nn.Module) -> str | None:
+        if model.rope is not None and type(model.rope) not in ROPES.values():
+            return f"rotary embedding type {type(model.rope).__name__}"
+        return super().refusal(model)
 
-def refusal(model: nn.Module) -> str | None:
-    """Why a model of this family is not supported, or None."""
-    if model.rope is not None and type(model.rope) not in ROPES.values():
-        return f"rotary embedding type {type(model.rope).__name__}"
-    return timm_plain.refusal(model, _block_refusal)
+    def block_refusal(self, block: nn.Module) -> str | None:
+        if not isinstance(block, ScaledBlock):
+            if type(block) is not EvaBlock:
+                return f"block type {type(block).__name__}; only the pre-norm EvaBlock is known"
+            attn = block.attn
+            if type(attn) not in ATTENTIONS.values():
+                return f"attention type {type(attn).__name__}"
+            if getattr(attn, "num_kv_heads", attn.num_heads) != attn.num_heads:
+                return f"grouped-query attention ({attn.num_kv_heads} key heads for {attn.num_heads} query heads)"
+            if attn.gate is not None:
+                return "gated attention output"
+            inner = next((m for m in (attn.q_norm, attn.k_norm, attn.norm) if not is_norm_or_none(m)), None)
+            if inner is not None:
+                return f"norm type {type(inner).__name__} in attention"
+        return block_refusal(block)
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        if hasattr(model, "dense_config"):
+            return prepare_heads(model)
+        model.dense_config = _config(model)
+        entry = model.norm_pre
+        model.norm_pre = stream_norm(entry, entry=True) if is_norm(entry) else with_axes(EMB, StreamEntry(), entry)
+        for i, block in enumerate(model.blocks):
+            model.blocks[i] = scaled_block(block, i, partial(_attention, rope=model.rope))
+        prepare_output(model)
+        return model
+
+    def settings(self, model: nn.Module) -> dict[str, Any]:
+        return super().settings(model) | {
+            "use_post_transformer_norm": is_norm(model.norm),
+            "use_fc_norm": is_norm(model.fc_norm),
+            "dynamic_img_size": model.dynamic_img_size,
+            "dynamic_img_pad": model.patch_embed.dynamic_img_pad,
+            "patch_drop_rate": getattr(model.patch_drop, "prob", 0.0),
+        }
+
+    def build(self, spec: ViTSpec, device: str = "meta") -> nn.Module:
+        config = dict(spec.config)
+        known(dict(config), "attn_type", ATTENTIONS)
+        if config.get("use_rot_pos_emb"):
+            known(dict(config), "rope_type", ROPES)
+        config["norm_layer"] = norm_layer(config)
+        model = self.construct(spec, config, device)
+        if model.rope is not None:
+            fill_buffers_(model.rope)
+        return self.prepare(model)
+
+    def sample_spec(self, spec: ViTSpec, part: Part, widths: Sequence[int]) -> ViTSpec:
+        if part.name == "rest" and spec.config.get("rope_type") == "mixed":  # computes the angles of all blocks
+            return replace(spec, blocks=tuple(replace(b, emb=widths[0]) for b in spec.blocks))
+        return super().sample_spec(spec, part, widths)
+
+    def steps(self, model: nn.Module) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        block, rope = model.blocks[0], None
+        if model.rope is not None:
+            rope = model.rope.get_embed(shape=model.patch_embed.grid_size)
+            rope = rope[0] if isinstance(model.rope, RotaryEmbeddingMixed) else rope
+        return partial(block.attention_step, rope=rope), block.mlp_step
 
 
 def _attention(host: nn.Module, axes: Mapping[str, str], rope: nn.Module | None) -> Prunable:
@@ -125,30 +165,9 @@ def _attention(host: nn.Module, axes: Mapping[str, str], rope: nn.Module | None)
     return with_axes(axes, layer, host)
 
 
-def prepare(model: nn.Module) -> nn.Module:
-    """Swap timm's layers for prunable ones, in place. Outputs, parameters and their names stay as they are."""
-    if hasattr(model, "dense_config"):
-        return model
-    model.dense_config = _config(model)
-    entry = model.norm_pre
-    model.norm_pre = stream_norm(entry, entry=True) if is_norm(entry) else with_axes(EMB, StreamEntry(), entry)
-    for i, block in enumerate(model.blocks):
-        model.blocks[i] = scaled_block(block, i, partial(_attention, rope=model.rope))
-    prepare_output(model)
-    return model
-
-
-def groups(model: nn.Module, bundle_sizes: Mapping[str, int] = BUNDLE_SIZES) -> list[Group]:
-    """Every prunable width of a prepared model, see `timm_plain.groups`; a unit of `qk_dim` is a rotary pair.
-
-    Learned frequencies (`rope.freqs`) belong to all blocks and stay whole; each block reads its own part of them.
-    """
-    return timm_plain.groups(model, bundle_sizes)
-
-
 def _config(model: nn.Module) -> dict[str, Any]:
     """Constructor arguments that rebuild a timm model, read off the model, so that ones built by hand work as well."""
-    block, embed, pool = model.blocks[0], model.patch_embed, model.attn_pool
+    block, pool = model.blocks[0], model.attn_pool
     config = embedding_config(model) | {
         "qkv_bias": getattr(block.attn, "q_bias", None) is not None
         or (block.attn.q_proj if block.attn.qkv is None else block.attn.qkv).bias is not None,
@@ -168,10 +187,6 @@ def _config(model: nn.Module) -> dict[str, Any]:
         "use_abs_pos_emb": model.pos_embed is not None,
         "use_rot_pos_emb": model.rope is not None,
         "use_pre_transformer_norm": is_norm(model.norm_pre),
-        "use_post_transformer_norm": is_norm(model.norm),
-        "use_fc_norm": is_norm(model.fc_norm),
-        "dynamic_img_size": model.dynamic_img_size,
-        "dynamic_img_pad": embed.dynamic_img_pad,
     }
     if pool is not None:
         config["attn_pool_num_heads"] = pool.num_heads
@@ -181,51 +196,3 @@ def _config(model: nn.Module) -> dict[str, Any]:
         settings = {key: getattr(model.rope, name) for name, key in ROPE_SETTINGS.items() if hasattr(model.rope, name)}
         config |= {key: list(v) if isinstance(v, tuple) else v for key, v in settings.items()}
     return config | norm_config(model)
-
-
-def spec(model: nn.Module, blocks: Sequence[BlockWidths]) -> ViTSpec:
-    """The spec of a prepared model at these widths."""
-    return timm_plain.spec("timm_eva", model, blocks)
-
-
-def build(spec: ViTSpec, device: str = "meta") -> nn.Module:
-    """The prepared dense model of `spec`: on the meta device its structure alone, elsewhere freshly initialised.
-
-    Raises:
-        ValueError: an architecture or constructor argument this version does not know.
-    """
-    config = dict(spec.config)
-    known(dict(config), "attn_type", ATTENTIONS)
-    if config.get("use_rot_pos_emb"):
-        known(dict(config), "rope_type", ROPES)
-    config["norm_layer"] = norm_layer(config)
-    model = timm_plain.build(spec, ARCHITECTURES, config, device)
-    if model.rope is not None:
-        fill_buffers_(model.rope)
-    return prepare(model)
-
-
-def logits(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """`(batch, classes)` and no distillation token's."""
-    return model(images), None
-
-
-def part_macs(model: nn.Module, part: Part) -> Callable[..., int]:
-    """Multiply-accumulates an image of one piece of `part`, as a function of its widths."""
-    return timm_plain.part_macs(model, part)
-
-
-def sample_spec(spec: ViTSpec, part: Part, widths: Sequence[int]) -> ViTSpec:
-    """The smallest model that holds one piece of `part` at these widths, see `timm_plain.sample_spec`."""
-    if part.name == "rest" and spec.config.get("rope_type") == "mixed":  # computes the angles of all blocks
-        return replace(spec, blocks=tuple(replace(b, emb=widths[0]) for b in spec.blocks))
-    return timm_plain.sample_spec(spec, part, widths)
-
-
-def piece(model: nn.Module, part: Part) -> tuple[Callable[[Tensor], Tensor], tuple[int, ...]]:
-    """A part of such a model as a function, see `timm_plain.piece`."""
-    block, rope = model.blocks[0], None
-    if model.rope is not None:
-        rope = model.rope.get_embed(shape=model.patch_embed.grid_size)
-        rope = rope[0] if isinstance(model.rope, RotaryEmbeddingMixed) else rope
-    return timm_plain.piece(model, part, partial(block.attention_step, rope=rope), block.mlp_step)

@@ -1,29 +1,17 @@
-"""timm's layers that several families share: their names in a spec, what of them is known, their prunable form."""
+"""timm's layers that several families share: what of them is known, and their prunable form."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
-from timm.layers import GluMlp, QuickGELU, RmsNorm, SwiGLU
-from timm.layers import LayerNorm as TimmLayerNorm
+from timm.layers import GluMlp, SwiGLU
 from timm.layers import Mlp as TimmMlp
-from timm.layers.activations import GELUTanh
 from torch import nn
 
 from ..layers import GatedMlp, Layout, Linear, Mlp, Norm, Prunable
-from .declare import norm, with_axes
-
-ACTIVATIONS = {"gelu": nn.GELU, "gelu_tanh": GELUTanh, "quick_gelu": QuickGELU, "relu": nn.ReLU, "silu": nn.SiLU}
-NORMS = {"layernorm": TimmLayerNorm, "rmsnorm": RmsNorm}
-MLPS: dict[str, Callable[..., nn.Module]] = {
-    "mlp": TimmMlp,
-    "glu": GluMlp,
-    "glu_gate_first": partial(GluMlp, gate_last=False),
-    "swiglu": SwiGLU,
-}
-"""How timm's MLPs are named in a spec; `glu_gate_first` with SiLU is the packed SwiGLU of DINOv2's giant."""
+from .declare import EMB, norm, with_axes
+from .timm_config import ACTIVATIONS, NORMS
 
 
 def is_norm(m: nn.Module) -> bool:
@@ -34,6 +22,11 @@ def is_norm(m: nn.Module) -> bool:
 
 def is_norm_or_none(m: nn.Module | None) -> bool:
     return m is None or isinstance(m, nn.Identity) or is_norm(m)
+
+
+def stream_norm(host: nn.Module, **more: bool) -> nn.Module:
+    """The prunable form of a norm over the only stream, see `declare.norm`; an identity stays."""
+    return host if isinstance(host, nn.Identity) else norm(host, EMB, **more)
 
 
 def inner_norm(host: nn.Module | None, layout: Layout, scored: bool = False) -> Norm | None:
@@ -49,6 +42,21 @@ def classifier(host: nn.Module, axes: Mapping[str, str], reads_stream: bool = Fa
     return with_axes(axes, layer, host)
 
 
+def stem_refusal(embed: nn.Module) -> str | None:
+    """Why a patch embedding has no prunable form, or None: it has to be one convolution over patches that lie side by
+    side."""
+    proj = embed.proj
+    if type(proj) is not nn.Conv2d:
+        inside = ", ".join(type(m).__name__ for m in proj.children())
+        return f"a stem of {type(proj).__name__}{f' ({inside})' * bool(inside)} where one convolution was expected"
+    plain = tuple(proj.kernel_size) == tuple(proj.stride) == tuple(embed.patch_size)
+    if not plain or proj.groups != 1 or any(proj.padding) or any(d != 1 for d in proj.dilation):
+        return (
+            f"a convolutional stem (kernel {proj.kernel_size}, stride {proj.stride}); patches have to lie side by side"
+        )
+    return None
+
+
 def mlp_refusal(mlp: nn.Module) -> str | None:
     """Why an MLP of a block has no prunable form, or None."""
     if isinstance(mlp, (Mlp, GatedMlp)):
@@ -57,6 +65,8 @@ def mlp_refusal(mlp: nn.Module) -> str | None:
         return f"MLP type {type(mlp).__name__}"
     if not is_norm_or_none(mlp.norm):
         return f"norm type {type(mlp.norm).__name__} inside the MLP"
+    if len(rates := {m.p for m in (mlp.drop1, mlp.drop2)}) > 1:
+        return f"two dropout rates in one MLP ({rates})"
     return None if type(mlp.act) in ACTIVATIONS.values() else f"activation {type(mlp.act).__name__}"
 
 
@@ -68,40 +78,3 @@ def mlp(host: nn.Module, axes: Mapping[str, str]) -> Prunable:
     first = [n for n in ("fc1", "fc1_g", "fc1_x") if hasattr(host, n)]
     more: dict[str, Any] = {"gate_last": getattr(host, "gate_last", False), "norm": inner}
     return with_axes(axes, GatedMlp(host, host.act, first=first, drop=host.drop2.p, **more), host)
-
-
-def mlp_name(host: nn.Module) -> str:
-    """The key of `MLPS` for a timm MLP that is not yet prepared."""
-    if type(host) is GluMlp:
-        return "glu" if host.gate_last else "glu_gate_first"
-    return "swiglu" if type(host) is SwiGLU else "mlp"
-
-
-def mlp_hidden(host: nn.Module) -> int:
-    """`hidden_features` that timm's constructor gets: both halves of a packed layer."""
-    return (getattr(host, "fc1", None) or host.fc1_g).out_features
-
-
-def mlp_ratio(emb: int, hidden: int) -> float:
-    """`mlp_ratio` from which timm's `int(emb * ratio)` gets `hidden` back."""
-    ratio = hidden / emb
-    return ratio if int(emb * ratio) == hidden else (hidden + 0.5) / emb
-
-
-def name_in(known: Mapping[str, Any], m: nn.Module | type) -> str:
-    """The key of a layer's class in one of the maps above."""
-    cls = m if isinstance(m, type) else type(m)
-    found = next((name for name, value in known.items() if value is cls), None)
-    return found or ("layernorm" if cls is nn.LayerNorm else cls.__name__)
-
-
-def known(config: dict[str, Any], key: str, names: Mapping[str, Any], default: str = "") -> Any:
-    """What a spec's config names under `key`, taken out of it.
-
-    Raises:
-        ValueError: a name this version does not know.
-    """
-    name = config.pop(key, default)
-    if name not in names:
-        raise ValueError(f"{key} {name!r} is unknown; expected one of {', '.join(names)}")
-    return names[name]

@@ -19,10 +19,11 @@ from ..latency.table import LatencyTable
 from ..layers import keep_
 from ..prune.pruner import Pruner
 from ..prune.scoring import score
+from ..selection.bundles import units_gone
 from ..spec import KINDS, Group
 from ..structure.masks import full_masks
 from ..utils.progress import Progress, silent
-from .widths import TITLES
+from .figure import TITLES, panels
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 
@@ -55,13 +56,12 @@ def propose(scores: Mapping[str, Mapping[str, Tensor]], groups: Sequence[Group],
     """
     each, found = max(1, round(count / len(scores))), []
     for g in groups:
+        # Pruning keeps the last bundle; here it may go alone, unless it is all there is.
+        ends = [*units_gone(g.size, g.multiple).tolist(), g.size]
+        spans = [(start, end) for start, end in itertools.pairwise(ends) if end - start < g.size]
+        ranks = sorted({round(r) for r in np.linspace(0, len(spans) - 1, min(each, len(spans)))})
         for name, by_group in scores.items():
             order = by_group[g.name].argsort(stable=True).tolist()
-            # The first bundle makes what remains a multiple of the bundle size.
-            first = g.size % g.multiple or g.multiple
-            ends = [0, *range(first, g.size + 1, g.multiple)]
-            spans = [s for s in itertools.pairwise(ends) if s[1] - s[0] < g.size]
-            ranks = sorted({round(r) for r in np.linspace(0, len(spans) - 1, min(each, len(spans)))})
             found += [Bundle(g, tuple(sorted(order[slice(*spans[r])])), name) for r in ranks]
     return found
 
@@ -71,8 +71,7 @@ def _loss(model: nn.Module, batches: Batches) -> float:
     """Mean cross entropy over all images."""
     adapter, device, total = adapters.find(model), next(model.parameters()).device, 0.0
     for images, labels in batches:
-        cls, dist = adapter.logits(model, images.to(device))
-        logits = cls if dist is None else (cls + dist) / 2
+        logits = adapter.logits(model, images.to(device)).mean
         total += float(nn.functional.cross_entropy(logits.double(), labels.to(device), reduction="sum"))
     return total / sum(len(labels) for _, labels in batches)
 
@@ -135,29 +134,21 @@ def rank_correlations(rows: Sequence[Mapping[str, Any]], criteria: Sequence[str]
 
 def plot(rows: Sequence[Mapping[str, Any]], criteria: Sequence[str], path: Path | str) -> None:
     """A panel per criterion, a colour per kind: loss change over saliency, both on logarithmic axes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     found = {(r["criterion"], r["kind"]): r["spearman"] for r in rank_correlations(rows, criteria)}
-    figure, panels = plt.subplots(
-        1, len(criteria), figsize=(4.2 * len(criteria), 3.6), sharey=True, squeeze=False, layout="constrained"
-    )
     least = max(1e-12, float(np.median([abs(r["loss_change"]) for r in rows])) / 30)
-    for panel, name in zip(panels[0], criteria, strict=True):
-        for kind in KINDS:
-            mine = [r for r in rows if r["kind"] == kind]
-            rho = found.get((name, kind))
-            label = TITLES[kind] + ("" if rho is None else f" {rho:.2f}")
-            if mine:
-                panel.scatter([r[name] for r in mine], [r["loss_change"] for r in mine], s=9, alpha=0.7, label=label)
-        if all(r[name] > 0 for r in rows):
-            panel.set_xscale("log")
-        panel.set_yscale("symlog", linthresh=least)
-        rho = found[name, "all"]
-        panel.set(xlabel="saliency of the bundle", title=name + ("" if rho is None else f": Spearman {rho:.2f}"))
-        panel.legend(fontsize="x-small")
-    panels[0, 0].set_ylabel("loss change without the bundle")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with panels(len(criteria), 4.2, 3.6, path, sharey=True) as axes:
+        for panel, name in zip(axes, criteria, strict=True):
+            for kind in KINDS:
+                mine = [r for r in rows if r["kind"] == kind]
+                rho = found.get((name, kind))
+                label = TITLES[kind] + ("" if rho is None else f" {rho:.2f}")
+                if mine:
+                    saliency, change = [r[name] for r in mine], [r["loss_change"] for r in mine]
+                    panel.scatter(saliency, change, s=9, alpha=0.7, label=label)
+            if all(r[name] > 0 for r in rows):
+                panel.set_xscale("log")
+            panel.set_yscale("symlog", linthresh=least)
+            rho = found[name, "all"]
+            panel.set(xlabel="saliency of the bundle", title=name + ("" if rho is None else f": Spearman {rho:.2f}"))
+            panel.legend(fontsize="x-small")
+        axes[0].set_ylabel("loss change without the bundle")

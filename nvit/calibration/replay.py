@@ -3,6 +3,7 @@ while what it holds changes, and no block runs again for those behind it."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,27 +12,34 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .. import adapters
-from ..layers import prunable_layers
-from ..spec import Group
+from .stand_in import standing_in
 
 
 class Reached(Exception):
     """Raised inside a forward pass to end it."""
 
 
-def block_names(model: nn.Module, groups: Sequence[Group]) -> list[str]:
-    """Names of the modules that hold a block each, in order: the innermost that have all layers of its widths."""
-    owner = {g.name: g.blocks[0] for g in groups if g.kind != "emb"}
-    layers: dict[int, list[list[str]]] = {}
-    for name, layer in prunable_layers(model).items():
-        for group in layer.axes.values():
-            if group in owner:
-                layers.setdefault(owner[group], []).append(name.split("."))
-    names = []
-    for _, paths in sorted(layers.items()):
-        common = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
-        names.append(".".join(common))
-    return names
+class _Stop(nn.Module):
+    """Ends the pass with what it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: tuple[tuple, dict] | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        self.found = args, kwargs
+        raise Reached
+
+
+class _Fixed(nn.Module):
+    """Answers every call alike."""
+
+    def __init__(self, out: Any) -> None:
+        super().__init__()
+        self.out = out
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return self.out
 
 
 class Replay:
@@ -40,12 +48,12 @@ class Replay:
     Attributes:
         blocks: the modules, in order.
         at: the block that `inputs` enter; `len(blocks)` once they are through.
-        inputs: by batch, `(args, kwargs)` of that block.
+        inputs: by batch, `(args, kwargs)` of that block; once they are through, the logits in place of `args`.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[str]) -> None:
-        self.model, self.blocks = model, [model.get_submodule(n) for n in blocks]
-        self.adapter, self.at = adapters.find(model), 0
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.adapter, self.at = model, adapters.of(model), 0
+        self.blocks = self.adapter.blocks(model)
         self.shapes: list[Any] = []
         self.inputs: list[tuple[tuple, dict]] = []
         self.sizes: list[torch.Size] = []
@@ -79,30 +87,13 @@ class Replay:
 
     def _until(self, block: nn.Module | None, images: Tensor, outs: Sequence[Any] = ()) -> tuple[tuple, dict]:
         """What a block is called with, the first ones replaced by their outputs; the logits where `block` is None."""
-        found: list[tuple[tuple, dict]] = []
-
-        def stop(_, args, kwargs):
-            found.append((args, kwargs))
-            raise Reached
-
-        hook = None if block is None else block.register_forward_pre_hook(stop, with_kwargs=True)
-        for b, out in zip(self.blocks, outs, strict=False):
-            b.forward = _returning(out)
-        try:
-            logits = self.adapter.logits(self.model, images)
-            found.append((logits, {}))
-        except Reached:
-            pass
-        finally:
-            if hook is not None:
-                hook.remove()
-            for b in self.blocks[: len(outs)]:
-                del b.forward
-        return found[0]
-
-
-def _returning(out: Any):
-    return lambda *_, **__: out
+        stop = _Stop()
+        stand_ins = {b: _Fixed(out) for b, out in zip(self.blocks, outs, strict=False)}
+        if block is not None:
+            stand_ins[block] = stop
+        with standing_in(self.model, stand_ins), contextlib.suppress(Reached):
+            return self.adapter.logits(self.model, images), {}
+        return stop.found
 
 
 def _blank(t: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Recipes: a command's dataclass from a TOML file."""
+"""Recipes: a command's dataclass from a TOML file, whose keys are its flags."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
 from ..config import _nearest, check_choices
+from .command import flat, parts
 
 
 def from_toml(cls: type, path: str | Path) -> Any:
@@ -32,18 +34,22 @@ def from_toml(cls: type, path: str | Path) -> Any:
 
 def from_dict(cls: type, raw: Mapping[str, Any], source: str) -> Any:
     """`from_toml` of what was read already; `source` names it in messages."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    values = {}
+    command = cls()
+    defaults, values = flat(command), {}
     for key, value in raw.items():
-        if key not in fields:
-            raise ValueError(f"{source}: unknown key {key!r}{_nearest(key, fields)}")
-        values[key] = _typed(source, key, value, fields[key].default)
-    config = cls(**values)
+        if key not in defaults:
+            raise ValueError(f"{source}: unknown key {key!r}{_nearest(key, defaults)}")
+        values[key] = _typed(source, key, value, defaults[key])
+    for name, part in parts(command).items():
+        theirs = {f.name: values.pop(f.name) for f in dataclasses.fields(part) if f.name in values}
+        command = dataclasses.replace(command, **{name: dataclasses.replace(part, **theirs)})
+    command = dataclasses.replace(command, **values)
     try:
-        check_choices(config)
+        for part in (command, *parts(command).values()):
+            check_choices(part)
     except ValueError as e:
         raise ValueError(f"{source}: {e}") from None
-    return config
+    return command
 
 
 def _typed(source: str, key: str, value: Any, default: Any) -> Any:

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
-from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
-import scipy
 import torch
 from torch import nn
 
-from .. import adapters
-from ..spec import BUNDLE_SIZES, KINDS, BlockWidths, Part, ViTSpec, block_widths
-from ..structure.compact import compact, meta_copy
-from ..structure.masks import full_masks, widths
-from ..utils.files import write_atomically
-from .clock import Setting, current_setting, time_each
+from ..spec import BUNDLE_SIZES, KINDS, BlockWidths, Part
+from ..utils.files import cache_folder, write_atomically
+from .clock import Setting, as_deployed, current_setting
 from .grid import Grid
-
-LEVELS = {"emb": 4, "heads": 3, "qk_dim": 3, "v_dim": 3, "mlp": 5}
-"""Grid points per width, dense and smallest included."""
+from .measure import count_macs, fingerprint, samples_of, time_pieces
 
 
 class LatencyTable:
@@ -38,7 +27,8 @@ class LatencyTable:
         at: where the widths of every piece are found in `widths.reshape(-1)`, `(pieces, axes)`, by part.
         dense: the blocks of the model it was made for.
         dense_ms: their latency by this table.
-        setting: device, dtype, batch, tokens, threads and versions it was measured with; None for an analytic table.
+        setting: device, mode, dtype, batch, tokens, threads and versions it was measured with; None for an analytic
+            table.
 
     Raises:
         ValueError: parts that do not fit the blocks, or leave out a width.
@@ -96,7 +86,7 @@ class LatencyTable:
         A different library version is let pass: it is named in the report.
         """
         if self.setting is not None:
-            for field in ("device", "dtype", "batch_size", "tokens", "threads"):
+            for field in ("device", "mode", "dtype", "batch_size", "tokens", "threads"):
                 mine, theirs = getattr(self.setting, field), getattr(setting, field)
                 if mine != theirs:
                     raise ValueError(
@@ -111,7 +101,7 @@ class LatencyTable:
 
     def to_json(self) -> str:
         parts = {
-            p.name: {"kinds": p.kinds, "pieces": p.pieces, "axes": g.axes, "values": g.values.round(6).tolist()}
+            p.name: {"kinds": p.kinds, "pieces": p.pieces, "axes": g.axes, "values": g.values.tolist()}
             for p, g in ((p, self.grids[p.name]) for p in self.parts)
         }
         setting = None if self.setting is None else asdict(self.setting)
@@ -146,15 +136,10 @@ class LatencyTable:
     def analytic(cls, model: nn.Module, bundle_sizes: Mapping[str, int] = BUNDLE_SIZES) -> LatencyTable:
         """A table of multiply-accumulates, 1 GMAC an image counted as 1 ms: for tests, and machines that are not here.
 
-        MACs are multilinear in the widths, so two points an axis make it exact.
+        Exact, since MACs are multilinear in the widths.
         """
-        adapter, skeleton, blocks, bundles = _skeleton(model, bundle_sizes)
-        parts, grids = adapter.parts(skeleton), {}
-        for part in parts:
-            macs = adapter.part_macs(skeleton, part)
-            axes = [sorted({points[0], points[-1]}) for points in _levels(part, blocks, bundles)]
-            grids[part.name] = _grid(part, axes, [macs(*widths) / 1e9 for widths in product(*axes)])
-        return cls(parts, grids, blocks, None)
+        samples = samples_of(model, bundle_sizes)
+        return cls(samples.parts, count_macs(samples), samples.dense, None)
 
     @classmethod
     def measure(
@@ -162,52 +147,49 @@ class LatencyTable:
         model: nn.Module,
         batch_size: int,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype | str = torch.float32,
+        dtype: torch.dtype | str | None = None,
         *,
+        mode: str | None = None,
         bundle_sizes: Mapping[str, int] = BUNDLE_SIZES,
         seconds: float = 40.0,
         cache: Path | None = None,
     ) -> LatencyTable:
         """Measure a table for `model` (dense or compact; unchanged) on this device, in about `seconds`.
 
+        The first calls count: where they leave no time for the whole grid it is made coarser, see `measure.COARSER`.
+
         Args:
-            dtype: parameters' and inputs', as `torch.bfloat16` or `"bfloat16"`.
+            dtype: parameters' and inputs', as `torch.bfloat16` or `"bfloat16"`; bfloat16 on CUDA and float32 elsewhere
+                when None.
+            mode: `graph` (replays of CUDA graphs), `eager` or `compile`; graph on CUDA and eager elsewhere when None.
             cache: a folder; a table measured there for the same model shape and setting is used again.
+
+        Raises:
+            ValueError: an unsupported model, or a mode that this device has not.
         """
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         device = torch.device(device)
-        adapter, skeleton, blocks, bundles = _skeleton(model, bundle_sizes)
-        setting = current_setting(device, dtype, batch_size, adapter.tokens(skeleton))
-        spec = adapter.spec(skeleton, blocks)
-        parts = adapter.parts(skeleton)
-        axes = [_levels(part, blocks, bundles) for part in parts]
-        path = None if cache is None else cache / f"{_fingerprint(spec, setting, parts, axes)}.json"
-        if path is not None and path.exists():
-            return cls.load(path)
-        times, dense_ms = _measure_parts(adapter, spec, parts, axes, batch_size, device, dtype, seconds)
-        grids = {part.name: _grid(part, points, ms) for part, points, ms in zip(parts, axes, times, strict=True)}
-        scale = dense_ms / cls(parts, grids, blocks, setting).dense_ms
+        mode, dtype = as_deployed(device, mode, dtype)
+        samples = samples_of(model, bundle_sizes)
+        setting = current_setting(device, dtype, batch_size, samples.adapter.tokens(samples.skeleton), mode)
+        whole, coarse = (f"{fingerprint(samples, setting)}{end}.json" for end in ("", f"-{seconds:g}s"))
+        for path in () if cache is None else (cache / whole, cache / coarse):
+            if path.exists():
+                return cls.load(path)
+        grids, dense_ms = time_pieces(samples, batch_size, device, dtype, seconds, mode)
+        # Pieces timed alone add up to a little more or less than the model; the table speaks for the model.
+        scale = dense_ms / cls(samples.parts, grids, samples.dense, setting).dense_ms
         scaled = {name: Grid(g.kinds, g.axes, g.values * scale) for name, g in grids.items()}
-        table = cls(parts, scaled, blocks, setting)
-        if path is not None:
-            table.save(path)
+        table = cls(samples.parts, scaled, samples.dense, setting)
+        if cache is not None:
+            every = [grids[part.name].axes for part in samples.parts] == list(samples.axes())
+            # A coarse one serves whoever has no more time.
+            table.save(cache / (whole if every else coarse))
         return table
 
 
 def default_cache() -> Path:
-    """Where measured tables are kept: `$NVIT_CACHE`, or `nvit` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("NVIT_CACHE") or Path(base) / "nvit") / "latency"
-
-
-def _skeleton(model: nn.Module, bundle_sizes: Mapping[str, int]):
-    """Adapter, weightless prepared copy, widths, and units that leave each of them in one move, of a model that is left
-    as it is."""
-    adapter = adapters.find(model)
-    skeleton = adapter.prepare(meta_copy(model))
-    groups = adapter.groups(skeleton, bundle_sizes)
-    bundles = block_widths(groups, {g.name: g.multiple for g in groups})
-    return adapter, skeleton, widths(groups, full_masks(groups)), bundles
+    """Where measured tables are kept."""
+    return cache_folder() / "latency"
 
 
 def width_array(blocks: Sequence[BlockWidths]) -> np.ndarray:
@@ -221,63 +203,3 @@ def _at(part: Part, depth: int) -> np.ndarray:
     if pieces.shape[1:] != (len(part.kinds),) or pieces.min() < 0 or pieces.max() >= depth:
         raise ValueError(f"every piece of {part.name} has to name one of {depth} blocks per axis ({part.kinds})")
     return pieces * len(KINDS) + [KINDS.index(kind) for kind in part.kinds]
-
-
-def _levels(part: Part, blocks: Sequence[BlockWidths], bundles: Sequence[BlockWidths]) -> list[list[int]]:
-    """Grid points along each axis: evenly from the smallest that pruning can leave to the widest piece, on bundles."""
-    axes = []
-    for kind, mine in zip(part.kinds, zip(*part.pieces, strict=True), strict=True):
-        found, g = [getattr(blocks[b], kind) for b in mine], min(getattr(bundles[b], kind) for b in mine)
-        least, most = min(g, *found), max(found)
-        inner = [round(p / g) * g for p in np.linspace(least, most, LEVELS[kind])[1:-1]]
-        axes.append(sorted({least, most, *(p for p in inner if least < p < most)}))
-    return axes
-
-
-def _grid(part: Part, axes: Sequence[Sequence[int]], values: Sequence[float]) -> Grid:
-    """The grid of values in the order of `product(*axes)`."""
-    return Grid(part.kinds, axes, np.array(values).reshape([len(a) for a in axes]))
-
-
-def _fingerprint(spec: ViTSpec, setting: Setting, parts: Sequence[Part], axes: Sequence) -> str:
-    config = {k: v for k, v in spec.config.items() if k not in ("num_classes", "drop_rate")}
-    shape = [[asdict(b) for b in spec.blocks], [asdict(p) for p in parts], axes]
-    key = json.dumps([spec.family, spec.architecture, config, asdict(setting), *shape])
-    return hashlib.sha256(f"{key}{scipy.__version__}".encode()).hexdigest()[:16]
-
-
-def _narrow(adapter, specs: Sequence[ViTSpec]) -> list[nn.Module]:
-    """The weightless models of `specs`; the dense one behind them is built once for each config."""
-    dense, found = {}, []
-    for spec in specs:
-        key = json.dumps(spec.config)
-        if key not in dense:
-            model = adapter.build(spec)
-            dense[key] = model, adapter.groups(model)
-        model, groups = dense[key]
-        keep = {g.name: torch.arange(g.size) < getattr(spec.blocks[g.blocks[0]], g.kind) for g in groups}
-        found.append(compact(model, groups, keep).eval())
-    return found
-
-
-@torch.inference_mode()
-def _measure_parts(adapter, spec, parts, axes, batch_size, device, dtype, seconds):
-    """Milliseconds of every part at the points of its axes in turn, and of the whole dense model, all timed in turn.
-
-    All weights are views of one buffer, and all inputs of another, so that large models fit.
-    """
-    points = [(part, widths) for part, mine in zip(parts, axes, strict=True) for widths in product(*mine)]
-    specs = [spec, *(adapter.sample_spec(spec, part, widths) for part, widths in points)]
-    models = _narrow(adapter, specs)
-    weights = torch.randn(max(p.numel() for m in models for p in m.parameters()), device=device, dtype=dtype)
-    weights.mul_(0.02)
-    for model in models:
-        params = {n: weights[: p.numel()].view(p.shape) for n, p in model.named_parameters()}
-        adapter.resize(model, params, full_masks(adapter.groups(model))).to(dtype)
-    runs = [(models[0], spec.preprocess["input_size"])]
-    runs += [adapter.piece(model, part) for model, (part, _) in zip(models[1:], points, strict=True)]
-    inputs = torch.randn(batch_size * max(math.prod(shape) for _, shape in runs), device=device, dtype=dtype)
-    calls = [partial(run, inputs[: batch_size * math.prod(shape)].view(batch_size, *shape)) for run, shape in runs]
-    dense_ms, *rest = time_each(calls, device, seconds)
-    rest = iter(rest)
-    return [list(islice(rest, math.prod(map(len, mine)))) for mine in axes], dense_ms

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from ..layers import prunable_layers
+from .. import adapters
 from ..structure import masks
 from .collectives import sums
 from .process import main, rank, world
@@ -31,13 +31,6 @@ class Call(nn.Module):
         return self.function(self.model, images)
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """Children of the innermost lists of modules that hold prunable layers."""
-    lists = {m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and prunable_layers(m)}
-    innermost = [m for m in lists if lists & set(m.modules()) == {m}]
-    return [child for m in innermost for child in m if prunable_layers(child)]
-
-
 def shard(model: nn.Module, function: Callable[[nn.Module, Tensor], Any]) -> Call:
     """`function` on a twin of `model` whose parameters lie in shards over all ranks (FSDP2), gathered block by block.
 
@@ -45,7 +38,7 @@ def shard(model: nn.Module, function: Callable[[nn.Module, Tensor], Any]) -> Cal
     """
     twin = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})
     mesh = init_device_mesh(next(model.parameters()).device.type, (world(),))
-    for block in _blocks(twin):
+    for block in adapters.of(twin).blocks(twin):
         fully_shard(block, mesh=mesh)
     call = fully_shard(Call(twin, function), mesh=mesh)
     for p in model.parameters():
@@ -96,16 +89,21 @@ def _rows(t: DTensor) -> tuple[int, int]:
     return min(rank() * each, t.shape[0]), min((rank() + 1) * each, t.shape[0])
 
 
-@torch.no_grad()
-def project_(params: Mapping[str, Tensor], weights: masks.WeightMasks) -> None:
-    """`masks.project_` where parameters may lie in shards."""
+def projection(params: Mapping[str, Tensor], weights: masks.WeightMasks) -> Callable[[], None]:
+    """`masks.Projection` of these parameters, which may lie in shards, as a function of nothing."""
     mine = {}
     for name, dims in weights.items():
         p = params[name]
         if isinstance(p, DTensor) and dims[0] is not None:
             dims = (dims[0][slice(*_rows(p))], *dims[1:])
         mine[name] = dims
-    masks.project_({name: _local(params[name]) for name in weights}, mine)
+    zero = masks.Projection({name: _local(params[name]) for name in weights}, mine)
+    return lambda: zero({name: _local(params[name].detach()) for name in weights})
+
+
+def project_(params: Mapping[str, Tensor], weights: masks.WeightMasks) -> None:
+    """`masks.project_` where parameters may lie in shards."""
+    projection(params, weights)()
 
 
 def _local(t: Tensor) -> Tensor:

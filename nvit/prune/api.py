@@ -3,76 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from .. import adapters, parallel
-from ..config import WATCHED, PruneConfig
+from ..config import PruneConfig
 from ..latency.clock import current_setting
 from ..latency.table import LatencyTable
-from ..structure import snapshot
-from ..structure.masks import Masks
 from ..training.data import endless
 from ..training.distill import Objective, frozen
+from ..training.finetune import finetune
 from ..training.trainer import Trainer
+from ..utils.memory import Meter
 from ..utils.progress import Progress, silent
 from .budget import Budget
+from .folder import RunFolder
 from .oneshot import prune_one_shot
 from .pruner import Pruner
-
-
-@dataclass
-class Pruned:
-    """A compact model at one target."""
-
-    target: float
-    model: nn.Module
-    predicted_ratio: float
-    metrics: dict[str, Any] = field(default_factory=dict)
-
-    def save(self, path: str | Path) -> Path:
-        """Write the snapshot folder (of several ranks, the first does)."""
-        if not parallel.main():
-            return Path(path)
-        plain = {"target": self.target, "predicted_ratio": self.predicted_ratio} | self.metrics
-        return snapshot.save(path, self.model, plain)
-
-
-@dataclass
-class PruneResult:
-    """What `prune` returns.
-
-    Attributes:
-        snapshots: a compact model for each target, largest first.
-        masks: of the last one, on the dense model.
-        history: a row per decision.
-        table: the latency table that decided.
-        dense: a copy of the model as it was given; None under a budget, which is not spent on one.
-        memory: under a budget, what `Budget.report` says.
-        criterion: what the saliency was.
-    """
-
-    snapshots: list[Pruned]
-    masks: Masks
-    history: list[dict[str, Any]]
-    table: LatencyTable
-    dense: nn.Module | None
-    memory: dict[str, Any] | None = None
-    criterion: str = ""
-
-    @property
-    def model(self) -> nn.Module:
-        """The compact model at the smallest target."""
-        return self.snapshots[-1].model
-
-    def save(self, path: str | Path) -> Path:
-        """Write the snapshot folder of the smallest target; `snapshots[i].save` writes another."""
-        return self.snapshots[-1].save(path)
+from .result import Pruned, PruneResult
 
 
 def prune(
@@ -83,8 +33,9 @@ def prune(
     *,
     cnn_teacher: nn.Module | None = None,
     renormalise=None,
-    out: Path | None = None,
+    out: str | Path | None = None,
     resume: bool = False,
+    meter: Meter | None = None,
     progress: Progress = silent,
 ) -> PruneResult:
     """Prune `model` to `config.latency_target`: the paper's iterative loop, or one shot with `train=False`.
@@ -97,8 +48,9 @@ def prune(
         loader: batches `(images, labels)`, sized.
         table: measured on the model's device at the loader's batch size when None.
         cnn_teacher: any timm model for the hard labels of L_CNN; `renormalise` as `distill.renormalisation` gives it.
-        out: a folder for the run state and, as soon as a target is met, its snapshot.
+        out: a folder for the run state and, as soon as a target is met, its snapshot; see `RunFolder`.
         resume: go on from the run state in `out`, if there is one.
+        meter: of the memory under a budget, where the caller measures already; the peak is then the caller's too.
 
     Raises:
         ValueError: an unsupported model, a table of another model or setting, a target that cannot be met.
@@ -111,95 +63,126 @@ def prune(
     device = next(model.parameters()).device
     adapter = adapters.find_maskable(model)
     adapter.prepare(model)
-    budget = Budget(config.budget, device) if config.budget else None
-    if parallel.world() > 1:
-        if config.refit or config.criterion in WATCHED:
-            raise ValueError(f"a refit and criteria {', '.join(WATCHED)} run in one process; start without torchrun")
-        if config.saliency in WATCHED:
-            config = replace(config, criterion="fisher")
-    if budget and parallel.world() > 1:
-        raise ValueError("a budget bounds a run of one process; leave out --budget, or start without torchrun")
+    budget = Budget(config.budget, device, meter) if config.budget else None
+    config = config.over_ranks(parallel.world())
     parallel.same_weights_(model)
     dense = None if budget else frozen(copy.deepcopy(model))
-    if table is None:
-        table = parallel.from_main(
-            lambda: LatencyTable.measure(model, config.batch_size, device, bundle_sizes=config.bundle_sizes)
-        )
-    if table.setting is not None:
-        s = table.setting
-        here = current_setting(device, getattr(torch, s.dtype), s.batch_size, adapter.tokens(model))
-        table.check(here, table.dense)
-    pruner = Pruner(model, table, config)
-    keep = _Keeper(out, resume)
+    pruner = Pruner(model, _checked(table, model, config), config)
+    folder = RunFolder(out, resume)
     if config.train:
         objective = Objective.of(config, dense if config.distill_weight else None, cnn_teacher, renormalise)
         try:
-            snapshots = _prune_training(pruner, loader, objective, keep, progress)
+            snapshots = _prune_training(pruner, loader, objective, folder, progress)
         finally:
             pruner.stop_recording()
     else:
         if config.fsdp and parallel.world() > 1:
             pruner.work_in(parallel.shard(model, adapter.logits))
         with parallel.watch():
-            snapshots = prune_one_shot(pruner, loader, keep, budget, progress)
-    pruner.come_home()
+            snapshots = prune_one_shot(pruner, loader, folder, budget, progress)
+    pruner.unshard()
     memory = budget.report() if budget else None
-    return PruneResult(snapshots, pruner.masks, pruner.history, table, dense, memory, config.saliency)
+    return PruneResult(snapshots, pruner.masks, pruner.history, pruner.table, dense, memory, config.saliency)
 
 
-class _Keeper:
-    """Where a run keeps its snapshots and state, if anywhere."""
+def _checked(table: LatencyTable | None, model: nn.Module, config: PruneConfig) -> LatencyTable:
+    """The table, measured where there is none (by rank 0, for all).
 
-    def __init__(self, out: Path | None, resume: bool) -> None:
-        self.out, self.resume = out, resume
-        self.state_file = None if out is None else out / "run_state.safetensors"
-
-    def folder(self, target: float) -> Path:
-        return self.out / f"target-{target:g}"
-
-    def resumable(self) -> bool:
-        return parallel.from_main(lambda: self.resume and self.state_file is not None and self.state_file.exists())
-
-    def take(self, pruner: Pruner, target: float, model: nn.Module) -> Pruned:
-        pruned = Pruned(target, model, pruner.ratio)
-        if self.out is not None:
-            parallel.from_main(lambda: pruned.save(self.folder(target)))
-        return pruned
-
-    def again(self, targets: Sequence[float], device: torch.device) -> list[Pruned]:
-        """Snapshots of targets met before the interruption."""
-        found = []
-        for target in targets:
-            folder = self.folder(target)
-            metrics = snapshot.load_metrics(folder)
-            found.append(Pruned(target, snapshot.load(folder, device), metrics["predicted_ratio"]))
-        return found
+    Raises:
+        ValueError: it was measured in another setting.
+    """
+    device = next(model.parameters()).device
+    if table is None:
+        table = parallel.from_main(
+            lambda: LatencyTable.measure(model, config.batch_size, device, bundle_sizes=config.bundle_sizes)
+        )
+    if table.setting is not None:
+        s = table.setting
+        here = current_setting(device, getattr(torch, s.dtype), s.batch_size, adapters.find(model).tokens(model))
+        table.check(here, table.dense)
+    return table
 
 
-def _prune_training(pruner: Pruner, loader, objective: Objective, keep: _Keeper, progress: Progress) -> list[Pruned]:
+def _prune_training(
+    pruner: Pruner, loader, objective: Objective, folder: RunFolder, progress: Progress
+) -> list[Pruned]:
     config = pruner.config
-    trainer = Trainer(pruner.model, objective, config, config.lr, keep.state_file)
+    trainer = Trainer(
+        pruner.model,
+        objective,
+        config,
+        config.lr,
+        folder.state_file,
+        observe=lambda grads: None if pruner.done else pruner.observe(grads),
+        constrain=lambda: pruner.project(),
+        replayed=lambda: pruner.criterion.replayed(),
+    )
+    if trainer.note:
+        progress(0, 0, trainer.note)
     pruner.work_in(trainer.call)
     snapshots: list[Pruned] = []
-    if keep.resumable():
+    if folder.resumable():
         tensors, values = trainer.load()
         pruner.restore(values, tensors)
-        snapshots = keep.again(pruner.met, next(pruner.model.parameters()).device)
+        snapshots = folder.again(pruner.met, next(pruner.model.parameters()).device)
     last = pruner.targets[-1]
     if pruner.done:
         return snapshots
     with trainer.surviving(pruner.state):
         for _, (images, labels) in endless(loader, config.seed, trainer.step):
-            loss = trainer.train_step(images, labels)
-            met = [] if trainer.skipped else pruner.step(trainer.grads())
+            trainer.train_step(images, labels)
+            deciding = pruner.deciding and not trainer.skipped
+            if deciding or trainer.look_due:
+                so_far = f"prune: {pruner.ratio:.3f}, loss {trainer.look():.3f}"
+                progress(round(1000 * (1 - pruner.ratio)), round(1000 * (1 - last)), so_far)
+            met = [] if trainer.skipped else pruner.advance()
+            if deciding:
+                trainer.masks_changed()
             trainer.after_step()
-            so_far = f"prune: {pruner.ratio:.3f}, loss {loss:.3f}"
-            progress(round(1000 * (1 - pruner.ratio)), round(1000 * (1 - last)), so_far)
             for target in met:
                 small = pruner.compact(None if trainer.ema is None else trainer.weights())
-                snapshots.append(keep.take(pruner, target, small))
+                snapshots.append(folder.take(pruner, target, small))
             if met or trainer.due():
                 trainer.save(*pruner.state())
             if pruner.done:
                 return snapshots
     raise AssertionError("an endless loader ended")
+
+
+def finetune_snapshots(
+    result: PruneResult,
+    loader,
+    config: PruneConfig,
+    *,
+    cnn_teacher: nn.Module | None = None,
+    renormalise=None,
+    folder: RunFolder | None = None,
+    progress: Progress = silent,
+) -> None:
+    """Train every snapshot of `result` further, in its place, for `config.finetune_epochs`, the unpruned model its
+    teacher; one that an interrupted run has trained already is left as it is.
+
+    Args:
+        loader: batches `(images, labels)`, sized, augmented as wished.
+        folder: where each is written again once it is trained, and the states meanwhile; nowhere if None.
+
+    Raises:
+        FloatingPointError: the loss or a gradient is not finite; the last state stays on disk.
+    """
+    folder, finetuning = folder or RunFolder(), config.finetuning()
+    for pruned in result.snapshots:
+        if pruned.metrics.get("finetuned_epochs") == config.finetune_epochs:
+            continue
+        pruned.model = finetune(
+            pruned.model.train(),
+            loader,
+            finetuning,
+            teacher=result.dense if finetuning.distill_weight else None,
+            cnn_teacher=cnn_teacher,
+            renormalise=renormalise,
+            state_file=folder.finetune_state(pruned.target),
+            resume=folder.resume,
+            progress=progress,
+        )
+        pruned.metrics["finetuned_epochs"] = config.finetune_epochs
+        folder.save(pruned)

@@ -1,4 +1,4 @@
-"""Iterative pruning: the cheapest bundles leave, one by one (arXiv:2110.04869, Eq. 7)."""
+"""Iterative pruning: the cheapest bundles leave, one by one (arXiv:2110.04869, Sec. 3.2)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..latency.table import LatencyTable
 from ..spec import Group
 from ..structure.masks import Masks
-from .bundles import _State
+from .decision import Decision
 
 
 def drop_cheapest(
@@ -33,11 +33,10 @@ def drop_cheapest(
     Returns:
         New masks; the arguments are unchanged. Equal to `masks` when only last bundles remain.
     """
-    state = _State(scores, masks, groups, table)
+    decision = Decision(scores, masks, groups, table)
     for _ in range(bundles_per_step):
-        lost, open_ = state.next_lost()
-        if not open_.any():
-            break
-        best = int(np.where(open_, lost - eta * state.next_saved(), np.inf).argmin())
-        state.set_gone(best, state.gone[best] + 1)
-    return state.new_masks()
+        score = decision.saliency() - eta * decision.latency_saved()  # Eq. 7, of every group's next bundle
+        if not np.isfinite(score).any():
+            break  # only last bundles remain
+        decision.drop(int(score.argmin()))
+    return decision.masks()

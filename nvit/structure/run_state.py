@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..utils.tensors import _write_tensors
+from ..utils.tensors import write_tensors
 
 
 def save_run_state(path: str | Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -21,7 +21,7 @@ def save_run_state(path: str | Path, tensors: Mapping[str, Tensor], values: Mapp
         values: plain JSON values.
     """
     flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    _write_tensors(Path(path), flat, {"values": json.dumps(values)})
+    write_tensors(Path(path), flat, {"values": json.dumps(values)})
 
 
 def load_run_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -11,10 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import adapters
+from ..adapters.base import Logits
 from ..config import TrainingConfig
-
-Logits = tuple[Tensor, Tensor | None]
-"""Of the class token and, for a distilled model, of the distillation token: each `(batch, classes)`."""
 
 
 def full_loss(student: Logits, teacher: Logits, tau: float) -> Tensor:
@@ -22,10 +20,10 @@ def full_loss(student: Logits, teacher: Logits, tau: float) -> Tensor:
 
     There is no factor of tau². Where the two differ in tokens, the class token's output stands in.
     """
-    total = torch.zeros((), device=student[0].device)
+    total = torch.zeros((), device=student.cls.device)
     for s, t in zip(student, teacher, strict=True):
         if s is not None:
-            t = teacher[0] if t is None else t
+            t = teacher.cls if t is None else t
             p, q = F.log_softmax(t / tau, -1), F.log_softmax(s / tau, -1)
             total = total + F.kl_div(q, p, reduction="batchmean", log_target=True)
     return total
@@ -45,11 +43,11 @@ def cnn_loss(
         cnn_labels: int64 `(batch,)`.
         cnn_weight: share of the second term.
     """
-    cls, dist = student
     if cnn_labels is None:
-        return F.cross_entropy(cls if dist is None else (cls + dist) / 2, labels, label_smoothing=smoothing)
-    own = F.cross_entropy(cls, labels, label_smoothing=smoothing)
-    return (1 - cnn_weight) * own + cnn_weight * F.cross_entropy(cls if dist is None else dist, cnn_labels)
+        return F.cross_entropy(student.mean, labels, label_smoothing=smoothing)
+    own = F.cross_entropy(student.cls, labels, label_smoothing=smoothing)
+    second = student.cls if student.dist is None else student.dist
+    return (1 - cnn_weight) * own + cnn_weight * F.cross_entropy(second, cnn_labels)
 
 
 def sample_labels(logits: Tensor, rows: Sequence[int] = (), batch: int = 0) -> Tensor:

@@ -35,6 +35,8 @@ def keep_freed_memory(keep: bool) -> None:
 class Meter:
     """Bytes held on a device now, and the most since `restart`: on CUDA allocated, on a CPU resident in this process.
 
+    The peak is the device's own, so there is one meter a run, handed down: a second one would start it anew for both.
+
     Raises:
         ValueError: on a CPU, where the system does not say (no /proc).
     """
@@ -45,15 +47,19 @@ class Meter:
             raise ValueError("resident memory is read from /proc, which this system lacks; leave out --budget")
         self.restart()
 
-    def restart(self) -> None:
-        """Give freed memory back to the system, and let the peak start anew from what is held."""
+    def trim(self) -> None:
+        """Give freed memory back to the system, so that `held` says what is in use; the peak goes on."""
         gc.collect()
+        if self.device.type != "cuda" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)
+
+    def restart(self) -> None:
+        """`trim`, and let the peak start anew from what is held."""
+        self.trim()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-            return
-        if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-            libc.malloc_trim(0)
-        (_PROC / "clear_refs").write_text("5")
+        else:
+            (_PROC / "clear_refs").write_text("5")
 
     @property
     def held(self) -> int:

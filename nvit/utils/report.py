@@ -21,6 +21,7 @@ FORMATS = {
     "predicted_ratio": ("predicted ×", lambda v: f"{v:.3f}"),
     "measured_ratio": ("measured ×", lambda v: f"{v:.3f}"),
     "latency_ms": ("ms", lambda v: f"{v:.2f}"),
+    "images_per_s": ("images/s", lambda v: f"{v:.1f}"),
     "speedup": ("speed-up ×", lambda v: f"{v:.2f}"),
     "peak_memory": ("peak MB", lambda v: f"{v / 1e6:.1f}"),
     "top1": ("top-1 %", lambda v: f"{v:.2f}"),
@@ -30,10 +31,13 @@ FORMATS = {
 }
 """Column heads with units and number formats of tables, by key of result.json."""
 
+RESULT = "result.json"
+"""The file in which every command leaves what it found; a run's folder that has it is finished."""
+
 
 def write_result(folder: Path | str, result: Mapping[str, Any]) -> None:
-    """`result.json` in `folder`."""
-    write_atomically(Path(folder) / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+    """`RESULT` in `folder`."""
+    write_atomically(Path(folder) / RESULT, (json.dumps(result, indent=2) + "\n").encode())
 
 
 def write_csv(path: Path | str, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -10,10 +10,10 @@ import torch
 
 import nvit
 from nvit import adapters
-from nvit.adapters import hf_folder, hf_vit
-from nvit.cli import inputs
+from nvit.adapters import hf_folder, hf_hosts
 from nvit.cli import main as cli
-from nvit.cli.commands import ModelFlags
+from nvit.cli.flags import ModelFlags
+from nvit.cli.models import open_model
 from nvit.structure import snapshot
 from nvit.structure.compact import compact
 from tests.cli.test_cli import folder_of_images
@@ -24,6 +24,7 @@ transformers = pytest.importorskip("transformers", reason="pip install 'nvit[hf]
 transformers.utils.logging.disable_progress_bar()
 
 ROOT = Path(__file__).parents[2]
+HF = adapters.FAMILIES["hf_vit"]
 QUICK = ("--table", "analytic", "--latency-seconds", "0.2", "--latency-batch", "2", "--device", "cpu")
 
 
@@ -35,7 +36,7 @@ def x_of(model, batch=2):
 def pruned(name, keep=0.6, **more):
     """The model as it was, and a compact one."""
     model = hf.make(name, **more)
-    groups = hf_vit.groups(hf_vit.prepare(model))
+    groups = HF.groups(HF.prepare(model))
     return model, compact(model, groups, random_masks(groups, keep)).eval()
 
 
@@ -69,10 +70,10 @@ def test_two_classifiers_give_two_logits_and_their_mean():
     model, small = pruned("deit_teacher")
     x = x_of(model)
     with torch.no_grad():
-        out, (cls, dist) = small(x), hf_vit.logits(small, x)
-        torch.testing.assert_close((cls + dist) / 2, out.logits)
+        out, logits = small(x), HF.logits(small, x)
+        torch.testing.assert_close(logits.mean, out.logits)
         torch.testing.assert_close(adapters.predict(small, x), out.logits)
-    assert not torch.allclose(cls, dist)
+    assert not torch.allclose(logits.cls, logits.dist)
 
 
 def test_hidden_states_are_the_kept_stream_and_attention_weights_are_refused():
@@ -98,7 +99,7 @@ def test_attention_masks_go_on_working(implementation):
     x, keep = x_of(plain), torch.tensor([[1, 1, 0, 1, 0], [1, 1, 1, 1, 1]])
     with torch.no_grad():
         expected, unmasked = plain(x, attention_mask=keep).logits, plain(x).logits
-        got = hf_vit.prepare(plain)(x, attention_mask=keep).logits
+        got = HF.prepare(plain)(x, attention_mask=keep).logits
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     assert not torch.allclose(expected, unmasked)
 
@@ -148,13 +149,14 @@ def test_a_folder_opens_with_its_weights_and_its_images(folder):
     torch.testing.assert_close(model(x).logits, there(x).logits)
     found = adapters.preprocess(model)
     assert found["mean"] == (0.4, 0.5, 0.6) and found["interpolation"] == "bilinear" and found["crop_pct"] == 28 / 32
-    fresh = inputs.open_model(str(folder), ModelFlags(pretrained=False, device="cpu"))
+    fresh = open_model(str(folder), ModelFlags(pretrained=False), torch.device("cpu"))
     assert not torch.equal(fresh.classifier.weight, model.classifier.weight)
 
 
 def test_the_command_line_prunes_a_folder(folder, tmp_path, capsys):
     data = folder_of_images(tmp_path / "data", 5)
-    run = ["prune", "--model", str(folder), "--data", str(data), "--out", str(tmp_path / "run"), "--bundle-heads", "1"]
+    shown = ["--data", str(data), "--eval-data", str(data), "--accept-labels"]  # random weights know no labels
+    run = ["prune", "--model", str(folder), *shown, "--out", str(tmp_path / "run"), "--bundle-heads", "1"]
     assert cli.main([*run, "--no-train", "--finetune-epochs", "1", "--batch-size", "4", "--mixup", "0.2", *QUICK]) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     (row,) = result["snapshots"]
@@ -252,7 +254,7 @@ def test_a_subclass_is_not_taken_for_its_parent():
 
 def test_an_old_transformers_is_named(folder, monkeypatch):
     model = hf.make("vit")
-    monkeypatch.setattr(hf_vit, "OLDEST", (99, 1))
+    monkeypatch.setattr(hf_hosts, "OLDEST", (99, 1))
     says = rf"transformers {transformers.__version__} is too old; pip install 'transformers>=99\.1'"
     for call in (lambda: adapters.find(model), lambda: hf_folder.open_folder(folder)):
         with pytest.raises(ValueError, match=says):

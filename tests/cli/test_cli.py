@@ -11,6 +11,10 @@ from PIL import Image
 
 import nvit
 from nvit.cli import main as cli
+from nvit.cli.analyze_correlation import CorrelationCommand
+from nvit.cli.finetune import FinetuneCommand
+from nvit.cli.prune import PruneCommand
+from nvit.cli.recipe import from_toml
 from nvit.structure import snapshot
 from nvit.utils import tensors
 
@@ -98,34 +102,38 @@ def test_recipe_equals_flags(tmp_path):
     recipe.write_text('model = "digits"\nlatency-target = [0.7]\nlr = 1\n')
     name, words, flags = cli._split(["prune", str(recipe), "--bundles-per-step", "4"])
     config, _ = cli._configure(name, cli.COMMANDS[name], words, flags)
-    assert config == cli.PruneCommand(latency_target=(0.7,), lr=1.0, bundles_per_step=4)
+    assert config == PruneCommand(config=nvit.PruneConfig(latency_target=(0.7,), lr=1.0, bundles_per_step=4))
 
 
 def test_auto_is_hessian_while_training_and_curvature_in_one_shot():
-    assert [cli.PruneCommand(train=t).saliency for t in (True, False)] == ["hessian", "curvature"]
-    assert cli.PruneCommand(train=False, criterion="nvit").saliency == "nvit"
+    assert [nvit.PruneConfig(train=t).saliency for t in (True, False)] == ["hessian", "curvature"]
+    assert nvit.PruneConfig(train=False, criterion="nvit").saliency == "nvit"
 
 
 @pytest.mark.parametrize(
-    "path", sorted(p for p in (cli.BUNDLED.parents[2] / "recipes").glob("*.toml")), ids=lambda p: p.stem
+    "path", sorted(p for p in (nvit.BUNDLED.parents[2] / "recipes").glob("*.toml")), ids=lambda p: p.stem
 )
 def test_every_recipe_is_valid(path):
-    assert cli.from_toml(cli.PruneCommand, path).saliency in ("nvit", "hessian")
+    assert from_toml(PruneCommand, path).config.saliency in ("nvit", "hessian")
 
 
 @pytest.mark.parametrize(
     ("cls", "line", "says"),
     [
-        (cli.PruneCommand, 'criterion = "hesian"', "criterion: unknown value 'hesian' (did you mean 'hessian'?)"),
-        (cli.FinetuneCommand, 'amp = "fp8"', "amp: unknown value 'fp8'"),
-        (cli.CorrelationCommand, 'criterion = ["abs", "remaining"]', "criterion: unknown value 'remaining'"),
-        (cli.PruneCommand, 'latency-target = ["half"]', "latency_target is 'half', expected float"),
+        (PruneCommand, 'criterion = "hesian"', "criterion: unknown value 'hesian' (did you mean 'hessian'?)"),
+        (FinetuneCommand, 'amp = "fp8"', "amp: unknown value 'fp8'"),
+        (
+            CorrelationCommand,
+            'criterion = ["abs", "remains"]',
+            "criterion: unknown value 'remains' (did you mean 'remaining'?)",
+        ),
+        (PruneCommand, 'latency-target = ["half"]', "latency_target is 'half', expected float"),
     ],
 )
 def test_a_recipe_with_a_value_nobody_knows_is_refused(cls, line, says, tmp_path):
     (tmp_path / "r.toml").write_text(line)
     with pytest.raises(ValueError, match=re.escape(says)):
-        cli.from_toml(cls, tmp_path / "r.toml")
+        from_toml(cls, tmp_path / "r.toml")
 
 
 def folder_of_images(root, classes, images=2):

@@ -49,7 +49,7 @@ def test_install_survives_and_says_what_is_missing(tmp_path, before, env, words)
     assert done.returncode == 0, done.stderr
     assert words in done.stderr
     assert built(tmp_path) == []
-    assert list(tmp_path.rglob("nvit_kernels/sparse24.py")), "the pure Python part is installed"
+    assert list(tmp_path.rglob("nvit_kernels/sparse24/compress.py")), "the pure Python part is installed"
 
 
 @pytest.mark.skipif(SETUP["compiler"]() is None, reason="no C++ compiler")
@@ -145,7 +145,7 @@ def test_native_code_is_tested_where_it_was_not_built_in_place(tmp_path):
     done = run_setup(tmp_path, env={"NVIT_BUILD_CUDA": "0"})
     assert built(tmp_path) == ["_C"], done.stderr
     (package,) = tmp_path.glob("lib*")
-    files = [ROOT / "tests" / f for f in ("csrc/test_tiles.py", "nvit_kernels/test_sparse24.py")]
+    files = [ROOT / "tests" / f for f in ("csrc/test_tiles.py", "nvit_kernels/sparse24/test_compress.py")]
     # From elsewhere, so that the package just built is the one imported.
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", *files]
     command += ["-k", "tiles or compiled"]

@@ -15,10 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nvit import adapters
 from nvit.analysis.evaluate import macs
+from nvit.latency import measure as measuring
 from nvit.latency import table as table_module
 from nvit.latency.clock import current_setting, time_each
 from nvit.latency.grid import Grid
-from nvit.latency.table import LatencyTable, _levels
+from nvit.latency.measure import LEVELS, points
+from nvit.latency.table import LatencyTable
 from nvit.spec import KINDS, BlockWidths, Part
 from nvit.structure.compact import compact
 from nvit.structure.masks import full_masks, widths
@@ -30,7 +32,7 @@ SMALL_BUNDLES = {"emb": 16, "heads": 1, "qk_dim": 8, "v_dim": 8, "mlp": 16}
 
 @pytest.fixture
 def few_points(monkeypatch):
-    monkeypatch.setattr(table_module, "LEVELS", dict.fromkeys(KINDS, 2))
+    monkeypatch.setattr(measuring, "LEVELS", dict.fromkeys(KINDS, 2))
 
 
 def measured(model, **more) -> LatencyTable:
@@ -68,7 +70,7 @@ def test_macs_counts_what_the_model_runs():
 def table_by_hand(mlp=None) -> LatencyTable:
     """Three points an axis, for one block; random values, but `mlp` where given."""
     rng, block = np.random.default_rng(0), BlockWidths(8, 8, 8, 8, 8)
-    parts = adapters.timm_vit.parts(make("plain", depth=1))
+    parts = adapters.FAMILIES["timm_vit"].parts(make("plain", depth=1))
     values = {p.name: rng.random([3] * len(p.kinds)) + 1 for p in parts}
     if mlp is not None:
         values |= {"mlp": mlp, "attention": np.zeros([3] * 4), "rest": np.zeros(3)}
@@ -121,9 +123,9 @@ def test_every_part_has_its_own_pieces_range_and_bundles():
     blocks, (*_, merge, _) = blocks_of(THREE_STAGES), parts_of(THREE_STAGES)
     bundles = [BlockWidths(emb=4, heads=2, qk_dim=4, v_dim=8, mlp=3)] * len(blocks)
     assert merge.name == "merge.0"
-    assert _levels(merge, blocks, bundles) == [[4, 8], [4, 8, 11]]
+    assert points(merge, blocks, bundles, LEVELS) == [[4, 8], [4, 8, 11]]
     unlike = Part("mlp", ("emb", "mlp"), ((0, 0), (3, 3)))
-    assert _levels(unlike, blocks, bundles) == [[4, 8, 12, 14], [3, 6, 8]]
+    assert points(unlike, blocks, bundles, LEVELS) == [[4, 8, 12, 14], [3, 6, 8]]
 
 
 def test_slopes_are_milliseconds_per_unit_and_for_a_stream_per_channel_of_every_block():
@@ -227,7 +229,7 @@ def test_time_each_takes_turns_and_skips_the_first_round():
 def test_the_cache_is_used_the_second_time(few_points, tmp_path, monkeypatch):
     model = make("plain")
     first = measured(model, cache=tmp_path)
-    monkeypatch.setattr(table_module, "_measure_parts", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(table_module, "time_pieces", lambda *_: pytest.fail("measured again"))
     assert measured(model, cache=tmp_path).to_json() == first.to_json()
     with pytest.raises(pytest.fail.Exception):
         LatencyTable.measure(model, 3, bundle_sizes=SMALL_BUNDLES, seconds=0.1, cache=tmp_path)

@@ -52,9 +52,8 @@ def move_(model: nn.Module, to: ToFake) -> None:
 @pytest.fixture
 def without_kernels():
     """A launch needs a real device."""
-    functional.use_kernels(False)
-    yield
-    functional.use_kernels(True)
+    with functional.kernels(False):
+        yield
 
 
 @pytest.mark.usefixtures("without_kernels")

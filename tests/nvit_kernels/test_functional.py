@@ -102,13 +102,15 @@ def test_autocast_reaches_attention_and_mlp():
 
 
 def test_cpu_tensors_take_the_reference():
-    assert not functional.takes_kernels(torch.ones(8), 8)
+    x = torch.ones(1, 1, 8, 8)
+    assert not functional.attention_takes(x, 8) and not functional.mlp_takes(x, 8, 8, 8)
+    assert not functional.kept_layer_norm_takes(x) and not functional.group_dot_takes(x)
 
 
 def test_torch_and_triton_are_enough():
     """Importing needs neither timm nor nvit."""
     code = (
-        "import sys, nvit_kernels.functional, nvit_kernels.layers, nvit_kernels.aot; "
+        "import sys, nvit_kernels.functional, nvit_kernels.hosts.layers, nvit_kernels.aot; "
         "assert not {'timm', 'nvit', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

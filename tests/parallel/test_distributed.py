@@ -14,15 +14,15 @@ from safetensors.torch import load_file
 from timm.data import Mixup
 
 import nvit
-from nvit import parallel
+from nvit import adapters, parallel
 from nvit.cli import main as cli
-from nvit.layers import prunable_layers
+from nvit.layers import Attention
 from nvit.parallel import collectives
 from nvit.parallel import shards as shards_module
-from nvit.structure import snapshot
-from nvit.training.data import TrainingData
+from nvit.structure.run_state import load_run_state
+from nvit.training.data import TrainingData, seed_draws
 from nvit.training.distill import sample_labels
-from tests.hosts import prepared
+from tests.families import HOSTS, ONE_OF_EACH
 from tests.ranks import PLAYED
 from tests.runs import NoisyImages
 
@@ -99,6 +99,11 @@ def test_finetuning_is_the_same_in_copies_and_in_shards(played):
                 torch.testing.assert_close(found[n], w, rtol=0, atol=1e-12)
 
 
+def test_a_checkpointed_block_may_lie_in_shards(played):
+    """Gradients of every family as one process has them without either."""
+    assert codes(played, "checkpointed") == [0, 0], said(played, "checkpointed")
+
+
 def test_a_nan_on_one_rank_ends_all_with_the_same_words(played):
     assert codes(played, "nan") == [3, 3]
     assert set(said(played, "nan").splitlines()) == {
@@ -161,7 +166,7 @@ def test_torchrun_with_a_killed_rank_leaves_a_state_that_one_process_ends(tmp_pa
     words = (tmp_path / "said").read_text()
     # One line at most: the launcher may end rank 0 as it is about to speak, its state already saved.
     assert sum(line.startswith("nvit: ") for line in words.splitlines()) <= 1, words
-    _, values = snapshot.load_run_state(tmp_path / "o" / "run_state.safetensors")
+    _, values = load_run_state(tmp_path / "o" / "run_state.safetensors")
     assert values["trainer"]["step"] > 0, "saved by rank 0 once it knew: no save was due within five minutes"
     assert cli.main([*prune, "--resume"]) == 0
     assert nvit.load(tmp_path / "o" / "target-0.9")
@@ -216,11 +221,11 @@ def test_shares_are_a_partition_closed_under_what_mixup_pairs(size, count, monke
 def test_mixup_on_shares_makes_the_images_of_the_whole_batch(cutmix, monkeypatch):
     x, y = torch.randn(10, 3, 16, 16), torch.randint(7, (10,))
     mix = Mixup(0.8, cutmix, num_classes=7)
-    nvit.data.seed_draws(5)
+    seed_draws(5)
     images, labels = mix(x.clone(), y)
     for rank in range(4):
         of_rank(monkeypatch, rank, 4)
-        nvit.data.seed_draws(5)
+        seed_draws(5)
         mine, theirs = mix(*(t.clone() for t in parallel.take((x, y))))
         assert torch.equal(mine, images[parallel.share(10)]) and torch.equal(theirs, labels[parallel.share(10)])
 
@@ -250,10 +255,17 @@ def test_no_more_than_a_few_parameters_are_whole_at_a_time():
     assert list(whole) == list(shards) and len(whole) == 9
 
 
-def test_blocks_are_what_is_gathered_at_once():
-    model, _ = prepared("three_blocks")
-    assert shards_module._blocks(model) == list(model.blocks)
-    assert all(layer in set(model.modules()) for layer in prunable_layers(model).values())
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_blocks_are_what_is_gathered_at_once(name, monkeypatch):
+    """And nothing else, in the order in which they run; the rest of the model with the call."""
+    host, wrapped = HOSTS[name](), []
+    adapter = adapters.find(host)
+    model = adapter.prepare(host)
+    monkeypatch.setattr(shards_module, "init_device_mesh", lambda *_: None)
+    monkeypatch.setattr(shards_module, "fully_shard", lambda module, mesh: wrapped.append(module) or module)
+    call = shards_module.shard(model, adapter.logits)
+    assert wrapped == [*adapter.blocks(call.model), call]
+    assert all(any(isinstance(layer, Attention) for layer in block.modules()) for block in wrapped)
 
 
 def test_a_single_process_is_left_alone():

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from nvit import adapters
 from nvit.latency.table import LatencyTable
-from nvit.selection.bundles import _State
+from nvit.selection.bundles import units_gone
+from nvit.selection.decision import Decision
+from nvit.selection.descent import Descent, independent
 from nvit.selection.greedy import drop_cheapest
-from nvit.selection.lagrangian import _Descent, _independent, drop_to_target
+from nvit.selection.lagrangian import drop_to_target
 from nvit.spec import KINDS, block_widths
 from nvit.structure.masks import full_masks, kept_counts, widths
 from tests import references
@@ -95,6 +97,15 @@ def test_last_bundles_stay_and_widths_become_multiples(case, steps):
         assert now >= min(g.multiple, was)
         assert now == was or now % g.multiple == 0
         assert not (found[g.name] & ~masks[g.name]).any(), "a pruned unit came back"
+
+
+@given(st.integers(1, 60), st.integers(1, 17))
+def test_a_first_bundle_evens_out_the_rest_and_the_last_never_leaves(units, multiple):
+    gone = units_gone(units, multiple)
+    left = units - gone
+    assert gone[0] == 0 and left[-1] == min(units, multiple), "the last bundle stays"
+    assert all(n % multiple == 0 for n in left[1:]) and all(np.diff(gone)[1:] == multiple)
+    assert all(0 < first <= multiple for first in np.diff(gone)[:1])
 
 
 @given(scored())
@@ -213,16 +224,16 @@ def test_one_decision_over_deit_b_takes_less_than_50_ms():
     assert sorted(times[1:])[2] < 0.050, times
 
 
-def assert_no_group_alone_gains(state: _State, gone, eta: float) -> None:
-    """Try every other choice of every group, one by one, with the table's own latency; leaves `gone` in the state."""
+def assert_no_group_alone_gains(decision: Decision, gone, eta: float) -> None:
+    """Try every other choice of every group, one by one, with the table's own latency; leaves `gone` decided."""
     for i, k in enumerate(gone):
-        state.set_gone(i, int(k))
-    for i, q in enumerate(state.queues):
+        decision.set_gone(i, int(k))
+    for i, q in enumerate(decision.queues):
         costs = []
         for k in range(len(q.left)):
-            state.set_gone(i, k)
-            costs.append(q.lost[k] + eta * state.model_ms() / state.table.dense_ms)
-        state.set_gone(i, int(gone[i]))
+            decision.set_gone(i, k)
+            costs.append(q.lost[k] + eta * decision.latency_ms() / decision.table.dense_ms)
+        decision.set_gone(i, int(gone[i]))
         assert costs[gone[i]] <= min(costs) + 1e-9 * max(1.0, eta), q.group.name
 
 
@@ -230,10 +241,10 @@ def assert_no_group_alone_gains(state: _State, gone, eta: float) -> None:
 @given(scored((VIT, TWO_STAGES, THREE_STAGES)), st.integers(0, 99), st.sampled_from([0.0, 1.0, 3.0, 10.0, 1e3]))
 def test_at_a_price_no_group_alone_gains_by_another_choice(case, seed, eta):
     table, groups, scores, masks = case
-    state = _State(scores, masks, groups, with_noise(table, seed))
-    gone, ms = _Descent(state).at(eta)
-    assert_no_group_alone_gains(state, gone, eta)
-    assert ms == pytest.approx(state.model_ms(), rel=1e-12)
+    decision = Decision(scores, masks, groups, with_noise(table, seed))
+    gone, ms = Descent(decision).at(eta)
+    assert_no_group_alone_gains(decision, gone, eta)
+    assert ms == pytest.approx(decision.latency_ms(), rel=1e-12)
 
 
 @settings(max_examples=15)
@@ -246,17 +257,17 @@ def test_stages_are_pruned_to_a_target_at_one_price(case, fraction):
     except ValueError:
         assume(False)
     assert table.model_ms(widths(groups, found)) <= target
-    state = _State(scores, masks, groups, table)
-    gone, ms = _Descent(state).at(eta)
+    decision = Decision(scores, masks, groups, table)
+    gone, ms = Descent(decision).at(eta)
     assert ms <= target * (1 + 1e-12)
-    assert_no_group_alone_gains(state, gone, eta)
+    assert_no_group_alone_gains(decision, gone, eta)
 
 
 def test_streams_that_meet_in_a_merge_choose_in_turn_and_all_others_at_once():
     groups = groups_of(THREE_STAGES, BUNDLES)
     scores = {g.name: torch.rand(g.size) for g in reversed(groups)}
-    state = _State(scores, full_masks(groups), groups, table_of(THREE_STAGES))
-    sides = [[state.queues[i].group.name for i in side] for side in _independent(state)]
+    decision = Decision(scores, full_masks(groups), groups, table_of(THREE_STAGES))
+    sides = [[decision.queues[i].group.name for i in side] for side in independent(decision)]
     blocks = range(4)
     others = [[f"blocks.{i}.{kind}" for i in blocks] for kind in KINDS[1:]]
     assert sides == [["emb.0", "emb.2"], ["emb.1"], *others]
@@ -266,7 +277,7 @@ def test_a_bundle_of_a_stream_saves_in_its_blocks_and_in_both_merges():
     """By hand: stage 1 has two blocks, and neighbours on both sides."""
     groups, table = groups_of(THREE_STAGES, BUNDLES), table_of(THREE_STAGES)
     scores = {"emb.1": torch.zeros(11)}
-    state = _State(scores, full_masks(groups), groups, table)
+    decision = Decision(scores, full_masks(groups), groups, table)
     units = 11 % BUNDLES["emb"]
     each = 2 * (3 * (2 * 5 + 2 * 4) + 2 * 9) + 3 * 8 + 3 * 14
-    assert state.next_saved() * table.dense_ms == pytest.approx([units * each])
+    assert decision.latency_saved() * table.dense_ms == pytest.approx([units * each])

@@ -1,19 +1,23 @@
 """Snapshots and run states: strict to read, whole or absent on disk, plain data."""
 
+import hashlib
 import json
 import resource
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import nvit
 from nvit import adapters, snapshot
 from nvit.spec import ViTSpec
+from nvit.structure import snapshot as finishing
 from nvit.structure.compact import compact
+from nvit.structure.manifest import write_manifest
 from nvit.structure.masks import widths
 from tests.hosts import images, make, masked
 
@@ -40,11 +44,9 @@ for n in range(400):
         snapshot.save(root / "s", new)
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.wait()[1])
-    seen = None
-    if (root / "s").exists():
-        model = snapshot.load(root / "s")
-        seen = model.blocks[0].mlp.fc1.out_features
-    print(n, code, seen)
+    gone = not (root / "s").exists()
+    seen = snapshot.load(root / "s").blocks[0].mlp.fc1.out_features
+    print(n, code, seen, gone, *(p.name for p in root.iterdir() if p.name.startswith(".")))
     if code == 0:
         break
     if seen != int(sys.argv[2]):
@@ -73,11 +75,19 @@ def saved(tmp_path):
 
 
 def one_line(error) -> bool:
-    return "\n" not in str(error.value)
+    return "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
-def test_a_snapshot_is_three_plain_files(saved):
-    assert sorted(p.name for p in saved.iterdir()) == ["metrics.json", "spec.json", "weights.safetensors"]
+def test_a_snapshot_is_plain_files_and_what_they_were(saved):
+    files = ["manifest.json", "metrics.json", "spec.json", "weights.safetensors"]
+    assert sorted(p.name for p in saved.iterdir()) == files
+    manifest = json.loads((saved / "manifest.json").read_text())
+    assert manifest["format"] == 1 and list(manifest["files"]) == files[1:]
+    for name, said in manifest["files"].items():
+        content = (saved / name).read_bytes()
+        assert said == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    *lines, last = (saved / "manifest.json").read_text().splitlines(keepends=True)
+    assert hashlib.sha256("".join(lines).encode()).hexdigest() == last.split('"')[3] == manifest["sha256"]
     assert [p.name for p in saved.parent.iterdir()] == ["s"]
     assert json.loads((saved / "metrics.json").read_text()) == {"top1": 81.5} == snapshot.load_metrics(saved)
     assert ViTSpec.from_json((saved / "spec.json").read_text()).blocks[0].emb == 29
@@ -95,7 +105,7 @@ def test_loaded_model_is_ready_for_inference(saved):
 
 def test_saving_what_was_loaded_gives_the_same_files(saved, tmp_path):
     again = snapshot.save(tmp_path / "again", snapshot.load(saved), snapshot.load_metrics(saved))
-    for name in ("spec.json", "weights.safetensors", "metrics.json"):
+    for name in ("spec.json", "weights.safetensors", "metrics.json", "manifest.json"):
         assert (again / name).read_bytes() == (saved / name).read_bytes(), name
 
 
@@ -103,6 +113,19 @@ def test_half_precision_survives(tmp_path):
     model = small().to(torch.bfloat16)
     loaded = snapshot.load(snapshot.save(tmp_path / "s", model))
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+
+
+def test_the_dtype_asked_for_and_finishers_come_last_and_only_where_they_may(saved, monkeypatch):
+    seen = []
+    monkeypatch.setattr(finishing, "FINISHERS", [lambda model: seen.append(model.head.weight.dtype)])
+    assert snapshot.load(saved, dtype=torch.bfloat16).head.weight.dtype == torch.bfloat16
+    assert seen == [torch.bfloat16]
+    assert snapshot.load(saved, sparse=False).head.weight.dtype == torch.float32 and len(seen) == 1
+
+
+def test_nvit_load_is_the_snapshots_own_and_finishes_2to4():
+    assert nvit.load is snapshot.load
+    assert [f.__module__ for f in finishing.FINISHERS] == ["nvit.sparse24"]
 
 
 def test_an_image_size_that_timm_does_not_know_is_in_the_spec(saved):
@@ -131,6 +154,9 @@ def edit(change):
     return apply
 
 
+HUGE = 10**9
+
+
 DAMAGED_SPECS = {
     "not JSON": lambda p: (p / "spec.json").write_text('{"family": "timm_vit", '),
     "not text": lambda p: (p / "spec.json").write_bytes(b"\xff\xfe\x00\x01"),
@@ -153,15 +179,39 @@ DAMAGED_SPECS = {
     "width missing": edit(lambda r: r["blocks"][0].pop("qk_dim")),
     "wider than dense": edit(lambda r: r["blocks"][0].update(mlp=97)),
     "two widths of one stream": edit(lambda r: r["blocks"][0].update(emb=30)),
+    "nested too deep": lambda p: (p / "spec.json").write_text("[" * 100_000),
+    "long field names": edit(lambda r: r.update({"x" * 100_000: 1})),
+    "a billion blocks": edit(lambda r: r["config"].update(depth=HUGE)),
+    "a billion channels": edit(lambda r: r["config"].update(embed_dim=HUGE)),
+    "a billion pixels a side": edit(lambda r: r["config"].update(img_size=[HUGE, HUGE])),
+    "a number of 4000 digits": lambda p: (p / "spec.json").write_text(f'{{"depth": {"9" * 4000}}}'),
+    "infinitely wide": edit(lambda r: r["config"].update(mlp_ratio=float("inf"))),
+    "kept no table": edit(lambda r: r.update(kept=[1])),
+    "a change of nothing": edit(lambda r: r.update(changes={"blocks.7.attn": {"scale": 1.0}})),
+    "a change of what is no number": edit(lambda r: r.update(changes={"blocks.0.attn": {"kept": 1}})),
+    "a change to another layer": edit(lambda r: r.update(changes={"blocks.0.mlp": {"layer": "relu"}})),
 }
 
 
+@pytest.mark.parametrize("signed", [True, False], ids=["manifest", "no manifest"])
 @pytest.mark.parametrize("damage", DAMAGED_SPECS.values(), ids=DAMAGED_SPECS)
-def test_a_damaged_spec_gives_one_line(saved, damage):
+def test_a_damaged_spec_gives_one_line(saved, damage, signed):
+    """Also where nobody can tell that it is not as it was saved: it makes no model, and nothing large on the way."""
     damage(saved)
-    with pytest.raises(ValueError, match=r"spec\.json is damaged or from another version") as e:
+    if signed:
+        with pytest.raises(ValueError, match=r"spec\.json is damaged: .*manifest\.json"):
+            snapshot.load(saved)
+    (saved / "manifest.json").unlink()
+    if signed:
+        write_manifest(saved)
+    before, quiet = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, pytest.warns if not signed else nullcontext
+    with (
+        quiet(*() if signed else (UserWarning,)),
+        pytest.raises(ValueError, match=r"spec\.json is damaged or from another version") as e,
+    ):
         snapshot.load(saved)
     assert one_line(e)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "kB"
 
 
 def change_weights(change):
@@ -190,9 +240,12 @@ DAMAGED_WEIGHTS = {
 }
 
 
+@pytest.mark.parametrize("signed", [True, False], ids=["as saved", "signed anew"])
 @pytest.mark.parametrize("damage", DAMAGED_WEIGHTS.values(), ids=DAMAGED_WEIGHTS)
-def test_damaged_weights_give_one_line(saved, damage):
+def test_damaged_weights_give_one_line(saved, damage, signed):
     damage(saved / "weights.safetensors")
+    if not signed:
+        write_manifest(saved)
     with pytest.raises(ValueError, match=r"weights\.safetensors (is damaged|does not fit|is missing)") as e:
         snapshot.load(saved)
     assert one_line(e)
@@ -200,6 +253,7 @@ def test_damaged_weights_give_one_line(saved, damage):
 
 def test_damaged_metrics_give_one_line(saved):
     (saved / "metrics.json").write_text('{"top1": ')
+    write_manifest(saved)
     with pytest.raises(ValueError, match=r"metrics\.json is damaged"):
         snapshot.load_metrics(saved)
 
@@ -207,6 +261,9 @@ def test_damaged_metrics_give_one_line(saved):
 def test_weights_of_another_width_do_not_fit(saved, tmp_path):
     other = snapshot.save(tmp_path / "other", small(keep=0.5))
     (other / "weights.safetensors").replace(saved / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"weights\.safetensors is damaged: \d+ bytes, manifest\.json says \d+"):
+        snapshot.load(saved)
+    write_manifest(saved)
     with pytest.raises(ValueError, match=r"does not fit spec\.json: \S+ is \(.*\), expected \(.*\)"):
         snapshot.load(saved)
 
@@ -236,9 +293,8 @@ def test_an_older_snapshot_is_replaced(saved):
 
 
 def test_a_kill_at_any_moment_leaves_the_old_snapshot_or_the_new_one(tmp_path):
-    """A child is ended before every file system call of a save, one after another; what is there always loads.
-
-    Between two renames there may be no folder, and never half of one.
+    """A child is ended before every file system call of a save, one after another; what is there always loads, and then
+    nothing is left beside it. Between two renames there is no folder, until somebody looks.
     """
     old, new = small(keep=0.6), small(keep=0.4)
     for name, model in {"old": old, "new": new, "s": old}.items():
@@ -248,11 +304,12 @@ def test_a_kill_at_any_moment_leaves_the_old_snapshot_or_the_new_one(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
-    assert rows[-1][1:] == ["0", str(narrow)]
-    assert len(rows) > 10 and all(code == "9" for _, code, _ in rows[:-1])
-    seen = [found for *_, found in rows]
-    assert set(seen) <= {str(wide), str(narrow), "None"}
-    assert seen.count("None") <= 1, "the time without a snapshot is one rename long"
+    assert rows[-1][1:3] == ["0", str(narrow)]
+    assert len(rows) > 10 and all(code == "9" for _, code, *_ in rows[:-1])
+    assert {found for _, _, found, *_ in rows} == {str(wide), str(narrow)}
+    between = [found for _, _, found, gone, *_ in rows if gone == "True"]
+    assert between == [str(narrow)], "found missing once, between the renames; the new one was finished"
+    assert all(len(row) == 4 for row in rows), "nothing is left beside them"
 
 
 @pytest.mark.parametrize("size", [100, 20_000])

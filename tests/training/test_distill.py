@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nvit import adapters
+from nvit.adapters import Logits
 from nvit.training.distill import Objective, cnn_loss, frozen, full_loss, renormalisation, sample_labels
 from tests import references
 from tests.hosts import images, labels, masked, prepared
@@ -35,12 +36,12 @@ SOFT = logits(9).softmax(-1)
 )
 def test_full_loss_is_eq_9(student, teacher, pairs, tau):
     expected = references.full_loss([s for s, _ in pairs], [t for _, t in pairs], tau)
-    torch.testing.assert_close(full_loss(student, teacher, tau).double(), expected, **EXACT)
+    torch.testing.assert_close(full_loss(Logits(*student), Logits(*teacher), tau).double(), expected, **EXACT)
 
 
 def test_full_loss_is_zero_at_the_teacher_and_has_no_gradient_there():
     student = CLS.clone().requires_grad_()
-    loss = full_loss((student, None), (CLS, None), 3.0)
+    loss = full_loss(Logits(student), Logits(CLS), 3.0)
     loss.backward()
     assert abs(loss.item()) < 1e-12 and student.grad.abs().max() < 1e-12
 
@@ -50,20 +51,20 @@ def test_full_loss_is_zero_at_the_teacher_and_has_no_gradient_there():
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.8, 1.0])
 def test_cnn_loss_is_eq_8(dist, target, share):
     expected = references.cnn_loss(CLS, dist, target, CNN, share)
-    torch.testing.assert_close(cnn_loss((CLS, dist), target, CNN, share), expected, **EXACT)
+    torch.testing.assert_close(cnn_loss(Logits(CLS, dist), target, CNN, share), expected, **EXACT)
 
 
 def test_without_a_cnn_teacher_it_is_plain_cross_entropy_of_the_models_own_answer():
     for dist, answer in ((None, CLS), (DIST, (CLS + DIST) / 2)):
         for target in (HARD, SOFT):
             expected = references.cross_entropy(answer, target)
-            torch.testing.assert_close(cnn_loss((CLS, dist), target, None), expected, **EXACT)
+            torch.testing.assert_close(cnn_loss(Logits(CLS, dist), target, None), expected, **EXACT)
 
 
 def test_smoothing_spreads_the_true_label_and_leaves_the_cnn_label_hard():
     smooth = F.one_hot(HARD, 7).double() * 0.9 + 0.1 / 7
     expected = references.cnn_loss(CLS, DIST, smooth, CNN, 0.5)
-    torch.testing.assert_close(cnn_loss((CLS, DIST), HARD, CNN, 0.5, smoothing=0.1), expected, **EXACT)
+    torch.testing.assert_close(cnn_loss(Logits(CLS, DIST), HARD, CNN, 0.5, smoothing=0.1), expected, **EXACT)
 
 
 @pytest.mark.parametrize("host", ["plain", "deit_distilled"])
@@ -96,10 +97,9 @@ def test_a_masked_student_distils_from_its_dense_teacher():
 def test_logits_of_both_tokens_average_to_the_models_answer(host, training):
     model, _ = prepared(host)
     model.train(training)
-    cls, dist = adapters.find(model).logits(model, images(model))
-    assert (dist is not None) == (host == "deit_distilled")
-    answer = cls if dist is None else (cls + dist) / 2
-    torch.testing.assert_close(answer, model(images(model)))
+    logits = adapters.find(model).logits(model, images(model))
+    assert (logits.dist is not None) == (host == "deit_distilled")
+    torch.testing.assert_close(logits.mean, model(images(model)))
 
 
 def test_renormalised_images_are_what_the_teacher_would_have_read():

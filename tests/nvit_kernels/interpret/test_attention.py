@@ -3,7 +3,7 @@ import torch
 
 from nvit_kernels import functional, reference
 from nvit_kernels.kept import Kept
-from nvit_kernels.ops import attention as op
+from nvit_kernels.ops.attention import op, operands
 
 WIDTHS = [(8, 8), (24, 56), (40, 104), (56, 24), (104, 200), (64, 64)]
 DTYPES = [torch.float32, torch.float16]
@@ -62,7 +62,7 @@ def test_what_is_pruned_is_never_used():
 def test_views_of_a_packed_projection_need_no_copy():
     packed = torch.randn(2, 50, 3, 4, 24)
     q, k, v = (t.transpose(1, 2) for t in packed.unbind(2))
-    assert op._readable(q) is q and op._readable(v) is v
+    assert operands.readable(q) is q and operands.readable(v) is v
     torch.testing.assert_close(functional.attention(q, k, v, 0.2), reference.attention(q, k, v, 0.2))
 
 
@@ -71,6 +71,36 @@ def test_strided_inputs_are_read_right():
     strided = {k: torch.stack([t, t], -1)[..., 1] for k, t in data.items()}
     results = (functional.attention(**each, scale=0.2) for each in (strided, data))
     assert torch.equal(*results)
+
+
+LAYOUTS = {  # (batch, heads, tokens, dim) from memory in another order, which a stride of samples is derived from
+    "by head": lambda b, h, n, d: torch.randn(b, h, n, d),
+    "by token": lambda b, h, n, d: torch.randn(b, n, h, d).transpose(1, 2),
+    "packed": lambda b, h, n, d: torch.randn(b, n, 3, h, d)[:, :, 1].transpose(1, 2),
+    "heads outermost": lambda b, h, n, d: torch.randn(h, b, n, d).transpose(0, 1),
+    "tokens outermost": lambda b, h, n, d: torch.randn(n, b, h, d).permute(1, 2, 0, 3),
+    "every second sample": lambda b, h, n, d: torch.randn(2 * b, h, n, d)[::2],
+    "one sample for all": lambda b, h, n, d: torch.randn(1, h, n, d).expand(b, h, n, d),
+    "part of a wider head": lambda b, h, n, d: torch.randn(b, h, n, d + 8)[..., 8:],
+    "a shifted start": lambda b, h, n, d: torch.randn(b * h * n * d + 1)[1:].view(b, h, n, d),
+}
+
+
+@pytest.mark.parametrize(("batch", "heads", "tokens"), [(2, 3, 5), (2, 1, 5), (2, 3, 1), (2, 1, 1), (1, 3, 5)])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_any_layout_is_read_right(name, batch, heads, tokens):
+    make = LAYOUTS[name]
+    q, k, v = make(batch, heads, tokens, 8), make(batch, heads, tokens, 8), make(batch, heads, tokens, 16)
+    mixed = (q, torch.randn(batch, tokens, heads, 8).transpose(1, 2), v)
+    for each in ((q, k, v), mixed):
+        leaves = [t.detach().requires_grad_() for t in each]
+        copies = [t.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for t in each]
+        gradient = make(batch, heads, tokens, 16)
+        for tensors_, grad in ((leaves, gradient), (copies, gradient.contiguous())):
+            functional.attention(*tensors_, 0.2).backward(grad)
+        for ours, plain in zip(leaves, copies, strict=True):
+            assert torch.equal(ours.grad, plain.grad)
+        assert torch.equal(functional.attention(*leaves, 0.2), functional.attention(*copies, 0.2))
 
 
 @pytest.mark.parametrize("wrong", ["shape", "width", "dtype", "list"])
@@ -93,9 +123,9 @@ def test_opcheck():
     q, k, v = (t.requires_grad_() for t in tensors(1, 2, 8, 8, 16, torch.float32).values())
     heads, qk = Kept.from_mask(torch.tensor([True, False])), Kept.all(8)
     arguments = (q, k, v, 0.2, heads.index, heads.count, qk.mask, *[None] * 6)
-    torch.library.opcheck(op._forward, arguments)
+    torch.library.opcheck(op.operator, arguments)
     with torch.no_grad():
-        o, stats = op._forward(*arguments)
+        o, stats = op.operator(*arguments)
     scores = (torch.zeros(1, 2), torch.zeros(8), torch.zeros(1, 16))
     saved = (
         torch.randn_like(o),
@@ -109,4 +139,4 @@ def test_opcheck():
         None,
         False,
     )
-    torch.library.opcheck(op._backward, saved)
+    torch.library.opcheck(op.operator_backward, saved)

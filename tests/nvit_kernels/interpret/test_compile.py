@@ -7,7 +7,7 @@ from timm.models.vision_transformer import Block
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from nvit_kernels import collect_scores_, fuse, keep_
-from nvit_kernels.fuse import groups
+from nvit_kernels.hosts.fuse import groups
 
 SIZES = {"emb": 24, "heads": 3, "qk_dim": 8, "v_dim": 8, "mlp": 96}
 

@@ -21,15 +21,14 @@ def pruned():
     groups = adapter.groups(adapter.prepare(model))
     left = {"emb": 0.75, "heads": 0.75, "qk_dim": 0.5, "v_dim": 1.0, "mlp": 0.75}
     masks.apply_(model, groups, {g.name: torch.arange(g.size) < left[g.kind] * g.size for g in groups})
-    yield model, groups, torch.randn(2, 3, 16, 16)
-    functional.use_kernels(True)
+    return model, groups, torch.randn(2, 3, 16, 16)
 
 
 def gradients(model, images, kernels):
-    functional.use_kernels(kernels)
     model.zero_grad()
-    logits = model(images)
-    logits.square().mean().backward()
+    with functional.kernels(kernels):
+        logits = model(images)
+        logits.square().mean().backward()
     return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
@@ -78,10 +77,10 @@ def test_attention_with_a_position_bias_agrees(name, monkeypatch):
     monkeypatch.setattr(kernels, "attention", lambda *a, **k: calls.append(1) or run(*a, **k))
     results = []
     for on in (False, True):
-        functional.use_kernels(on)
         layer.zero_grad()
-        out = layer.attend(x, mask, windows=2)
-        out.square().mean().backward()
+        with functional.kernels(on):
+            out = layer.attend(x, mask, windows=2)
+            out.square().mean().backward()
         results.append([out.detach(), *(p.grad.clone() for p in layer.parameters())])
     assert len(calls) == fused
     for plain, ours in zip(*results, strict=True):
@@ -93,9 +92,8 @@ def test_scores_agree(pruned):
     _, grads = gradients(model, images, False)
     params = dict(model.named_parameters())
     for slices in (lambda g: g.scored_slices, lambda g: g.published_slices):
-        functional.use_kernels(False)
-        plain = gates.gate_gradients(groups, params, grads, slices)
-        functional.use_kernels(True)
+        with functional.kernels(False):
+            plain = gates.gate_gradients(groups, params, grads, slices)
         assert functional.group_dot(params, grads, [("head.bias", 0, None, (5,), 0, 0)]) is not None
         for name, fused in gates.gate_gradients(groups, params, grads, slices).items():
             torch.testing.assert_close(fused, plain[name], rtol=1e-4, atol=1e-6)

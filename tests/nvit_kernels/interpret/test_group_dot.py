@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvit_kernels import functional, reference
-from nvit_kernels.ops import group_dot as op
-from nvit_kernels.plan import DotSlice, GroupDotPlan
+from nvit_kernels.ops.group_dot import op
+from nvit_kernels.ops.group_dot.plan import DotSlice, GroupDotPlan
 
 SHAPES = {"qkv.weight": (216, 40), "qkv.bias": (216,), "fc1.weight": (104, 40), "fc1.bias": (104,),
           "fc2.weight": (40, 104), "pos_embed": (1, 17, 40), "patch.weight": (40, 3, 4, 4), "proj.weight": (40, 72),
@@ -83,8 +83,8 @@ def test_mixed_dtypes_are_refused():
 def test_opcheck():
     params, grads = data()
     plan = GroupDotPlan(SLICES, SHAPES)
-    t = plan.tables(torch.device("cpu"), op.UNITS, op.BLOCK)
+    t = plan.tables(torch.device("cpu"), op.BLOCK)
     tensors = [[each[name] for name in plan.names] for each in (params, grads)]
-    torch.library.opcheck(op._group_dot, (*tensors, t.tiles[8], t.tiles[1],
+    torch.library.opcheck(op.operator, (*tensors, t.tiles[8], t.tiles[1],
                                           t.reductions, t.outputs, t.contributions, torch.ones(1), t.workspace,
                                           t.slice_sums, plan.outputs))  # fmt: skip

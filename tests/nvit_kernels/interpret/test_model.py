@@ -8,7 +8,7 @@ import timm
 import torch
 
 from nvit_kernels import collect_scores_, functional, fuse, keep_
-from nvit_kernels.plan import DotSlice, GroupDotPlan
+from nvit_kernels.ops.group_dot.plan import DotSlice, GroupDotPlan
 
 BATCH, SIDE, HEADS, DIM, EMB, MLP = 2, 64, 3, 64, 192, 768
 
@@ -73,7 +73,7 @@ def test_gradients_and_choices_of_a_pruned_deit(weights, monkeypatch):
     plan, places = score_plan({name: p.shape for name, p in params.items()})
     from_weights = functional.group_dot(params, fused, plan)
     collect_scores_(model, 0)
-    monkeypatch.setattr(functional, "takes_kernels", lambda *_: False)
+    monkeypatch.setattr(functional, "_here", lambda _: False)
     eager = step(model, x, labels)
     eager_scores = functional.group_dot(params, eager, plan)
     for name, grad in eager.items():

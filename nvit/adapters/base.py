@@ -1,0 +1,149 @@
+"""What an adapter is: the contract between a model family and the engine.
+
+Nothing outside this package knows a host's attribute names; the engine asks the methods of `Adapter` and no others.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch import Tensor, nn
+
+from ..spec import BUNDLE_SIZES, BlockWidths, Group, Part, ViTSpec
+
+Piece = tuple[Callable[[Tensor], Tensor], tuple[int, ...]]
+"""A piece of a model as a function, and the shape of its input without the batch."""
+
+
+class Logits(NamedTuple):
+    """What a classifier says of a batch.
+
+    Attributes:
+        cls: of the class token (or of whatever is pooled), `(batch, classes)`.
+        dist: of the distillation token, `(batch, classes)`; None of a model that has none.
+    """
+
+    cls: Tensor
+    dist: Tensor | None = None
+
+    @property
+    def mean(self) -> Tensor:
+        """The model's answer, `(batch, classes)`: the mean of both tokens' where there are two."""
+        return self.cls if self.dist is None else (self.cls + self.dist) / 2
+
+
+class Adapter(ABC):
+    """One model family: which weights leave together, declared rather than traced.
+
+    `knows`, `refusal`, `prepare` and `preprocess` take models as users have them, prepared or not; every other method
+    takes prepared ones, dense or compact. A prepared model carries the constructor arguments of its dense host as
+    `dense_config`; those that people change later are read from the model itself (`settings`). See
+    `one_stream.OneStream` for models of one residual stream, which have less to say.
+
+    Attributes:
+        family: its name in `FAMILIES` and in a spec.
+    """
+
+    family: ClassVar[str]
+
+    @abstractmethod
+    def knows(self, model: nn.Module) -> bool:
+        """Whether the model is of this family at all; a subclass of a host may compute something else."""
+
+    def classes(self) -> tuple[type, ...]:
+        """The hosts' classes that it knows, those that can be had without an import."""
+        return ()
+
+    @abstractmethod
+    def refusal(self, model: nn.Module) -> str | None:
+        """Why a model of this family is not supported, or None."""
+
+    @abstractmethod
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Swap in prunable layers, in place; outputs, parameters and their names stay as they are.
+
+        Returns:
+            The model; a prepared one with a new classifier made prunable, else unchanged.
+        """
+
+    @abstractmethod
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The modules that hold a block each, attention and MLP, in the order of `ViTSpec.blocks`."""
+
+    @abstractmethod
+    def groups(self, model: nn.Module, bundle_sizes: Mapping[str, int] = BUNDLE_SIZES) -> list[Group]:
+        """Every prunable width and its slices; what leaves in one move is `bundle_sizes[kind]` units."""
+
+    def spec(self, model: nn.Module, blocks: Sequence[BlockWidths]) -> ViTSpec:
+        """The spec of the model with these widths of its blocks, as far as its constructor's arguments go."""
+        images = {k: list(v) if isinstance(v, tuple) else v for k, v in self.preprocess(model).items()}
+        config = {**model.dense_config, **self.settings(model)}
+        return ViTSpec(self.family, type(model).__name__, config, tuple(blocks), images, self.name(model))
+
+    @abstractmethod
+    def settings(self, model: nn.Module) -> dict[str, Any]:
+        """Constructor arguments that a model may have changed since it was prepared (classes, image size, pooling), as
+        they are now."""
+
+    @abstractmethod
+    def extent(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
+        """Blocks, tokens and channels of the dense model of a config, by arithmetic alone: what has to be known before
+        anything is built. 0 for what the config does not say."""
+
+    def name(self, model: nn.Module) -> str:
+        """What people call the model in its library; its class where nobody gave it a name."""
+        return type(model).__name__
+
+    @abstractmethod
+    def build(self, spec: ViTSpec, device: str = "meta") -> nn.Module:
+        """The prepared dense model of `spec`: on the meta device its structure alone, elsewhere freshly initialised.
+
+        Raises:
+            ValueError: an architecture or constructor argument this version does not know.
+        """
+
+    @abstractmethod
+    def resize(self, model: nn.Module, params: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> nn.Module:
+        """Give the model these cut parameters and the widths that `masks` leaves, in place; returns it."""
+
+    def logits(self, model: nn.Module, images: Tensor) -> Logits:
+        """What the model says of `images`; of a plain classifier there is no distillation token."""
+        return Logits(model(images))
+
+    @abstractmethod
+    def preprocess(self, model: nn.Module) -> dict[str, Any]:
+        """How images are prepared for the model, as timm's data config; `input_size` is always there."""
+
+    def label_names(self, model: nn.Module) -> dict[str, int]:
+        """Class numbers by the model's own names of its classes; empty where it has none. timm's ImageNet models are
+        known by their number of classes, whose names are WordNet synsets."""
+        subset = infer_imagenet_subset(model)
+        return {} if subset is None else {name: i for i, name in enumerate(ImageNetInfo(subset).label_names())}
+
+    @abstractmethod
+    def tokens(self, model: nn.Module) -> int:
+        """Tokens in the (first) residual stream at the model's own input size."""
+
+    @abstractmethod
+    def parts(self, model: nn.Module) -> tuple[Part, ...]:
+        """The parts whose latencies add up to the model's."""
+
+    @abstractmethod
+    def part_macs(self, model: nn.Module, part: Part) -> Callable[..., int]:
+        """Multiply-accumulates an image of one piece of `part`, as a function of its widths; multilinear."""
+
+    @abstractmethod
+    def sample_spec(self, spec: ViTSpec, part: Part, widths: Sequence[int]) -> ViTSpec:
+        """The spec of the smallest model that holds one piece of `part` at these widths, elsewhere the widest."""
+
+    @abstractmethod
+    def piece(self, model: nn.Module, part: Part) -> Piece:
+        """That piece of such a model, which may lose what does not belong to it."""
+
+    def block_names(self, model: nn.Module) -> list[str]:
+        """Names of `blocks`, in their order."""
+        names = {module: name for name, module in model.named_modules()}
+        return [names[block] for block in self.blocks(model)]

@@ -1,0 +1,96 @@
+"""Models with one residual stream through equal blocks: what all of them have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from ..layers import Attention, GatedMlp
+from ..spec import BUNDLE_SIZES, KINDS, BlockWidths, Group, Part, Slice, ViTSpec
+from .base import Adapter, Piece
+from .declare import Width, block_widths, collect
+
+
+class OneStream(Adapter):
+    """The adapter of a model that is an embedding, a stack of blocks and what follows them.
+
+    Attributes:
+        depth_key: the constructor argument that counts blocks.
+    """
+
+    depth_key: ClassVar[str] = "depth"
+
+    @abstractmethod
+    def stack(self, model: nn.Module) -> nn.ModuleList | nn.Sequential:
+        """What holds the blocks."""
+
+    @abstractmethod
+    def emb(self, model: nn.Module) -> int:
+        """Channels of the stream."""
+
+    @abstractmethod
+    def embeddings(self, model: nn.Module) -> list[Slice]:
+        """Slices along the stream of what enters the blocks, see `declare.embedding_slices`."""
+
+    @abstractmethod
+    def steps(self, model: nn.Module) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """The first block's attention and its MLP, each with its norm and residual, stream to stream."""
+
+    @abstractmethod
+    def rest_macs(self, model: nn.Module) -> Callable[[int], int]:
+        """Multiply-accumulates an image of the model without its blocks, by its emb."""
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        return list(self.stack(model))
+
+    def groups(self, model: nn.Module, bundle_sizes: Mapping[str, int] = BUNDLE_SIZES) -> list[Group]:
+        """Every prunable width: `emb`, then `heads`, `qk_dim`, `v_dim` and `mlp` block by block.
+
+        The gate of a stream's unit sits on what every reader sees. A norm feeds exactly one reader (or the classifiers
+        together), so the gate gradients of its weight and bias add up to the readers' columns at a fraction of the
+        cost.
+        """
+        depth = len(self.stack(model))
+        widths = [Width("emb", "emb", tuple(range(depth)))]
+        for i in range(depth):
+            widths += block_widths(f"blocks.{i}", i)
+        return collect(model, widths, {"emb": self.embeddings(model)}, bundle_sizes)
+
+    def parts(self, model: nn.Module) -> tuple[Part, ...]:
+        """The attention and the MLP of every block, each with its norm and residual, and the rest of the model."""
+        every = range(len(self.stack(model)))
+        return (
+            Part("attention", ("emb", "heads", "qk_dim", "v_dim"), tuple((i,) * 4 for i in every)),
+            Part("mlp", ("emb", "mlp"), tuple((i, i) for i in every)),
+            Part("rest", ("emb",), ((0,),)),
+        )
+
+    def part_macs(self, model: nn.Module, part: Part) -> Callable[..., int]:
+        if part.name == "rest":
+            return self.rest_macs(model)
+        tokens, inside = self.tokens(model), list(self.stack(model)[0].modules())
+        if part.name == "mlp":
+            matrices = 3 if any(isinstance(m, GatedMlp) for m in inside) else 2
+            return lambda emb, hidden: tokens * matrices * emb * hidden
+        dims = next(m for m in inside if isinstance(m, Attention)).span("qk_dim")
+        return lambda emb, heads, qk, v: (
+            tokens * heads * (emb * (2 * dims * qk + v) + v * emb + tokens * (dims * qk + v))
+        )
+
+    def sample_spec(self, spec: ViTSpec, part: Part, widths: Sequence[int]) -> ViTSpec:
+        """One block that has `widths` along the axes of `part`, and elsewhere the widest of the model."""
+        widest = BlockWidths(**{kind: max(getattr(b, kind) for b in spec.blocks) for kind in KINDS})
+        block = replace(widest, **dict(zip(part.kinds, widths, strict=True)))
+        return replace(spec, config={**spec.config, self.depth_key: 1}, blocks=(block,))
+
+    def piece(self, model: nn.Module, part: Part) -> Piece:
+        """The first block's attention or MLP; or the `rest`, images to logits, for which `model` loses its blocks."""
+        if part.name == "rest":
+            del self.stack(model)[:]
+            return model, self.preprocess(model)["input_size"]
+        attention, mlp = self.steps(model)
+        return mlp if part.name == "mlp" else attention, (self.tokens(model), self.emb(model))

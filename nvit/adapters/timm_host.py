@@ -1,0 +1,78 @@
+"""What every model of timm has: classes that are known, a data config, a constructor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from timm.data import resolve_data_config
+from torch import nn
+
+from ..spec import ViTSpec
+from .base import Adapter
+
+
+class TimmAdapter(Adapter):
+    """The adapter of a family of timm.
+
+    Attributes:
+        architectures: its classes by name.
+    """
+
+    architectures: ClassVar[Mapping[str, type[nn.Module]]]
+
+    def knows(self, model: nn.Module) -> bool:
+        return type(model) in self.architectures.values()
+
+    def classes(self) -> tuple[type, ...]:
+        return tuple(self.architectures.values())
+
+    def settings(self, model: nn.Module) -> dict[str, Any]:
+        """Of the images and the classifier."""
+        embed, head = model.patch_embed, model.get_classifier()
+        head = head[0] if isinstance(head, tuple) else head
+        classes = head.out_features if isinstance(head, nn.Linear) else model.num_classes
+        return {
+            "img_size": list(embed.img_size) if embed.img_size else None,
+            "in_chans": embed.proj.in_channels,
+            "num_classes": 0 if isinstance(head, nn.Identity) else classes,
+            "global_pool": model.global_pool,
+        }
+
+    def extent(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
+        depths = config.get("depths") or [config.get("depth", 0)]
+        tokens = math.prod(config.get("img_size") or [0]) // max(1, math.prod(config["patch_size"]))
+        return sum(depths), tokens, config.get("embed_dim", 0)
+
+    def name(self, model: nn.Module) -> str:
+        """timm's name of the pretrained model, or the class."""
+        return (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__
+
+    def preprocess(self, model: nn.Module) -> dict[str, Any]:
+        """timm's data config, at the model's own input size."""
+        data, embed = resolve_data_config(model=model), model.patch_embed
+        if embed.img_size:
+            # A model built by hand or with img_size= has another size than its pretrained config says.
+            data["input_size"] = (embed.proj.in_channels, *embed.img_size)
+        return data
+
+    def construct(self, spec: ViTSpec, config: Mapping[str, Any], device: str) -> nn.Module:
+        """timm's model of `spec` from its constructor's arguments, not prepared.
+
+        Raises:
+            ValueError: an unknown architecture, or arguments that it does not take.
+        """
+        if spec.architecture not in self.architectures:
+            names = ", ".join(self.architectures)
+            raise ValueError(f"architecture {spec.architecture!r} is unknown; expected one of {names}")
+        try:
+            with torch.device(device):
+                model = self.architectures[spec.architecture](**config)
+        except Exception as e:  # as many classes as there are arguments
+            raise ValueError(f"its config does not build a {spec.architecture}: {e}") from None
+        data = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.preprocess.items()}
+        model.pretrained_cfg = data | {"architecture": spec.name, "num_classes": model.num_classes}
+        model.default_cfg = model.pretrained_cfg
+        return model

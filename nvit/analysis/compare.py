@@ -1,0 +1,54 @@
+"""Several models side by side: size, latency measured in turn, and what a latency table foretold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import adapters
+from ..latency.clock import in_dtype, time_models
+from ..latency.table import LatencyTable
+from ..spec import BUNDLE_SIZES, KINDS
+from ..structure import snapshot
+from .evaluate import macs, parameters
+
+
+def size(model: nn.Module) -> dict[str, int]:
+    """`params`, and `macs` (multiply-accumulates) of one image."""
+    return {"params": parameters(model), "macs": macs(model, adapters.preprocess(model)["input_size"])}
+
+
+def measured(
+    models: Sequence[nn.Module], images: Tensor, seconds: float, mode: str = "eager"
+) -> list[dict[str, float]]:
+    """A row per model, timed in turn on `images` and in their dtype: `measured_ratio`, of the first one's latency,
+    `latency_ms` and `images_per_s`."""
+    times = time_models([in_dtype(m, images.dtype) for m in models], images, seconds, mode)
+    return [{"measured_ratio": ms / times[0], "latency_ms": ms, "images_per_s": 1e3 * len(images) / ms} for ms in times]
+
+
+def predicted_ratio(table: LatencyTable, model: nn.Module) -> float | None:
+    """The table's word on a dense or compact model, where it reaches that far."""
+    try:
+        return table.ratio(snapshot.spec_of(model).blocks)
+    except ValueError:
+        return None
+
+
+def smallest_bundles(models: Sequence[nn.Module]) -> dict[str, int]:
+    """Bundle sizes by kind whose table begins at or below the narrowest width of any model."""
+    blocks = [b for m in models for b in snapshot.spec_of(m).blocks]
+    return {kind: min(BUNDLE_SIZES[kind], *(getattr(b, kind) for b in blocks)) for kind in KINDS}
+
+
+def side_by_side(
+    models: Sequence[nn.Module], table: LatencyTable, images: Tensor, seconds: float, mode: str = "eager"
+) -> list[dict[str, Any]]:
+    """A row per model: `size`, `predicted_ratio`, `measured`, and `speedup` over the first."""
+    rows = []
+    for model, times in zip(models, measured(models, images, seconds, mode), strict=True):
+        row = size(model) | {"predicted_ratio": predicted_ratio(table, model)} | times
+        rows.append(row | {"speedup": 1 / times["measured_ratio"]})
+    return rows

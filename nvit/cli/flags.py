@@ -1,0 +1,116 @@
+"""Flags that several commands share. A command is a frozen dataclass of its own flags and of parts: these here and the
+library's configs. A part's fields are flags and recipe keys as the command's own are; see `Flat`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeVar
+
+import torch
+import tyro
+
+from .. import parallel
+from ..config import _help
+from ..latency.clock import as_deployed
+from ..layers import functional
+
+DIGITS = "digits"
+"""Names the bundled model and the bundled data."""
+
+T = TypeVar("T")
+Flat = Annotated[T, tyro.conf.arg(name="")]
+"""A part whose flags stand among the command's own, without its name before them: `config: Flat[PruneConfig]`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """What a named model is opened with."""
+
+    checkpoint: Annotated[str, _help("weights for a timm model: a .safetensors or .pth file")] = ""
+    pretrained: Annotated[bool, _help("load timm's pretrained weights when there is no checkpoint")] = True
+    num_classes: Annotated[int, _help("of a timm model; 0 keeps the model's own")] = 0
+    img_size: Annotated[int, _help("pixels a side of a timm model's images; 0 keeps the model's own")] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineFlags:
+    """What a command runs on."""
+
+    device: Annotated[str, _help("cpu, cuda, cuda:1; the GPU if there is one when empty")] = ""
+    threads: Annotated[int, _help("CPU threads; as many as torch chooses when 0")] = 0
+    kernels: Annotated[bool, _help("fused Triton kernels on CUDA")] = True
+
+    def pick(self) -> torch.device:
+        """The device; the GPU if there is one when empty, each rank's own under torchrun.
+
+        Raises:
+            ValueError: unknown, or not there.
+        """
+        try:
+            device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except RuntimeError:
+            raise ValueError(f"device {self.device!r} is unknown; use cpu, cuda or cuda:N") from None
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device {self.device!r}: this machine has no usable CUDA GPU; use --device cpu")
+        return parallel.own_device(device)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """A command's work: with these threads, and with kernels or without whichever models it opens."""
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        with functional.kernels(self.kernels):
+            yield
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFlags:
+    """Which images."""
+
+    data: Annotated[
+        str, _help("training images: a folder of class folders, with or without train/, or torch/cifar10[:FOLDER]")
+    ] = ""
+    eval_data: Annotated[str, _help("evaluation images; val/ of --data when empty, if it has one")] = ""
+    class_map: Annotated[str, _help("file with a class folder's name a line, in index order")] = ""
+    class_order: Annotated[
+        Literal["auto", "lexical", "natural"],
+        _help(
+            "order of class folders without names of the model's: 0 1 10 2 (lexical) or 0 1 2 10 (natural); auto asks "
+            "the dense model"
+        ),
+    ] = "auto"
+    accept_labels: Annotated[bool, _help("go on where the dense model cannot tell whether the labels fit it")] = False
+    skip_broken: Annotated[bool, _help("leave out image files that cannot be decoded; reads each of them once")] = False
+    resize: Annotated[bool, _help("resize before the centre crop; --no-resize for images that are small already")] = (
+        True
+    )
+    eval_images: Annotated[int, _help("evaluate on so many, evenly over the set; 0 for all")] = 0
+    workers: Annotated[int, _help("data loading processes")] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyFlags:
+    """How latency is predicted and measured."""
+
+    table: Annotated[str, _help("a latency table file, or `analytic`; measured on this device when empty")] = ""
+    latency_batch: Annotated[int, _help("images a batch while latency is measured")] = 64
+    latency_seconds: Annotated[float, _help("time for measuring a table")] = 40.0
+    latency_mode: Annotated[
+        Literal["auto", "graph", "eager", "compile"],
+        _help("how models are called while latency is measured; auto: as CUDA graphs on a GPU, eager on a CPU"),
+    ] = "auto"
+    latency_dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        _help("of weights and images while latency is measured; auto: bfloat16 on a GPU, float32 on a CPU"),
+    ] = "auto"
+
+    def deployed(self, device: torch.device) -> tuple[str, torch.dtype]:
+        """Mode and dtype on this device.
+
+        Raises:
+            ValueError: a mode that the device has not.
+        """
+        asked = (None if word == "auto" else word for word in (self.latency_mode, self.latency_dtype))
+        return as_deployed(device, *asked)

@@ -1,0 +1,213 @@
+"""`nvit prune`: dense accuracy, pruning, finetuning, accuracy and latency of each snapshot."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from .. import adapters, parallel
+from ..analysis import compare
+from ..analysis.evaluate import accuracy
+from ..config import PruneConfig, _help
+from ..latency.table import LatencyTable
+from ..prune.api import finetune_snapshots, prune
+from ..prune.budget import Budget
+from ..prune.budget import show as show_bytes
+from ..prune.folder import RunFolder
+from ..prune.result import PruneResult
+from ..prune.targets import fractions
+from ..structure.masks import unmasked_
+from ..structure.snapshot import BUNDLED
+from ..training.data import TrainingData
+from ..training.images import DigitImages, Images
+from ..utils.memory import Meter
+from ..utils.progress import Progress
+from ..utils.report import show
+from .command import Command, flat
+from .flags import DIGITS, DataFlags, Flat, LatencyFlags, MachineFlags, ModelFlags
+from .inputs import open_images, sample_images
+from .models import open_cnn_teacher, open_model, untrained
+from .progress import shown
+from .tables import in_words, measured_on, open_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneCommand:
+    """Prune a vision transformer to a latency target. Without --model: the bundled ViT on the bundled digits."""
+
+    model: Annotated[str, _help("a timm name, a snapshot folder, or a Hugging Face folder")] = DIGITS
+    out: Annotated[str, _help("folder for snapshots, table, history and result.json")] = "nvit-run"
+    resume: Annotated[bool, _help("go on where an interrupted run in --out stopped")] = False
+    latency_ms: Annotated[tuple[float, ...], _help("targets in ms a batch of --latency-batch images")] = ()
+    images_per_second: Annotated[tuple[float, ...], _help("targets as throughput at that batch")] = ()
+    opening: Flat[ModelFlags] = field(default_factory=ModelFlags)
+    machine: Flat[MachineFlags] = field(default_factory=MachineFlags)
+    images: Flat[DataFlags] = field(default_factory=DataFlags)
+    latency: Flat[LatencyFlags] = field(default_factory=LatencyFlags)
+    config: Flat[PruneConfig] = field(default_factory=PruneConfig)
+
+    def check(self) -> None:
+        """Raise ValueError where a value makes no sense."""
+        self.config.check()
+        for name in ("latency_ms", "images_per_second"):
+            for value in getattr(self, name):
+                if not 0 < value < math.inf:
+                    raise ValueError(f"{name} {value:g} is not a positive number")
+            if getattr(self, name) and self.config.latency_target != PruneConfig().latency_target:
+                raise ValueError(f"{name} stands in place of latency_target; give one of them")
+
+    def with_targets(self, model: nn.Module, table: LatencyTable) -> PruneConfig:
+        """The config, with `latency_target` in fractions where it was asked for in ms or images per second.
+
+        Raises:
+            ValueError: the dense model meets a target already, or no pruning does.
+        """
+        if not self.latency_ms and not self.images_per_second:
+            return self.config
+        found = fractions(model, table, self.config, self.latency_ms, self.images_per_second)
+        return dataclasses.replace(self.config, latency_target=found)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a run works on. `meter` measures the memory of the whole run, under a budget; `config` has the targets as
+    fractions."""
+
+    model: nn.Module
+    images: Images | DigitImages
+    loader: TrainingData
+    evaluation: DataLoader | None
+    meter: Meter | None
+    table: LatencyTable
+    config: PruneConfig
+    cnn_teacher: nn.Module | None
+    renormalise: Any
+
+
+def _open(command: PruneCommand, folder: RunFolder, progress: Progress) -> Opened:
+    config = command.config
+    torch.manual_seed(config.seed)  # of a model without weights of its own
+    model = open_model(command.model, command.opening, command.machine.pick())
+    images = open_images(
+        model, command.images, witness="never" if untrained(command.model, command.opening) else "always"
+    )
+    loader = images.training(config, augment=config.train)
+    meter = Meter(next(model.parameters()).device) if config.budget else None
+    command.latency.deployed(next(model.parameters()).device)  # a mode that is not here is refused at once
+    table = folder.table(lambda: open_table(model, command.latency, config.bundle_sizes, progress))
+    config = command.with_targets(model, table)
+    batch_size = _evaluation_batch(model, config, command.latency.latency_batch, meter) if meter else config.batch_size
+    evaluation = images.evaluation(batch_size, command.images.eval_images)
+    teacher = open_cnn_teacher(config.cnn_teacher, model)
+    return Opened(model, images, loader, evaluation, meter, table, config, *teacher)
+
+
+def _evaluation_batch(model: nn.Module, config: PruneConfig, latency_batch: int, meter: Meter) -> int:
+    """Images a forward pass while evaluating under a budget: as many as fit in it beside compact models.
+
+    Raises:
+        ValueError: the batch of the latency measurement does not fit.
+    """
+    fits = Budget(config.budget, meter.device, meter).forward_images
+    size, targets = adapters.preprocess(model)["input_size"], sum(config.latency_target)
+    if (most := fits(model, size, latency_batch, targets)) < latency_batch:
+        raise ValueError(
+            f"budget {config.budget} does not hold {latency_batch} images while latency is measured; give "
+            + (f"--latency-batch {most} or less, or a larger budget" if most else "a larger budget")
+        )
+    return max(1, fits(model, size, config.batch_size, targets))
+
+
+def run_prune(command: PruneCommand, progress: Progress) -> dict[str, Any]:
+    """What goes into result.json; of several ranks, each of which prunes and finetunes, rank 0 alone measures,
+    evaluates, writes and has it."""
+    start = time.monotonic()
+    folder = RunFolder(command.out, command.resume)
+    folder.begin()
+    opened = _open(command, folder, progress)
+    config, teacher = opened.config, {"cnn_teacher": opened.cnn_teacher, "renormalise": opened.renormalise}
+    dense = compare.size(opened.model) | {"latency_ms": None, "top1": _top1(opened.model, command, opened, progress)}
+    result = prune(
+        opened.model,
+        opened.loader,
+        config,
+        opened.table,
+        out=folder.path,
+        resume=folder.resume,
+        meter=opened.meter,
+        progress=progress,
+        **teacher,
+    )
+    folder.write_history(result.history)
+    if config.finetune_epochs:
+        train = opened.images.training(config)
+        finetune_snapshots(result, train, config, folder=folder, progress=progress, **teacher)
+    if not parallel.main():
+        return {}
+    found = {"model": command.model, "criterion": result.criterion, "targets": [p.target for p in result.snapshots]}
+    found |= _measure(command, opened, result, folder, dense, progress)
+    found |= {"seconds": time.monotonic() - start, "recipe": flat(command)}
+    if opened.meter:
+        found["memory"] = result.memory | {"peak": opened.meter.peak}
+    if config.refit:
+        refits = [row for row in result.history if "refit_seconds" in row]
+        found["refit_seconds"] = sum(row["refit_seconds"] for row in refits)
+        found["refit_peak_memory"] = max(row["peak_memory"] for row in refits)
+    folder.finish(found)
+    return found
+
+
+def _top1(model: nn.Module, command: PruneCommand, opened: Opened, progress: Progress) -> float | None:
+    if opened.evaluation is None or not parallel.main():
+        return None
+    return accuracy(model, opened.evaluation, amp=command.config.amp, progress=progress)["top1"]
+
+
+def _measure(
+    command: PruneCommand, opened: Opened, result: PruneResult, folder: RunFolder, dense: dict, progress: Progress
+) -> dict[str, Any]:
+    """Latency as measured beside latency as predicted, and accuracy, of every snapshot; also kept in it."""
+    reference = unmasked_(opened.model) if result.dense is None else result.dense
+    mode, dtype = command.latency.deployed(next(reference.parameters()).device)
+    images = sample_images(reference, command.latency.latency_batch).to(dtype)
+    models = [reference, *(p.model for p in result.snapshots)]
+    times = compare.measured(models, images, command.latency.latency_seconds / 4, mode)
+    rows = []
+    for pruned, ms in zip(result.snapshots, times[1:], strict=True):
+        row = {"measured_ratio": ms["measured_ratio"]} | compare.size(pruned.model) | ms
+        row["top1"] = _top1(pruned.model, command, opened, progress)
+        pruned.metrics |= row
+        path = pruned.save(folder.snapshot(pruned.target))
+        named = {"target": pruned.target, "predicted_ratio": pruned.predicted_ratio}
+        rows.append(named | row | {"path": str(path)})
+    dense = dense | {key: times[0][key] for key in ("latency_ms", "images_per_s")}
+    return {"dense": dense, "snapshots": rows} | measured_on(command.latency, images.device)
+
+
+def run(command: PruneCommand, words: Sequence[str]) -> None:
+    with command.machine.running(), shown() as progress:
+        found = run_prune(command, progress)
+    if not found:
+        return
+    rows = [{"name": "dense", "predicted_ratio": 1.0, "measured_ratio": 1.0} | found["dense"]]
+    rows += [{"name": f"pruned to {s['target']:g}"} | s for s in found["snapshots"]]
+    show(f"{found['model']}: {in_words(found)}", rows)
+    for s in found["snapshots"]:
+        off = s["measured_ratio"] / s["predicted_ratio"] - 1
+        print(f"{s['path']}: measured latency is {off:+.1%} of the prediction; nvit.load({s['path']!r})")
+    if memory := found.get("memory"):
+        print(f"memory: peak {show_bytes(memory['peak'])} of {command.config.budget}; {memory['picked']}")
+    if command.config.refit:
+        print(f"refit: {found['refit_seconds']:.0f} s, peak memory {found['refit_peak_memory'] / 1e6:.0f} MB")
+    print(f"{command.out}/result.json written after {found['seconds']:.0f} s")
+
+
+COMMAND = Command(PruneCommand, "[RECIPE.toml]", run, ranks=True, demo=BUNDLED.with_name("digits.toml"))

@@ -1,0 +1,110 @@
+"""A decision in the making: how many bundles have left each queue, and what the next ones would change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor, from_numpy
+
+from ..latency.table import LatencyTable, width_array
+from ..spec import KINDS, Group, block_widths
+from ..structure.masks import Masks, kept_counts
+from .bundles import queue_of
+
+
+@dataclass(frozen=True)
+class Uses:
+    """Where in one part of the latency table queues count: `queue[n]` is the width along `axis[n]` of `piece[n]`.
+
+    An emb queue is used by every block of its stream, and by both neighbours in a merge; all others by their block.
+    """
+
+    queue: np.ndarray
+    piece: np.ndarray
+    axis: np.ndarray
+
+
+class Decision:
+    """How many bundles have left each queue, with the widths, latency and masks that makes.
+
+    Attributes:
+        queues: one for every group with a score.
+        gone: bundles that have left each of them, `(queues,)`.
+        widths: of every block, `(blocks, 5)`.
+        left, lost: the queues' own as rows, `(queues, choices)`; beyond the end of a queue its last width, and
+            infinite saliency: the last bundle never leaves.
+        uses: of the queues, by part.
+    """
+
+    def __init__(
+        self, scores: Mapping[str, Tensor], masks: Masks, groups: Sequence[Group], table: LatencyTable
+    ) -> None:
+        self.table, self.before = table, masks
+        self.widths = width_array(block_widths(groups, kept_counts(masks)))
+        self.queues = [queue_of(g, scores[g.name], masks[g.name]) for g in groups if g.name in scores]
+        self.gone = np.zeros(len(self.queues), dtype=int)
+
+        # One entry more than the longest queue has, so that every choice has a next.
+        shape = len(self.queues), 1 + max((len(q.left) for q in self.queues), default=0)
+        self.left, self.lost = np.zeros(shape, dtype=int), np.full(shape, np.inf)
+        for i, q in enumerate(self.queues):
+            self.left[i] = q.left[-1]
+            self.left[i, : len(q.left)] = q.left
+            self.lost[i, : len(q.lost)] = q.lost
+
+        owner = np.full(self.widths.shape, -1)
+        for i, q in enumerate(self.queues):
+            owner[list(q.group.blocks), KINDS.index(q.group.kind)] = i
+        self.uses = {part: _uses(owner.reshape(-1)[at]) for part, at in table.at.items()}
+
+    def saliency(self) -> np.ndarray:
+        """I_S of each queue's next bundle, `(queues,)`; infinite where only the last one is left."""
+        each = np.arange(len(self.queues))
+        return self.lost[each, self.gone + 1] - self.lost[each, self.gone]
+
+    def latency_saved(self) -> np.ndarray:
+        """Lat(W) - Lat(W without S) of each queue's next bundle S, as a fraction of dense, `(queues,)`.
+
+        A finite difference over the whole bundle, in every piece of every part that has the queue as a width. 0 where
+        only the last bundle is left.
+        """
+        saved = np.zeros(len(self.queues))
+        following = self.left[np.arange(len(self.queues)), self.gone + 1]
+        for part, use in self.uses.items():
+            now = self.widths.reshape(-1)[self.table.at[part]]
+            without = now[use.piece]
+            without[np.arange(len(without)), use.axis] = following[use.queue]
+            ms = self.table.grids[part](np.concatenate([now, without]))
+            np.add.at(saved, use.queue, ms[use.piece] - ms[len(now) :])
+        return saved / self.table.dense_ms
+
+    def set_gone(self, queue: int, bundles: int) -> None:
+        """Let so many bundles of one queue be gone, the first ones of its order."""
+        q = self.queues[queue]
+        self.gone[queue] = bundles
+        self.widths[list(q.group.blocks), KINDS.index(q.group.kind)] = q.left[bundles]
+
+    def drop(self, queue: int) -> None:
+        """Let the next bundle of one queue leave."""
+        self.set_gone(queue, self.gone[queue] + 1)
+
+    def latency_ms(self) -> float:
+        """Milliseconds of the model as decided so far."""
+        return self.table.ms(self.widths)
+
+    def masks(self) -> Masks:
+        """New masks without the bundles that are gone."""
+        masks = {name: keep.clone() for name, keep in self.before.items()}
+        for q, bundles in zip(self.queues, self.gone, strict=True):
+            masks[q.group.name][from_numpy(q.order[: q.left[0] - q.left[bundles]])] = False
+        return masks
+
+
+def _uses(owner: np.ndarray) -> Uses:
+    """From the queue whose width each axis of each piece is, `(pieces, axes)`, or -1 where none prunes it."""
+    piece, axis = (owner >= 0).nonzero()
+    queue = owner[piece, axis]
+    assert len(set(zip(queue, piece, strict=True))) == len(queue), "a group is two axes of one piece"
+    return Uses(queue, piece, axis)

@@ -1,0 +1,1 @@
+"""Attention over kept heads and dims."""

@@ -1,0 +1,1 @@
+"""Weight times gradient, summed by unit over a whole model."""

@@ -1,0 +1,1 @@
+"""Products with one kept width, under mlp and swiglu."""

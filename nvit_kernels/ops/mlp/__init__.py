@@ -1,0 +1,1 @@
+"""fc1, GELU, fc2 over kept hidden units."""

@@ -1,0 +1,1 @@
+"""The gated MLP over kept hidden units."""
