@@ -26,7 +26,7 @@ class TimmAdapter(Adapter):
     def knows(self, model: nn.Module) -> bool:
         return type(model) in self.architectures.values()
 
-    def classes(self) -> tuple[type, ...]:
+    def hosts(self) -> tuple[type, ...]:
         return tuple(self.architectures.values())
 
     def settings(self, model: nn.Module) -> dict[str, Any]:

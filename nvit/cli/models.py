@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 import timm
@@ -10,7 +11,7 @@ import torch
 from timm.data import resolve_data_config
 from torch import nn
 
-from .. import adapters
+from .. import adapters, parallel
 from ..adapters import hf_folder
 from ..structure import snapshot
 from ..training.distill import frozen, renormalisation
@@ -29,9 +30,12 @@ def open_model(name: str, flags: ModelFlags, device: torch.device, *, scratch: b
     if name == DIGITS:
         name = str(snapshot.BUNDLED)
     if snapshot.is_snapshot(name):
-        _refuse(flags, f"{name} is a snapshot, which has its own", "checkpoint", "num_classes", "pretrained")
+        own = f"{name} is a snapshot, which has its own"
+        _refuse(flags, own, "checkpoint", *(() if scratch else ("pretrained",)))
         # Plain weights on every device: what is opened here may be trained, pruned or saved.
-        model = snapshot.fresh(snapshot.load_spec(name)) if scratch else snapshot.load(name, sparse=False)
+        model = snapshot.fresh(snapshot.load_spec(name)) if scratch else _load(name)
+        if flags.num_classes != adapters.classes(model):
+            _refuse(flags, f"{own}, {adapters.classes(model)}", "num_classes")
         size = adapters.preprocess(model)["input_size"]
         if flags.img_size not in (0, size[-1]):
             raise ValueError(f"{name} takes images of {size[-2]} × {size[-1]}; leave out --img-size {flags.img_size}")
@@ -45,6 +49,16 @@ def open_model(name: str, flags: ModelFlags, device: torch.device, *, scratch: b
         model = _timm_model(name, flags, scratch)
     adapters.find(model).prepare(model)
     return model.to(device)
+
+
+def _load(folder: str) -> nn.Module:
+    """A snapshot, with what it warns of as a line of the command's own."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        model = snapshot.load(folder, sparse=False)
+    for warning in said if parallel.speaks() else ():
+        print(f"nvit: {warning.message}", file=sys.stderr)
+    return model
 
 
 def _hf_model(folder: str, flags: ModelFlags, scratch: bool) -> nn.Module:

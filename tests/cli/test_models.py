@@ -1,5 +1,6 @@
 """From words and flags to models: checkpoints as other frameworks write them, and flags that do not apply."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+import nvit
 from nvit.cli import main as cli
 from nvit.cli.checkpoint import misfit, unwrapped
 from nvit.cli.flags import ModelFlags
@@ -138,6 +140,14 @@ def test_the_command_line_says_it_in_one_line(capsys):
     assert cli.main(["evaluate", "digits", "--num-classes", "7"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("nvit: --num-classes 7 goes with a timm name") and err.count("\n") == 1
+
+
+def test_a_snapshot_without_a_manifest_is_one_line_on_stderr(tmp_path, capsys):
+    shutil.copytree(nvit.BUNDLED, tmp_path / "s")
+    (tmp_path / "s" / "manifest.json").unlink()
+    open_model(str(tmp_path / "s"), ModelFlags(), torch.device("cpu"))
+    err = capsys.readouterr().err
+    assert err.startswith("nvit: ") and "has no manifest.json" in err and err.count("\n") == 1
 
 
 def test_the_bundled_snapshot_loads_without_a_word():
