@@ -3,6 +3,7 @@ nothing beside it; reading JSON so that whatever is wrong is one short line."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -76,7 +77,8 @@ def settle(path: Path, whole: Callable[[Path], bool]) -> None:
     if not path.exists():
         ready = next((part for part in found if whole(part)), old if old.exists() else None)
         if ready is not None:
-            ready.replace(path)
+            with contextlib.suppress(FileNotFoundError):  # another process settled it meanwhile
+                ready.replace(path)
     if path.exists() and old.exists():
         shutil.rmtree(old, ignore_errors=True)
     if found:
