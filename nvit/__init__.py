@@ -9,8 +9,8 @@ from .prune.api import prune
 from .prune.pruner import Pruner
 from .prune.result import PruneResult
 from .structure.snapshot import BUNDLED, load
-from .training.data import image_folder
 from .training.finetune import finetune
+from .training.images import image_folder
 
 __version__ = "0.1.0"
 __all__ = [

@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from tyro.conf import arg
 
+from .criteria.registry import CRITERIA, automatic, refusal
 from .spec import BUNDLE_SIZES, KINDS
 
-CriterionName = Literal["hessian", "nvit", "abs", "fisher", "taylor", "magnitude", "random"]
+CriterionName = Literal[tuple(CRITERIA)]
 
 
 def _help(text: str, **kwargs):
@@ -49,10 +50,6 @@ class TrainingConfig:
     save_every: Annotated[float, _help("seconds between run states on disk")] = 300.0
 
 
-WATCHED = ("curvature", "remaining")
-"""Criteria read from activations and their gradients on one process; see `nvit.oneshot`."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig(TrainingConfig):
     """Prune a vision transformer to one or several latency targets."""
@@ -62,7 +59,7 @@ class PruneConfig(TrainingConfig):
         _help("fractions of the dense latency, in (0, 1); a snapshot at each; in Python also a float"),
     ] = (0.5,)
     criterion: Annotated[
-        Literal["auto", "curvature", "remaining"] | CriterionName,
+        Literal["auto"] | CriterionName,
         _help(
             "what saliency is; auto: hessian while training, curvature with --no-train (fisher under --budget or "
             "torchrun), remaining with --refit"
@@ -114,10 +111,8 @@ class PruneConfig(TrainingConfig):
         for t in self.latency_target:
             if not 0 < t < 1:
                 raise ValueError(f"latency_target {t:g} is not in (0, 1); it is a fraction of the dense latency")
-        watched = self.criterion in WATCHED
-        for name, on in (("refit", self.refit), (f"criterion {self.criterion}", watched)):
-            if on and self.train:
-                raise ValueError(f"{name} is for pruning without training; add --no-train (train = false)")
+        if self.refit and self.train:
+            raise ValueError("refit is for pruning without training; add --no-train (train = false)")
         unknown = [k for k in self.only if k not in KINDS]
         if unknown:
             raise ValueError(
@@ -128,11 +123,8 @@ class PruneConfig(TrainingConfig):
                 f"budget {self.budget} does not bound a refit, which holds activations of all blocks in turn; "
                 "leave out --budget or --refit"
             )
-        if self.budget and watched:
-            raise ValueError(
-                f"budget {self.budget} does not bound criterion {self.criterion}, which holds two matrices for every "
-                "group; leave out --budget, or take criterion fisher"
-            )
+        if (no := refusal(self.saliency, train=self.train, budget=self.budget)) is not None:
+            raise ValueError(no)
         if self.budget and (self.train or self.finetune_epochs):
             raise ValueError(
                 f"budget {self.budget} holds scoring and pruning only; give --no-train and no --finetune-epochs, and "
@@ -147,14 +139,27 @@ class PruneConfig(TrainingConfig):
 
     @property
     def saliency(self) -> str:
-        """The criterion, chosen where it is `auto`: one shot `curvature`, which stays nearest to the dense model
-        (docs/saliency.md), or `fisher` where memory is bounded; before a refit the loss that remains after it
-        (docs/refit.md); while training `hessian`, on whose scale `latency_weight` is."""
+        """The criterion of a run in one process, chosen where it is `auto`; see `criteria.registry.automatic`."""
         if self.criterion != "auto":
             return self.criterion
-        if self.train:
-            return "hessian"
-        return "remaining" if self.refit else "fisher" if self.budget else "curvature"
+        return automatic(train=self.train, refit=self.refit, budget=bool(self.budget))
+
+    def over_ranks(self, ranks: int) -> PruneConfig:
+        """This config as so many processes can follow it: a criterion that is `auto` is one that they can share.
+
+        Raises:
+            ValueError: it asks for what runs in one process.
+        """
+        if ranks == 1:
+            return self
+        if self.refit:
+            raise ValueError("a refit runs in one process; start without torchrun")
+        if self.budget:
+            raise ValueError("a budget bounds a run of one process; leave out --budget, or start without torchrun")
+        name = self.criterion if self.criterion != "auto" else automatic(train=self.train, ranks=ranks)
+        if (no := refusal(name, ranks=ranks)) is not None:
+            raise ValueError(no)
+        return self if name == self.saliency else dataclasses.replace(self, criterion=name)
 
     @property
     def bundle_sizes(self) -> dict[str, int]:

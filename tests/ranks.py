@@ -23,10 +23,10 @@ import nvit
 from nvit import FinetuneConfig, adapters, parallel
 from nvit.cli import main as cli
 from nvit.criteria.base import RunningMean
-from nvit.prune.budget import Plan
+from nvit.prune.plan import Plan
 from nvit.prune.pruner import Pruner
 from nvit.structure.run_state import load_run_state
-from nvit.training.data import TrainingData
+from nvit.training.data import TrainingData, shares
 from nvit.training.distill import Objective
 from nvit.training.trainer import Trainer
 from tests.families import HOSTS, ONE_OF_EACH
@@ -232,7 +232,7 @@ def words() -> int:
         (lambda: parallel.from_main(Path("/no/such/file").read_bytes), "No such file"),
         (lambda: parallel.share(2 * world - 1), f"give --batch-size {2 * world}"),
         (
-            lambda: next(nvit.data.shares([(torch.full((8, 1), rank), torch.zeros(8))])),
+            lambda: next(shares([(torch.full((8, 1), rank), torch.zeros(8))])),
             "the loader's first batch differs",
         ),
     ):

@@ -61,6 +61,13 @@ def test_no_other_python_snippet():
     assert len(SNIPPETS) == 3, "test the new one as well"
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/extend.md"])
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:)([^)#\s]+)", (ROOT / page).read_text())
+    missing = [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]
+    assert links and not missing
+
+
 def test_shell_snippets_parse(monkeypatch):
     from nvit.cli import main as cli
 

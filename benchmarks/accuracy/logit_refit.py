@@ -15,10 +15,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from nvit.calibration.capture import Place
 from nvit.calibration.replay import Reached, Replay
-from nvit.calibration.statistics import Place, Seen
+from nvit.calibration.statistics import SiteStatistics
 from nvit.layers import Attention, prunable_layers
-from nvit.refit.refit import _weights
+from nvit.refit.gather import row_weights
 from nvit.refit.ridge import Moments, ridge
 from nvit.spec import Group
 
@@ -52,11 +53,11 @@ def refit_layer_(ours: Attention, theirs: Attention, fit: Joint, held: Joint, tu
     size, kept = fit.rows.shape[0] - 1, ours.kept_heads
     width = size - theirs.inputs[0].in_features  # of what our layer receives
     heads = torch.arange(theirs.heads) if kept is None else kept
-    has_bias = any(name.endswith("bias") for name, _, _ in ours._rows("q"))
+    has_bias = any(name.endswith("bias") for name, _, _ in ours.rows_of("q"))
 
     def affine(layer: Attention, part: str, start: int) -> Tensor:
         """Of `z`, by head `(heads, dims, size + 1)`."""
-        spans = {name.rpartition(".")[2]: _span(tensor, rows) for name, tensor, rows in layer._rows(part)}
+        spans = {name.rpartition(".")[2]: _span(tensor, rows) for name, tensor, rows in layer.rows_of(part)}
         own = _own_rows(layer)
         weight = spans["weight"][own] if layer.emb is None else spans["weight"][own][:, layer.emb]
         out = torch.zeros(len(own), size + 1, dtype=torch.float64)
@@ -113,7 +114,7 @@ def _moments(zz: Tensor, now: Tensor, target: Tensor, width: int) -> Moments:
 def _add_(layer: Attention, part: str, weight: Tensor, bias: Tensor) -> None:
     own = _own_rows(layer)
     cols = torch.arange(weight.shape[1]) if layer.emb is None else layer.emb
-    for name, tensor, rows in layer._rows(part):
+    for name, tensor, rows in layer.rows_of(part):
         if name.endswith("weight"):
             _span(tensor, rows)[own[:, None], cols] += weight.to(tensor)
         elif part == "q":
@@ -126,7 +127,7 @@ def refit_logits_(
     dense: nn.Module,
     groups: Sequence[Group],
     batches: Sequence[Tensor],
-    seen: Mapping[Place, Seen],
+    seen: Mapping[Place, SiteStatistics],
     turns: int = 1,
     held: float = 0.2,
 ) -> None:
@@ -140,7 +141,7 @@ def refit_logits_(
     layers, exact = prunable_layers(model), prunable_layers(dense)
     for block in names:
         for name in (n for n, m in layers.items() if n.startswith(f"{block}.") and isinstance(m, Attention)):
-            weights, sums = _weights(seen, (name, "qk"), 0.2), (Joint(), Joint())
+            weights, sums = row_weights(seen, (name, "qk"), 0.2), (Joint(), Joint())
             for b in range(len(ours)):
                 x, e = _entering(ours, layers[name], b), _entering(theirs, exact[name], b)
                 sums[b >= first_held].add(x, e, torch.ones(x.shape[1]) if weights is None else weights)

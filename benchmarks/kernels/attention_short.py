@@ -31,10 +31,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nvit_kernels import functional, reference
-from nvit_kernels.ops.attention_short import attention_short, attention_short_packed, op
-from nvit_kernels.ops.attention_short.op import Config
+from nvit_kernels.ops.attention import short as op
+from nvit_kernels.ops.attention.short import Config, attention_short, attention_short_packed
 
-SCALE = 0.125
+SCALE, NO_SCORES = 0.125, (None, None, None)
 Shape = tuple[int, int, int, int, int]  # batch, heads, tokens, qk, v
 TIMED: dict[str, Shape] = {
     "197 64/64 b64": (64, 12, 197, 64, 64),
@@ -115,7 +115,7 @@ def with_layouts(forward: Config | None, backward: Config | None) -> Callable:
             def backward(ctx, do):
                 q, k, v, o, lse = ctx.saved_tensors
                 grads = op.separate_gradients(q, v)
-                op._add_scores(scores, *op.launch_backward(do, q, k, v, o, lse, scale, grads, True, backward))
+                op.launch_backward(do, q, k, v, o, lse, scale, grads, scores, backward)
                 return grads
 
         return Chosen.apply(q, k, v)
@@ -150,7 +150,7 @@ def writes_outside(shape: Shape, dtype: torch.dtype) -> str:
     q, k, v, do = inputs(shape, dtype, 9)
     around = torch.full((b + 2, n, 3, h, d), 7.0, device="cuda", dtype=dtype)
     o, lse = op.launch(q, k, v, SCALE)
-    op.launch_backward(do, q, k, v, o, lse, SCALE, op.unpack(around[1:-1]), True)
+    op.launch_backward(do, q, k, v, o, lse, SCALE, op.unpack(around[1:-1]), NO_SCORES)
     inside, outside = around[1:-1], torch.cat((around[:1], around[-1:]))
     packed = torch.stack([t.transpose(1, 2) for t in (q, k, v)], 2).requires_grad_()
     (expected,) = torch.autograd.grad(attention_short_packed(packed, SCALE), packed, do)
@@ -280,9 +280,11 @@ def timings(name: str, shape: Shape) -> Iterator[tuple[str, str, Callable[[], li
             no_grad(op.launch, *s[:3], SCALE, c) for s in sets]  # fmt: skip
     saved = [op.launch(*s[:3], SCALE) for s in sets]
     grads = op.separate_gradients(sets[0][0], sets[0][2])
+    _, h, _, d, e = shape
+    buffers = tuple(torch.zeros(units, device="cuda") for units in (h, d, e))
     for config in BACKWARDS[layouts]:
-        for scores in (False, True):
-            yield f"backward layouts {name}", said(config) + " scores" * scores, lambda c=config, w=scores: [
+        for scores, kind in ((NO_SCORES, ""), (buffers, " scores")):
+            yield f"backward layouts {name}", said(config) + kind, lambda c=config, w=scores: [
                 no_grad(op.launch_backward, s[3], *s[:3], *kept, SCALE, grads, w, c)
                 for s, kept in zip(sets, saved, strict=True)]  # fmt: skip
 

@@ -13,14 +13,28 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..layers.bypass import carried
 from .base import Adapter, Logits
 from .hf_vit import HFViT
+from .masking import hook_refusal
 from .timm_beit import TimmBeit
 from .timm_eva import TimmEva
 from .timm_swin import TimmSwin
 from .timm_vit import TimmViT
 
-__all__ = ["FAMILIES", "SUPPORTED", "Adapter", "Logits", "classes", "find", "of", "predict", "preprocess", "refusal"]
+__all__ = [
+    "FAMILIES",
+    "SUPPORTED",
+    "Adapter",
+    "Logits",
+    "classes",
+    "find",
+    "label_names",
+    "of",
+    "predict",
+    "preprocess",
+    "refusal",
+]
 
 FAMILIES: dict[str, Adapter] = {a.family: a for a in (TimmViT(), TimmSwin(), TimmEva(), TimmBeit(), HFViT())}
 
@@ -52,9 +66,30 @@ def of(model: nn.Module) -> Adapter:
     return next(a for a in FAMILIES.values() if a.knows(model))
 
 
+def find_maskable(model: nn.Module) -> Adapter:
+    """The adapter for a model that is going to be masked.
+
+    Raises:
+        ValueError: as `find`; or masks would bypass something in it, an adapter, a hook, a parametrised or quantised
+            weight, which is named. The model is left as it was.
+    """
+    host = next((m for m in model.modules() if any(a.knows(m) for a in FAMILIES.values())), None)
+    if (reason := None if host is None else carried(host)) is None:
+        family = find(model)
+        reason = hook_refusal(model, family.prepare)
+    if reason is not None:
+        raise ValueError(reason)
+    return family
+
+
 def preprocess(model: nn.Module) -> dict[str, Any]:
     """How images are prepared for a model of a supported family: timm's data config, at the model's own size."""
     return find(model).preprocess(model)
+
+
+def label_names(model: nn.Module) -> dict[str, int]:
+    """Class numbers by the model's own names of its classes; empty where it has none, or no adapter knows it."""
+    return find(model).label_names(model) if refusal(model) is None else {}
 
 
 def predict(model: nn.Module, images: Tensor) -> Tensor:

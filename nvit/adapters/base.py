@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
 from ..spec import BUNDLE_SIZES, BlockWidths, Group, Part, ViTSpec
@@ -100,6 +101,12 @@ class Adapter(ABC):
     @abstractmethod
     def preprocess(self, model: nn.Module) -> dict[str, Any]:
         """How images are prepared for the model, as timm's data config; `input_size` is always there."""
+
+    def label_names(self, model: nn.Module) -> dict[str, int]:
+        """Class numbers by the model's own names of its classes; empty where it has none. timm's ImageNet models are
+        known by their number of classes, whose names are WordNet synsets."""
+        subset = infer_imagenet_subset(model)
+        return {} if subset is None else {name: i for i, name in enumerate(ImageNetInfo(subset).label_names())}
 
     @abstractmethod
     def tokens(self, model: nn.Module) -> int:

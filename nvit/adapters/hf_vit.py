@@ -141,6 +141,11 @@ class HFViT(OneStream):
             return Logits(out.logits)
         return Logits(out.cls_logits, out.distillation_logits)
 
+    def label_names(self, model: nn.Module) -> dict[str, int]:
+        """`label2id` of the config, unless nobody has filled it in."""
+        names = {str(name): int(i) for i, name in model.config.id2label.items()}
+        return {} if all(name == f"LABEL_{i}" for name, i in names.items()) else names
+
     def preprocess(self, model: nn.Module) -> dict[str, Any]:
         """As timm's data config names it; a model of transformers does not know.
 

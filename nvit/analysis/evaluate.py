@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import adapters
 from ..structure.compact import meta_copy
+from ..training.batches import known_length, labelled
 from ..utils.memory import LiveBytes
 from ..utils.progress import Progress, silent
 
@@ -27,8 +28,9 @@ def accuracy(model: nn.Module, loader, *, amp: str = "no", progress: Progress = 
     model.eval()
     top1 = top5 = seen = 0
     loss = busy = 0.0
-    for i, (images, labels) in enumerate(loader):
-        images, labels = images.to(device), labels.to(device)
+    total = known_length(loader) or 0
+    for i, batch in enumerate(loader):
+        images, labels = (t.to(device) for t in labelled(batch))
         start = time.perf_counter()
         with torch.autocast(device.type, dtype, enabled=amp != "no"):
             logits = adapters.predict(model, images).float()
@@ -40,7 +42,7 @@ def accuracy(model: nn.Module, loader, *, amp: str = "no", progress: Progress = 
         top5 += int(ranked.sum())
         loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
         seen += len(labels)
-        progress(i + 1, len(loader), f"evaluate: top-1 {100 * top1 / seen:.2f} %")
+        progress(i + 1, total, f"evaluate: top-1 {100 * top1 / seen:.2f} %")
     model.train(was_training)
     if not seen:
         raise ValueError("the evaluation loader gave no image; it needs at least one")

@@ -1,8 +1,9 @@
-"""Second moments of activations and of their gradients, at the places where units leave."""
+"""Second moments of activations and of Gauss-Newton gradients, at the places where units leave or linear layers read:
+the Kronecker factors of curvature."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,16 +14,17 @@ from .. import adapters
 from ..layers import prunable_layers
 from ..utils.progress import Progress, silent
 from .capture import Place, capture
+from .gauss_newton import GateProducts, probe
 
 
 @dataclass
-class Seen:
+class SiteStatistics:
     """Sums at one place over images; `d` counts what a row there holds.
 
     Attributes:
         images, rows: how many.
         x, xx: Σ x `(d,)`, Σ x xᵀ `(d, d)` over rows.
-        gg: Σ g gᵀ `(d, d)`.
+        gg: Σ g gᵀ `(d, d)`, g the gradient that a probe of the logits causes.
         profile: Σ |g|² by row of an image `(rows per image,)`.
     """
 
@@ -49,59 +51,81 @@ class Seen:
 
     @property
     def curvature(self) -> Tensor:
-        """Σ over an image's rows of the curvature, `(d, d)`: loss per squared change."""
+        """Gauss-Newton curvature in the activation, summed over an image's rows, `(d, d)`: loss per squared change."""
         return self.gg / self.images
 
 
-class GateProducts:
-    """Σ over images of the products of two gate gradients, the gates of single dims at one place.
+class StatisticsRecorder:
+    """Gathers `SiteStatistics` of every place of a prepared model from `backward` passes, while it is open.
+
+    Opened again it goes on with what it has.
 
     Attributes:
-        images: how many.
-        sums: `(d, d)` fp64 by place; gates of the stream count at all its places together, under `(group, "emb")`.
+        statistics: by place.
+        gates: products of gate gradients, gathered beside if given.
+        batches: seen so far.
     """
 
-    def __init__(self) -> None:
-        self.images, self.sums, self._now = 0, {}, {}
+    def __init__(self, model: nn.Module, *, gates: GateProducts | None = None, seed: int = 0) -> None:
+        self.layers, self.gates, self.model = prunable_layers(model), gates, model
+        self.generator = torch.Generator().manual_seed(seed)
+        self.statistics: dict[Place, SiteStatistics] = {}
+        self.batches, self._images, self._captured = 0, 0, None
+        # What enters a layer matters where linear layers read it.
+        self.places = [
+            (name, site)
+            for name, layer in self.layers.items()
+            for site, declared in layer.sites().items()
+            if declared.axes or (site == "in" and any(part.end == "out" for part in layer.linears()))
+        ]
 
-    def add(self, place: Place, products: Tensor) -> None:
-        """Activation times gradient of a batch, summed over an image's rows, `(images, d)`.
+    def __enter__(self) -> StatisticsRecorder:
+        self._captured = capture(self.model, self.places, self._add)
+        self._captured.__enter__()
+        return self
 
-        A norm that reads several tokens side by side has as many dims for a channel of the stream.
+    def __exit__(self, *error) -> None:
+        if self._captured is not None:
+            captured, self._captured = self._captured, None
+            captured.__exit__(*(error or (None, None, None)))
+
+    def backward(self, logits: Tensor) -> None:
+        """Send a probe of the logits `(images, classes)` of a batch backward.
+
+        Raises:
+            FloatingPointError: a logit is not finite.
         """
-        before = self._now.get(place, torch.zeros_like(products))
-        d = min(before.shape[1], products.shape[1])
-        self._now[place] = sum(p.view(len(p), -1, d).sum(1) for p in (before, products))
+        if not bool(logits.isfinite().all()):
+            found = f"a logit is not finite on calibration batch {self.batches + 1}"
+            raise FloatingPointError(f"{found}; check weights and data")
+        self._images = len(logits)
+        logits.backward(probe(logits, self.generator))
+        if self.gates is not None:
+            self.gates.close_batch()
+        self.batches += 1
 
-    def close_batch(self) -> None:
-        """All places of the batch were there."""
-        for place, p in self._now.items():
-            self.sums[place] = (self.sums.get(place, 0.0) + p.T @ p).double()
-        self.images += max((len(p) for p in self._now.values()), default=0)
-        self._now.clear()
-
-
-def probe(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """A draw whose second moment is the curvature of cross entropy at `logits` `(batch, classes)`."""
-    p = logits.detach().float().softmax(-1)
-    signs = torch.randint(0, 2, p.shape, generator=generator).to(p) * 2 - 1
-    half = p.sqrt() * signs
-    return (half - p * half.sum(-1, keepdim=True)).to(logits)
+    def _add(self, place: Place, act: Tensor, grad: Tensor) -> None:
+        name, site = place
+        x, g = (self.layers[name].sites()[site].rows(t).float() for t in (act, grad))
+        self.statistics.setdefault(place, SiteStatistics()).add(x, g, self._images)
+        if self.gates is not None and site != "in":
+            where = (self.layers[name].axes["emb"], "emb") if site == "emb" else place
+            self.gates.add(where, (x * g).view(self._images, -1, x.shape[1]).sum(1))
 
 
 @contextmanager
-def _frozen(trainable: Mapping[nn.Parameter, bool]) -> Iterator[None]:
+def _frozen(model: nn.Module) -> Iterator[None]:
     """Parameters want no gradient inside."""
+    wanted = {p: p.requires_grad for p in model.parameters()}
     try:
-        for p in trainable:
-            p.requires_grad_(False)
+        model.requires_grad_(False)
         yield
     finally:
-        for p, was in trainable.items():
+        for p, was in wanted.items():
             p.requires_grad_(was)
 
 
-def watch(
+def gather_statistics(
     model: nn.Module,
     batches: Iterable[Tensor],
     *,
@@ -109,7 +133,7 @@ def watch(
     seed: int = 0,
     total: int = 0,
     progress: Progress = silent,
-) -> dict[Place, Seen]:
+) -> dict[Place, SiteStatistics]:
     """One pass over images through a prepared model, forward and backward; weights are frozen meanwhile.
 
     Args:
@@ -119,38 +143,11 @@ def watch(
         ValueError: there is no batch.
         FloatingPointError: a logit is not finite.
     """
-    seen: dict[Place, Seen] = {}
-    layers = prunable_layers(model)
-    trainable = {p: p.requires_grad for p in model.parameters()}
     device = next(model.parameters()).device
-    images_now = [0]
-
-    def sink(place: Place, act: Tensor, grad: Tensor) -> None:
-        name, site = place
-        x, g = (layers[name].sites()[site].rows(t).float() for t in (act, grad))
-        seen.setdefault(place, Seen()).add(x, g, images_now[0])
-        if gates is not None and site != "in":
-            where = (layers[name].axes["emb"], "emb") if site == "emb" else place
-            gates.add(where, (x * g).view(images_now[0], -1, x.shape[1]).sum(1))
-
-    # What enters a layer matters where linear layers read it.
-    places = [
-        (name, site)
-        for name, layer in layers.items()
-        for site in layer.sites()
-        if layer.sites()[site].axes or (site == "in" and any(part.end == "out" for part in layer.linears()))
-    ]
-    with _frozen(trainable), capture(model, places, sink):
-        generator = torch.Generator().manual_seed(seed)
+    with _frozen(model), StatisticsRecorder(model, gates=gates, seed=seed) as recorder:
         for done, images in enumerate(batches, start=1):
-            images_now[0] = len(images)
-            logits = adapters.find(model).logits(model, images.to(device)).mean
-            if not bool(logits.isfinite().all()):
-                raise FloatingPointError(f"a logit is not finite on calibration batch {done}; check weights and data")
-            logits.backward(probe(logits, generator))
-            if gates is not None:
-                gates.close_batch()
-            progress(done, total, "curvature")
-    if not seen:
+            recorder.backward(adapters.find(model).logits(model, images.to(device)).mean)
+            progress(done, total, "statistics")
+    if not recorder.statistics:
         raise ValueError("no batch of calibration images; the loader gave none")
-    return seen
+    return recorder.statistics

@@ -18,8 +18,8 @@ from ..utils.progress import Progress
 from ..utils.report import show, write_csv, write_result
 from .command import Command
 from .flags import DataFlags, Flat, MachineFlags, ModelFlags
-from .inputs import open_training_data
-from .models import open_model
+from .inputs import open_images
+from .models import open_model, untrained
 from .progress import shown
 
 
@@ -63,7 +63,8 @@ def run_correlation(name: str, command: CorrelationCommand, progress: Progress) 
     start = time.monotonic()
     model = open_model(name, command.opening, command.machine.pick())
     config = command.scoring()
-    loader = open_training_data(model, command.images, config, augment=False)
+    witness = "never" if untrained(name, command.opening) else "always"
+    loader = open_images(model, command.images, witness=witness).training(config, augment=False)
     batches = list(itertools.islice(loader, command.batches))
     groups = adapters.find(model).groups(model)
     free = prunable_groups(groups, config.only, config.freeze)

@@ -20,8 +20,8 @@ from ..utils.progress import Progress
 from ..utils.report import show, write_result
 from .command import Command
 from .flags import DataFlags, Flat, MachineFlags, ModelFlags
-from .inputs import open_evaluation_data, open_training_data
-from .models import open_cnn_teacher, open_model, open_teacher
+from .inputs import open_images
+from .models import open_cnn_teacher, open_model, open_teacher, untrained
 from .progress import shown
 
 
@@ -48,8 +48,10 @@ def run_finetune(name: str, command: FinetuneCommand, progress: Progress) -> dic
     torch.manual_seed(config.seed)
     device = command.machine.pick()
     model = open_model(name, command.opening, device, scratch=command.scratch)
-    loader = open_training_data(model, command.images, config)
-    evaluation = open_evaluation_data(model, command.images, config.batch_size)
+    new = untrained(name, command.opening, scratch=command.scratch)
+    images = open_images(model, command.images, witness="never" if new else "order")
+    loader = images.training(config)
+    evaluation = images.evaluation(config.batch_size, command.images.eval_images)
     teacher = open_teacher(command.teacher, command.teacher_checkpoint, device)
     cnn, renormalise = open_cnn_teacher(config.cnn_teacher, model)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import torch
 import tyro
@@ -71,12 +71,21 @@ class DataFlags:
     data: Annotated[
         str, _help("training images: a folder of class folders, with or without train/, or torch/cifar10[:FOLDER]")
     ] = ""
-    eval_data: Annotated[str, _help("evaluation images; val/ of --data when empty")] = ""
+    eval_data: Annotated[str, _help("evaluation images; val/ of --data when empty, if it has one")] = ""
     class_map: Annotated[str, _help("file with a class folder's name a line, in index order")] = ""
+    class_order: Annotated[
+        Literal["auto", "lexical", "natural"],
+        _help(
+            "order of class folders without names of the model's: 0 1 10 2 (lexical) or 0 1 2 10 (natural); auto asks "
+            "the dense model"
+        ),
+    ] = "auto"
+    accept_labels: Annotated[bool, _help("go on where the dense model cannot tell whether the labels fit it")] = False
+    skip_broken: Annotated[bool, _help("leave out image files that cannot be decoded; reads each of them once")] = False
     resize: Annotated[bool, _help("resize before the centre crop; --no-resize for images that are small already")] = (
         True
     )
-    eval_images: Annotated[int, _help("evaluate on the first so many; 0 for all")] = 0
+    eval_images: Annotated[int, _help("evaluate on so many, evenly over the set; 0 for all")] = 0
     workers: Annotated[int, _help("data loading processes")] = 0
 
 

@@ -9,45 +9,53 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .. import adapters
-from ..config import TrainingConfig
 from ..latency.clock import current_setting
 from ..latency.table import LatencyTable, default_cache
 from ..structure import snapshot
-from ..training.data import Digits, TrainingData, evaluation_loader, open_images, subset, transform
+from ..training.images import DigitImages, Images, Labels
 from ..utils.progress import Progress, silent
 from .flags import DIGITS, DataFlags, LatencyFlags
+from .progress import say
 
 NO_DATA = "--data is missing: a folder of class folders, or a timm data set as torch/cifar10:FOLDER"
 
 
-def open_training_data(
-    model: nn.Module, flags: DataFlags, config: TrainingConfig, augment: bool = True
-) -> TrainingData:
-    """The shuffled training batches of a command, as large, ordered and augmented as its config says."""
-    if _uses_digits(model, flags.data):
-        dataset = Digits(training=True, augment=augment)
-    else:
-        if not flags.data:
-            raise ValueError(NO_DATA)
-        recipe = config if augment else None
-        pipeline = transform(adapters.preprocess(model), resize=flags.resize, training=recipe)
-        classes = adapters.classes(model)
-        dataset = open_images(flags.data, "train", class_map=flags.class_map, classes=classes, transform=pipeline)
-    return TrainingData(dataset, config.batch_size, config.seed, flags.workers, config.repeats if augment else 1)
+def open_images(model: nn.Module, flags: DataFlags, *, witness: str = "order") -> Images | DigitImages:
+    """The images of a command.
+
+    Args:
+        witness: on what the model is asked about its labels, see `training.images.Labels`.
+
+    Raises:
+        ValueError: nothing is named, or it does not fit the model.
+    """
+    if _uses_digits(model, flags.data or flags.eval_data):
+        return DigitImages()
+    if not (flags.data or flags.eval_data):
+        raise ValueError(NO_DATA)
+    labels = Labels(class_map=flags.class_map, order=flags.class_order, accept=flags.accept_labels, witness=witness)
+    return Images(
+        model,
+        flags.data,
+        flags.eval_data,
+        labels=labels,
+        resize=flags.resize,
+        skip_broken=flags.skip_broken,
+        workers=flags.workers,
+        say=say,
+    )
+
+
+def has_images(model: nn.Module, flags: DataFlags) -> bool:
+    """Whether a command names images, or its model brings some."""
+    return bool(flags.data or flags.eval_data) or _uses_digits(model, "")
 
 
 def open_evaluation_data(model: nn.Module, flags: DataFlags, batch_size: int) -> DataLoader | None:
-    """The evaluation batches of a command; None where no data is named."""
-    where = flags.eval_data or flags.data
-    if _uses_digits(model, where):
-        dataset = Digits(training=False)
-    elif not where:
+    """The images that a command evaluates, which trains on none; None where no data is named."""
+    if not has_images(model, flags):
         return None
-    else:
-        pipeline = transform(adapters.preprocess(model), resize=flags.resize)
-        classes = adapters.classes(model)
-        dataset = open_images(where, "validation", class_map=flags.class_map, classes=classes, transform=pipeline)
-    return evaluation_loader(subset(dataset, flags.eval_images), batch_size, flags.workers)
+    return open_images(model, flags).evaluation(batch_size, flags.eval_images, own=True)
 
 
 def _uses_digits(model: nn.Module, data: str) -> bool:

@@ -80,6 +80,12 @@ def _timm_model(name: str, flags: ModelFlags, scratch: bool) -> nn.Module:
     return model
 
 
+def untrained(name: str, flags: ModelFlags, *, scratch: bool = False) -> bool:
+    """Whether a model's weights are new, so that there is nothing to ask it."""
+    kept = flags.pretrained or flags.checkpoint or name == DIGITS or snapshot.is_snapshot(name)
+    return scratch or not kept
+
+
 def open_teacher(name: str, checkpoint: str, device: torch.device) -> nn.Module | None:
     """The frozen model for L_full, named as MODEL is; None where none is named."""
     return frozen(open_model(name, ModelFlags(checkpoint=checkpoint), device)) if name else None

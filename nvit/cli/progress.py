@@ -33,6 +33,12 @@ def shown() -> Iterator[Progress]:
         yield _lines()
 
 
+def say(line: str) -> None:
+    """A line that a person should see whatever else is shown; of rank 0 alone."""
+    if parallel.main():
+        print(line, file=sys.stderr, flush=True)
+
+
 def _lines() -> Progress:
     kind, at = "", 0.0
 

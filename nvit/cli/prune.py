@@ -24,13 +24,14 @@ from ..prune.result import PruneResult
 from ..structure.masks import unmasked_
 from ..structure.snapshot import BUNDLED
 from ..training.data import TrainingData
+from ..training.images import DigitImages, Images
 from ..utils.memory import Meter
 from ..utils.progress import Progress
 from ..utils.report import show
 from .command import Command, flat
 from .flags import DIGITS, DataFlags, Flat, LatencyFlags, MachineFlags, ModelFlags
-from .inputs import open_evaluation_data, open_table, open_training_data, sample_images
-from .models import open_cnn_teacher, open_model
+from .inputs import open_images, open_table, sample_images
+from .models import open_cnn_teacher, open_model, untrained
 from .progress import shown
 
 
@@ -57,6 +58,7 @@ class Opened:
     """What a run works on. `meter` measures the memory of the whole run, under a budget."""
 
     model: nn.Module
+    images: Images | DigitImages
     loader: TrainingData
     evaluation: DataLoader | None
     meter: Meter | None
@@ -69,12 +71,15 @@ def _open(command: PruneCommand, folder: RunFolder, progress: Progress) -> Opene
     config = command.config
     torch.manual_seed(config.seed)  # of a model without weights of its own
     model = open_model(command.model, command.opening, command.machine.pick())
-    loader = open_training_data(model, command.images, config, augment=config.train)
+    images = open_images(
+        model, command.images, witness="never" if untrained(command.model, command.opening) else "always"
+    )
+    loader = images.training(config, augment=config.train)
     meter = Meter(next(model.parameters()).device) if config.budget else None
     batch_size = _evaluation_batch(model, command, meter) if meter else config.batch_size
-    evaluation = open_evaluation_data(model, command.images, batch_size)
+    evaluation = images.evaluation(batch_size, command.images.eval_images)
     table = folder.table(lambda: open_table(model, command.latency, config.bundle_sizes, progress))
-    return Opened(model, loader, evaluation, meter, table, *open_cnn_teacher(config.cnn_teacher, model))
+    return Opened(model, images, loader, evaluation, meter, table, *open_cnn_teacher(config.cnn_teacher, model))
 
 
 def _evaluation_batch(model: nn.Module, command: PruneCommand, meter: Meter) -> int:
@@ -116,7 +121,7 @@ def run_prune(command: PruneCommand, progress: Progress) -> dict[str, Any]:
     )
     folder.write_history(result.history)
     if config.finetune_epochs:
-        train = open_training_data(opened.model, command.images, config)
+        train = opened.images.training(config)
         finetune_snapshots(result, train, config, folder=folder, progress=progress, **teacher)
     if not parallel.main():
         return {}

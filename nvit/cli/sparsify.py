@@ -25,7 +25,7 @@ from ..utils.report import show, write_result
 from .command import Command
 from .finetune import refuse_snapshot
 from .flags import DataFlags, Flat, MachineFlags, ModelFlags
-from .inputs import open_evaluation_data, open_training_data, sample_images
+from .inputs import has_images, open_images, sample_images
 from .models import open_model, open_teacher
 from .progress import shown
 
@@ -60,8 +60,11 @@ def run_sparsify(name: str, command: SparsifyCommand, progress: Progress) -> dic
     out, config, device = Path(command.out), command.config, command.machine.pick()
     refuse_snapshot(out)
     model = open_model(name, command.opening, device)
-    evaluation = open_evaluation_data(model, command.images, config.batch_size)
-    loader = open_training_data(model, command.images, config) if config.epochs else None
+    evaluation = loader = None
+    if config.epochs or has_images(model, command.images):
+        images = open_images(model, command.images)
+        evaluation = images.evaluation(config.batch_size, command.images.eval_images, own=not config.epochs)
+        loader = images.training(config) if config.epochs else None
 
     def top1() -> float | None:
         return None if evaluation is None else accuracy(model, evaluation, progress=progress)["top1"]

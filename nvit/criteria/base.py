@@ -1,25 +1,75 @@
-"""What a criterion reads and gives, and the mean over batches."""
+"""The protocol of every criterion (begin, observe, finish), what it can do as data, and the mean over batches."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..calibration.capture import Place
+from ..calibration.statistics import SiteStatistics
 from ..spec import Group
 from .gradients import gate_gradients
+
+Scores = dict[str, Tensor]
+"""Saliency by group, `(group.size,)`; larger is worse to remove."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What a criterion needs and where it works, as data that configs, runs and commands ask.
+
+    Attributes:
+        images: it reads passes over images; otherwise weights alone.
+        labels: what is sent backward is the loss of labels, the data's or drawn ones.
+        weight_gradients: it needs gradients of weights; otherwise scoring freezes them, which is faster and smaller.
+        training: it reads the gradient of any loss, so that a training step's, or your own, will do.
+        ranks: several processes may share its batches.
+        budget: a batch may come in parts, and `Criterion.memory` bounds what it keeps.
+    """
+
+    images: bool = True
+    labels: bool = True
+    weight_gradients: bool = False
+    training: bool = True
+    ranks: bool = True
+    budget: bool = True
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a criterion is to judge.
+
+    Attributes:
+        model: prepared and masked.
+        groups: those that may shrink.
+        masks: of all groups.
+        scoring: weights stay as they are and the criterion says what is sent backward; otherwise somebody trains.
+        over_ranks: a mean over ranks of tensors by name.
+        statistics: of this very model, where they have been gathered already.
+    """
+
+    model: nn.Module
+    groups: Sequence[Group]
+    masks: Mapping[str, Tensor]
+    scoring: bool = False
+    seed: int = 0
+    over_ranks: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
+    statistics: Mapping[Place, SiteStatistics] | None = None
 
 
 @dataclass
 class Evidence:
-    """What one batch says about a model, for criteria to read.
+    """What one batch says about a model.
 
     Attributes:
-        params, grads: by parameter name; `grads` empty where weights are frozen.
-        gates: per-sample gate gradients by group, `(batch, group.size)`, where they were recorded.
-        over_ranks: a mean over ranks of tensors by name; gates are of this rank's samples, `grads` are means already.
+        params, grads: by parameter name; `grads` empty where weights are frozen, means over ranks elsewhere.
+        gates: per-sample gate gradients of this rank's samples by group, `(batch, group.size)`, where recorded.
+        over_ranks: as in `Context`.
     """
 
     params: Mapping[str, Tensor]
@@ -35,30 +85,89 @@ class Evidence:
         return gate_gradients(groups, self.params, self.grads)
 
 
-Scores = dict[str, Tensor]
+class Criterion(ABC):
+    """What losing a unit costs, for one run: `begin`, after every backward pass `observe`, at a decision `finish`.
 
-
-@dataclass(frozen=True)
-class Criterion:
-    """A saliency, what it reads, and what turns its mean over batches into scores.
+    A subclass is one idea. It names itself, says what it can do, and stands in `registry.CRITERIA`.
 
     Attributes:
-        score: what one batch says, by group.
-        reads: `gates` (per sample), `weights` (with gradients), `either`, or `nothing`.
-        finish: from a group's mean over batches to its scores `(group.size,)`; None where it is them already.
+        context: of the last `begin`.
+        batches: observed so far.
+        mean: of what batches said; part of a training run's state.
     """
 
-    score: Callable[[Sequence[Group], Evidence], Scores]
-    reads: str
-    finish: Callable[[Tensor], Tensor] | None = None
+    name: ClassVar[str]
+    capabilities: ClassVar[Capabilities]
 
-    def memory(self, groups: Sequence[Group]) -> int:
+    def __init__(self, momentum: float | None = None) -> None:
+        self.context: Context | None = None
+        self.open, self.batches = False, 0
+        self.mean = RunningMean(momentum)
+
+    @property
+    def wants_images(self) -> bool:
+        """Whether passes over images have to be made for it."""
+        return self.capabilities.images
+
+    def begin(self, context: Context) -> None:
+        """Put captures on the model, if it needs any, until `close`. Again, with new masks or another model, what was
+        observed stays."""
+        self.close()
+        self.context, self.open = context, True
+
+    def backward(self, logits: Tensor, loss: Callable[[Tensor], Tensor]) -> None:
+        """Scoring: send backward what this criterion reads; `loss` of the logits, unless it has a signal of its own.
+
+        Called for every part of a batch, with the logits `(images, classes)` of that part.
+        """
+        loss(logits).backward()
+
+    def observe(self, batch: Evidence) -> None:
+        """Add what the last batch said, once its backward passes are through."""
+        self.batches += 1
+
+    @abstractmethod
+    def finish(self) -> Scores:
+        """Saliency from all batches so far; observing may go on afterwards.
+
+        Raises:
+            ValueError: nothing has been observed.
+        """
+
+    def close(self) -> None:
+        """Take captures off the model; what was observed stays. Again, it does nothing."""
+        self.open = False
+
+
+class BatchMean(Criterion):
+    """A criterion that is a function of one batch, averaged over batches."""
+
+    @staticmethod
+    @abstractmethod
+    def score(groups: Sequence[Group], batch: Evidence) -> dict[str, Tensor]:
+        """What one batch says, by group."""
+
+    @staticmethod
+    def scores(mean: Mapping[str, Tensor]) -> Scores:
+        """Saliency from the mean over batches of what they said."""
+        return dict(mean)
+
+    @staticmethod
+    def memory(groups: Sequence[Group]) -> int:
         """Bytes of what one batch says and of its mean over batches."""
-        return 2 * 4 * sum(g.size if self.finish is None else g.size**2 for g in groups)
+        return 2 * 4 * sum(g.size for g in groups)
 
-    def scores(self, mean: Mapping[str, Tensor]) -> Scores:
-        """Saliency by group, `(group.size,)`, from the mean over batches."""
-        return dict(mean) if self.finish is None else {name: self.finish(t) for name, t in mean.items()}
+    def observe(self, batch: Evidence) -> None:
+        """Add what a batch says.
+
+        Raises:
+            ValueError: a score is not finite; the mean is left as it was.
+        """
+        self.mean.update(self.score(self.context.groups, batch))
+        super().observe(batch)
+
+    def finish(self) -> Scores:
+        return self.scores(self.mean.value())
 
 
 class RunningMean:
@@ -82,7 +191,11 @@ class RunningMean:
         self.count += 1
 
     def value(self) -> Scores:
-        """The mean so far, by group."""
+        """The mean so far, by group.
+
+        Raises:
+            ValueError: no batch was added.
+        """
         if not self.count:
             raise ValueError("no batch has been scored yet; the loader gave none")
         weight = self.count if self.momentum is None else 1 - self.momentum**self.count

@@ -1,18 +1,43 @@
-"""Every criterion that is observed batch by batch, by name."""
+"""Every criterion by name, and which of them a run takes where it is told `auto`."""
 
 from __future__ import annotations
 
 from .base import Criterion
-from .fisher import gate_products, shrunk_in_turn
-from .gates import absolute, hessian, nvit
-from .weights import magnitude, random, taylor
+from .curvature import Curvature
+from .fisher import Fisher
+from .gates import Absolute, Hessian, Nvit
+from .remaining import Remaining
+from .weights import Magnitude, Random, Taylor
 
-CRITERIA: dict[str, Criterion] = {
-    "hessian": Criterion(hessian, "either"),
-    "nvit": Criterion(nvit, "weights"),
-    "abs": Criterion(absolute, "gates"),
-    "fisher": Criterion(gate_products, "gates", shrunk_in_turn),
-    "taylor": Criterion(taylor, "weights"),
-    "magnitude": Criterion(magnitude, "nothing"),
-    "random": Criterion(random, "nothing"),
+CRITERIA: dict[str, type[Criterion]] = {
+    c.name: c for c in (Curvature, Remaining, Hessian, Nvit, Absolute, Fisher, Taylor, Magnitude, Random)
 }
+
+
+def automatic(*, train: bool, refit: bool = False, budget: bool = False, ranks: int = 1) -> str:
+    """The criterion of a run that names none.
+
+    While training `hessian`, on whose scale the published price of latency is. Before a refit the loss that remains
+    after it (docs/refit.md). One shot `curvature`, which stays nearest to the dense model (docs/saliency.md), or
+    `fisher` where memory is bounded or several processes score.
+    """
+    if train:
+        return "hessian"
+    if refit:
+        return "remaining"
+    return "fisher" if budget or ranks > 1 else "curvature"
+
+
+def refusal(name: str, *, train: bool = False, budget: str = "", ranks: int = 1) -> str | None:
+    """Why a criterion does not work in such a run, in one line that says what to do; None where it does."""
+    can = CRITERIA[name].capabilities
+    if train and not can.training:
+        return f"criterion {name} is for pruning without training; add --no-train (train = false)"
+    if budget and not can.budget:
+        return (
+            f"budget {budget} does not bound criterion {name}, which holds two matrices for every group; leave out "
+            "--budget, or take criterion fisher"
+        )
+    if ranks > 1 and not can.ranks:
+        return f"criterion {name} runs in one process, not in {ranks}; start without torchrun, or take criterion fisher"
+    return None

@@ -161,7 +161,7 @@ class Attention(Prunable):
         w.copy_(torch.einsum("ohd,hde->ohe", heads, inverse).flatten(1))
 
     def _turn_rows_(self, part: str, turn: Tensor) -> None:
-        for _, tensor, rows in self._rows(part):
+        for _, tensor, rows in self.rows_of(part):
             span = tensor.data if rows is None else tensor.data[rows[0] : rows[1]]
             turned = torch.einsum("hde,he...->hd...", turn, span.double().unflatten(0, turn.shape[:2]))
             span.copy_(turned.flatten(0, 1))
@@ -231,14 +231,14 @@ class Attention(Prunable):
                 yield axis, replace(s, published=True)
         for part in PARTS:
             layout = self.layout(part)
-            for name, tensor, rows in self._rows(part):
+            for name, tensor, rows in self.rows_of(part):
                 shape = (len(layout), *tensor.shape[1:])
                 for axis, s in dim_slices(name, shape, 0, layout, rows):
                     # A qk_dim unit's gate sits on the queries that meet the keys: behind their norm, if any.
                     gate = part == "q" and axis == "qk_dim" and self.q_norm is None
                     yield axis, replace(s, scored=gate, published=part != "k" or axis == "heads")
 
-    def _rows(self, part: str) -> Iterator[tuple[str, Tensor, tuple[int, int] | None]]:
+    def rows_of(self, part: str) -> Iterator[tuple[str, Tensor, tuple[int, int] | None]]:
         """`(name, parameter, rows)` of the weight and the bias that give one of `q`, `k`, `v`."""
         place = PARTS.index(part)
         fused = len(self.input_names) == 1

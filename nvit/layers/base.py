@@ -209,6 +209,10 @@ def _end(layer: Prunable, args: tuple, out: Tensor | tuple) -> Tensor | tuple:
     return layer.watched("end", out) if isinstance(out, Tensor) else (layer.watched("end", out[0]), *out[1:])
 
 
+CAPTURES = (_enter, _end)
+"""Hooks that our own captures put on a layer."""
+
+
 def prunable_layers(model: nn.Module) -> dict[str, Prunable]:
     """Every prunable layer of a prepared model by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, Prunable)}

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .projection import Project, Projection, as_tensors, linear, take
+from .projection import Project, Projection, as_tensors, hooks, linear, take
 from .rotary import Rotary
 from .sites import Watch
 
@@ -289,7 +289,7 @@ def _last(again, last: Project, norm, dropout, watch) -> Tensor:
 
 
 def _is_exact_gelu(act: Callable[[Tensor], Tensor]) -> bool:
-    return type(act) is nn.GELU and act.approximate == "none"
+    return type(act) is nn.GELU and act.approximate == "none" and not hooks(act)
 
 
 def mlp(
@@ -303,9 +303,8 @@ def mlp(
     watch: Watch | None = None,
 ) -> Tensor:
     """fc1, activation, fc2 over kept hidden units: `(batch, tokens, kept emb)` to the same shape."""
-    if watch is None and norm is None and not dropout and _is_exact_gelu(act):
+    if watch is None and norm is None and not dropout and _is_exact_gelu(act) and (kernels := _kernels(x)):
         first, second = as_tensors(fc1), as_tensors(fc2)
-        kernels = _kernels(x) if first and second else None
-        if kernels and kernels.mlp_takes(x, x.shape[-1], first.shape[0], second.shape[0]):
+        if first and second and kernels.mlp_takes(x, x.shape[-1], first.shape[0], second.shape[0]):
             return kernels.mlp(x, *first.kept(), *second.kept())
     return _last((act, fc1(x)), fc2, norm, dropout, watch)

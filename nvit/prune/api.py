@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from .. import adapters, parallel
-from ..config import WATCHED, PruneConfig
+from ..config import PruneConfig
 from ..latency.clock import current_setting
 from ..latency.table import LatencyTable
 from ..training.data import endless
@@ -62,10 +61,10 @@ def prune(
     config = config or PruneConfig()
     config.check()
     device = next(model.parameters()).device
-    adapter = adapters.find(model)
+    adapter = adapters.find_maskable(model)
     adapter.prepare(model)
     budget = Budget(config.budget, device, meter) if config.budget else None
-    config = _for_ranks(config)
+    config = config.over_ranks(parallel.world())
     parallel.same_weights_(model)
     dense = None if budget else frozen(copy.deepcopy(model))
     pruner = Pruner(model, _checked(table, model, config), config)
@@ -81,25 +80,9 @@ def prune(
             pruner.work_in(parallel.shard(model, adapter.logits))
         with parallel.watch():
             snapshots = prune_one_shot(pruner, loader, folder, budget, progress)
-    pruner.come_home()
+    pruner.unshard()
     memory = budget.report() if budget else None
     return PruneResult(snapshots, pruner.masks, pruner.history, pruner.table, dense, memory, config.saliency)
-
-
-def _for_ranks(config: PruneConfig) -> PruneConfig:
-    """The config as several processes can follow it.
-
-    Raises:
-        ValueError: it asks for what runs in one process.
-    """
-    if parallel.world() > 1:
-        if config.refit or config.criterion in WATCHED:
-            raise ValueError(f"a refit and criteria {', '.join(WATCHED)} run in one process; start without torchrun")
-        if config.saliency in WATCHED:
-            config = replace(config, criterion="fisher")
-    if config.budget and parallel.world() > 1:
-        raise ValueError("a budget bounds a run of one process; leave out --budget, or start without torchrun")
-    return config
 
 
 def _checked(table: LatencyTable | None, model: nn.Module, config: PruneConfig) -> LatencyTable:

@@ -7,28 +7,20 @@ under bfloat16 they stay as they are and each layer casts them as it goes.
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import functools
-import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 
-from .. import adapters
-from ..calibration.stand_in import standing_in
-from ..criteria.gates import GateRecorder
 from ..spec import Group
-from ..structure.masks import full_masks
-from ..training.distill import cnn_loss
-from ..utils.memory import LiveBytes, Meter, keep_freed_memory
+from ..utils.memory import Meter, keep_freed_memory
+from .plan import Plan
+from .rehearse import most_images, rehearse_forward, rehearse_scoring
 
 _SCALES = {"k": 1, "m": 2, "g": 3, "t": 4}
 _SLACK, _FIRST_USE = 1.05, 64 * 2**20
@@ -51,107 +43,6 @@ def show(count: float) -> str:
     """Bytes for people: 7.31 GB."""
     power = min(4, max(2, int(math.log10(max(count, 1)) // 3)))
     return f"{count / 1000**power:.3g} {' KMGT'[power]}B"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a batch is scored.
-
-    Attributes:
-        images: so many at a time, the scores still those of the whole batch; all of them when 0.
-        checkpoint: blocks keep their input alone and compute their activations again in the backward pass.
-        bf16: activations in bfloat16, sums in fp32.
-        weight_gradients: the criterion reads them.
-    """
-
-    images: int = 0
-    checkpoint: bool = False
-    bf16: bool = False
-    weight_gradients: bool = False
-
-    def parts(self, batch: int) -> list[slice]:
-        """A batch of `batch` images in parts as even as can be."""
-        count = max(1, -(-batch // (self.images or max(1, batch))))
-        ends = [batch * i // count for i in range(count + 1)]
-        return [slice(*pair) for pair in itertools.pairwise(ends)]
-
-    @contextlib.contextmanager
-    def running(self, model: nn.Module) -> Iterator[None]:
-        """Forward passes inside follow the plan; the backward pass may come later."""
-        with contextlib.ExitStack() as inside:
-            if self.checkpoint:
-                blocks = adapters.of(model).blocks(model)
-                inside.enter_context(standing_in(model, {block: _Checkpointed(block) for block in blocks}))
-            if self.bf16:
-                inside.enter_context(torch.autocast(next(model.parameters()).device.type, torch.bfloat16))
-            yield
-
-    def __str__(self) -> str:
-        picked = [
-            "with weight gradients" if self.weight_gradients else "without weight gradients",
-            "activation checkpointing" * self.checkpoint,
-            f"{self.images} image{'s' * (self.images > 1)} at a time" if self.images else "whole batches",
-            "bf16 activations" * self.bf16,
-        ]
-        return ", ".join(p for p in picked if p)
-
-
-class _Checkpointed(nn.Module):
-    """A block that keeps its input alone and computes its activations again in the backward pass."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return checkpoint(self.block, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-
-def _fake_twin(mode: FakeTensorMode, model: nn.Module, weight_gradients: bool) -> nn.Module:
-    fakes = {id(b): mode.from_tensor(b) for b in model.buffers()}
-    for p in model.parameters():
-        fakes[id(p)] = nn.Parameter(mode.from_tensor(p.detach()), requires_grad=weight_gradients)
-    return copy.deepcopy(model, fakes)
-
-
-def rehearse_scoring(model: nn.Module, groups: Sequence[Group], size: Sequence[int], images: int, plan: Plan) -> int:
-    """Bytes that scoring `images` images of `size` at once adds to what is held, at most; nothing is computed."""
-    device = next(model.parameters()).device
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        twin = _fake_twin(mode, model, plan.weight_gradients)
-        taps = contextlib.nullcontext() if plan.weight_gradients else GateRecorder(twin, groups, full_masks(groups))
-        with LiveBytes(twin.parameters()) as counted, taps:
-            x = torch.empty(images, *size, device=device, dtype=next(model.parameters()).dtype)
-            labels = torch.zeros(images, dtype=torch.long, device=device)
-            with plan.running(twin):
-                logits = adapters.of(twin).logits(twin, x)
-            cnn_loss(logits, labels, None).backward()
-    return counted.peak
-
-
-def rehearse_forward(model: nn.Module, size: Sequence[int], images: int) -> int:
-    """Bytes that a forward pass of `images` images without gradients adds, at most; nothing is computed."""
-    p = next(model.parameters())
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        twin = _fake_twin(mode, model, False)
-        with LiveBytes(twin.parameters()) as counted:
-            twin(torch.empty(images, *size, device=p.device, dtype=p.dtype))
-    return counted.peak
-
-
-def most_images(room: float, most: int, need: Callable[[int], float]) -> int:
-    """The largest count up to `most` whose `need` is within `room`; 0 where not even one is.
-
-    Need grows in proportion from one image to two, so that few counts have to be tried.
-    """
-    one = need(1)
-    if one > room:
-        return 0
-    slope = need(2) - one if most > 1 else 0
-    count = most if slope <= 0 else min(most, 1 + int((room - one) / slope))
-    while count > 1 and need(count) > room:
-        count -= 1
-    return count
 
 
 class Budget:

@@ -1,100 +1,74 @@
-"""Scores of frozen weights: one pass over the data, within a budget of memory where there is one."""
+"""Scores of frozen weights: batches forward and backward, within a budget of memory where there is one."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 
-import torch
-from torch import Tensor, nn
-
-from .. import parallel
-from ..training.data import seed_draws, shares
-from ..training.distill import sample_labels
+from ..calibration.capture import Place
+from ..calibration.statistics import SiteStatistics
+from ..training.batches import known_length, length
+from ..training.data import shares
 from ..utils.progress import Progress, silent
-from .budget import Budget, Plan
+from .budget import Budget
 from .pruner import Pruner
 
 
 def batches_to_score(pruner: Pruner, loader) -> int:
-    """`score_batches`, or all of one pass, and never more than there are."""
-    return min(pruner.config.score_batches or len(loader), len(loader))
+    """`score_batches`, or all of one pass, and never more than there are, if the loader says.
+
+    Raises:
+        ValueError: it does not, and `score_batches` is not given.
+    """
+    asked = pruner.config.score_batches
+    there = known_length(loader) if asked else length(loader, "to score one pass; set score_batches")
+    return asked if there is None else min(asked or there, there)
 
 
-def score(pruner: Pruner, loader, budget: Budget | None = None, *, progress: Progress = silent) -> None:
+def score(
+    pruner: Pruner,
+    loader,
+    budget: Budget | None = None,
+    *,
+    statistics: Mapping[Place, SiteStatistics] | None = None,
+    progress: Progress = silent,
+) -> None:
     """Add one pass over the data (or `score_batches`) to the pruner's saliency; weights stay as they are.
 
-    Cross entropy with the labels, or with labels drawn from the model's own softmax. Criteria that read gates alone
-    need no weight gradients: the weights are frozen meanwhile, which is faster and takes less memory. Under a budget a
-    batch may go through the model in parts; its scores are those of the whole batch, up to rounding.
+    Criteria that read no weight gradients have the weights frozen meanwhile, which is faster and takes less memory.
+    Under a budget a batch may go through the model in parts; its scores are those of the whole batch, up to rounding.
 
     Args:
         budget: picks how batches are scored; whole, as they come, when None.
+        statistics: of the model as it is, where they have been gathered already.
 
     Raises:
         ValueError: the budget does not hold what is needed.
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss or a logit is not finite.
     """
-    model = pruner.call.model
-    reads = pruner.criterion.reads
+    criterion, total = pruner.criterion, batches_to_score(pruner, loader)
     weights = sum(p.numel() * p.element_size() for p in pruner.params.values())
     # A compact model has about its target's share of the weights.
     later = weights * sum(pruner.targets[len(pruner.met) :])
-    if reads == "nothing":
-        if budget is not None:
-            budget.allow(later)
-        pruner.observe({})
-        return
-    frozen_route = reads in ("gates", "either")
-    trainable = {name: p.requires_grad for name, p in pruner.params.items()}
-    plan = Plan(weight_gradients=not frozen_route) if budget is None else None
-    model.eval()
-    total = batches_to_score(pruner, loader)
+    pruner.stop_recording()
+    pruner.call.model.eval()
     try:
-        for p in pruner.params.values():
-            p.requires_grad_(not frozen_route)
+        if statistics is not None:
+            pruner.start_scoring(statistics)
+        if not criterion.wants_images:
+            if budget is not None:
+                budget.allow(later)
+            pruner.score_weights()
+            return
         for done, (images, labels) in enumerate(shares(loader), start=1):
-            if plan is None:
-                needs = {"gradients": not frozen_route, "statistics": pruner.criterion.memory(pruner.free)}
-                plan = budget.choose(model, pruner.free, images.shape, **needs, later=later)
+            if done == 1 and budget is not None:
+                gradients, kept = criterion.capabilities.weight_gradients, criterion.memory(pruner.free)
+                plan = budget.choose(
+                    pruner.call.model, pruner.free, images.shape, gradients=gradients, statistics=kept, later=later
+                )
                 progress(0, total, f"budget: {plan}")
-            if frozen_route and pruner.gates is None:
-                pruner.start_recording()
-            gates = _backward(pruner, plan, images, labels, done)
-            grads = {name: p.grad for name, p in pruner.params.items() if p.grad is not None}
-            # Shards hold the mean over ranks already.
-            pruner.observe(grads if model is not pruner.model else parallel.mean(grads), gates)
-            model.zero_grad(set_to_none=True)
+            pruner.score(images, labels, None if budget is None else plan)
             progress(done, total, "score")
             if done >= total:
                 break
     finally:
         pruner.stop_recording()
-        for name, p in pruner.params.items():
-            p.requires_grad_(trainable[name])
-
-
-def _backward(pruner: Pruner, plan: Plan, images: Tensor, labels: Tensor, number: int) -> dict[str, Tensor] | None:
-    """Gradients of one batch's loss, part by part; its gate gradients `(images, group.size)` where they are recorded.
-
-    `images` are this rank's share of the batch; without ranks, all of it.
-    """
-    config, model, recorded = pruner.config, pruner.call.model, []
-    device, ranks = next(model.parameters()).device, parallel.world()
-    (batch,) = map(int, parallel.sums([len(images)], device))
-    places = parallel.share(batch)
-    for part in plan.parts(len(images)):
-        seed_draws(config.seed, 2**31 + number)
-        with plan.running(model):
-            logits = pruner.call(images[part].to(device)).mean
-        logits = logits.float() if plan.bf16 else logits
-        rows = places[part] if len(logits) < batch else ()
-        target = labels[part].to(device) if config.labels == "true" else sample_labels(logits, rows, batch)
-        # A part counts as much as it has images, so that parts, and the mean over ranks, make the batch's mean.
-        loss = nn.functional.cross_entropy(logits, target) * (len(logits) * ranks / batch)
-        (whole,) = parallel.sums([loss.detach() / ranks], device)
-        if not math.isfinite(whole):
-            raise FloatingPointError(f"the loss is {whole} on scoring batch {number}; check the data")
-        loss.backward()
-        if pruner.gates is not None:
-            recorded.append(pruner.gates.pop())
-    return {name: torch.cat([r[name] for r in recorded]) for name in recorded[0]} if recorded else None

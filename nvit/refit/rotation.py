@@ -1,4 +1,4 @@
-"""Bases of queries, keys and values in which a few dims carry what the loss minds; the model's function stays.
+"""Bases of queries, keys and values in which a few dims carry the loss; the model's function stays.
 
 Attention logits are products of queries and keys: `q -> R q`, `k -> R⁻ᵀ k` leaves them as they are, head by head, and
 so does `v -> R v` with the last layer's columns times `R⁻¹`. The dims of every head come out in the order of what their
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.capture import Place
-from ..calibration.statistics import Seen
+from ..calibration.statistics import SiteStatistics
 from ..layers import prunable_layers
 
 _FLOOR = 1e-6
@@ -21,9 +21,10 @@ _FLOOR = 1e-6
 
 
 def balanced(covariance: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor]:
-    """The basis in which activations and what the loss minds are both diagonal and alike, as in balanced truncation.
+    """The basis in which covariance and curvature are both diagonal and alike, as in balanced truncation.
 
-    With `C` the covariance and `G` the curvature, both `(..., d, d)`, fp64: `R C Rᵀ = R⁻ᵀ G R⁻¹`, diagonal, descending.
+    With `C` the activations' covariance and `G` their Gauss-Newton curvature, both `(..., d, d)`, fp64:
+    `R C Rᵀ = R⁻ᵀ G R⁻¹`, diagonal, descending.
     Keeping the first dims is then best among all rank-r projections for the loss `tr(G · error covariance)`.
 
     Returns:
@@ -43,8 +44,8 @@ def balanced(covariance: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def rotate_(model: nn.Module, seen: Mapping[Place, Seen]) -> dict[str, str]:
-    """Rotate queries, keys and values of a dense prepared model, in place; what was seen is turned alike.
+def rotate_(model: nn.Module, statistics: Mapping[Place, SiteStatistics]) -> dict[str, str]:
+    """Rotate queries, keys and values of a dense prepared model, in place; its statistics are turned alike.
 
     Returns:
         Layers and axes left as they are, with the reason.
@@ -53,15 +54,15 @@ def rotate_(model: nn.Module, seen: Mapping[Place, Seen]) -> dict[str, str]:
     for name, layer in prunable_layers(model).items():
         for basis in layer.bases():
             place = (name, basis.site)
-            reason = "nothing was seen there" if place not in seen else basis.refusal
+            reason = "no statistics were gathered there" if place not in statistics else basis.refusal
             if reason is not None:
                 left[f"{name}.{basis.axis}"] = reason
                 continue
-            s = seen[place]
+            s = statistics[place]
             second = s.covariance if basis.constant else s.xx / s.rows
             r, inverse = balanced(*(_heads(m, basis.heads, basis.dims) for m in (second, s.curvature)))
             layer.turn_(basis.axis, r, inverse)
-            _turn_seen_(s, r, inverse)
+            _turn_(s, r, inverse)
     return left
 
 
@@ -70,6 +71,6 @@ def _heads(m: Tensor, heads: int, dims: int) -> Tensor:
     return m.view(heads, dims, heads, dims).diagonal(dim1=0, dim2=2).movedim(-1, 0)
 
 
-def _turn_seen_(s: Seen, r: Tensor, inverse: Tensor) -> None:
+def _turn_(s: SiteStatistics, r: Tensor, inverse: Tensor) -> None:
     big, back = torch.block_diag(*r), torch.block_diag(*inverse)
     s.x, s.xx, s.gg = big @ s.x, big @ s.xx @ big.T, back.T @ s.gg @ back

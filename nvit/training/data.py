@@ -1,10 +1,10 @@
-"""Images by timm's readers and transforms, the bundled digits, and a loader whose every draw is a function of seed,
+"""Images of folders and of timm's data sets, the bundled digits, and a loader whose every draw is a function of seed,
 epoch and index, so that a resumed run sees what an uninterrupted one would have seen."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -14,11 +14,14 @@ import numpy as np
 import torch
 from timm.data import create_dataset, create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
 from torchvision import transforms
 
-from .. import adapters, parallel
+from .. import parallel
 from ..config import TrainingConfig
+from .batches import length, parts
+from .folders import ImageFiles, find_broken, scan, split_folder
+from .labels import mapped, numberings, read_class_map
 
 DIGITS_EVAL = 360
 """So many of the bundled digits, drawn once and for all, are for evaluation."""
@@ -55,7 +58,8 @@ class Digits(Dataset):
 def transform(preprocess: Mapping[str, Any], *, resize: bool = True, training: TrainingConfig | None = None):
     """timm's evaluation transform of a model, or its training transform with a recipe's augmentation."""
     size = preprocess["input_size"]
-    shared = {k: preprocess[k] for k in ("mean", "std", "interpolation")} | {"input_size": size}
+    mean, std = (_by_channel(preprocess[k], size[0]) for k in ("mean", "std"))
+    shared = {"mean": mean, "std": std, "interpolation": preprocess["interpolation"], "input_size": size}
     if training is not None and (training.auto_augment or training.color_jitter or training.erasing):
         return create_transform(
             **shared,
@@ -65,51 +69,97 @@ def transform(preprocess: Mapping[str, Any], *, resize: bool = True, training: T
             re_prob=training.erasing,
         )
     if not resize:
-        normalise = transforms.Normalize(preprocess["mean"], preprocess["std"])
+        normalise = transforms.Normalize(mean, std)
         return transforms.Compose([transforms.CenterCrop(size[-2:]), transforms.ToTensor(), normalise])
     return create_transform(
         **shared, crop_pct=preprocess.get("crop_pct"), crop_mode=preprocess.get("crop_mode", "center")
     )
 
 
-def open_images(where: str, split: str, *, class_map: str = "", classes: int, transform) -> Dataset:
-    """A labelled image set by timm's readers.
+def _by_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """A mean or deviation for every channel; their mean where a model has other channels than its config speaks of."""
+    values = tuple(values)
+    return values if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+def open_images(
+    where: str,
+    split: str,
+    *,
+    classes: int,
+    transform: Callable | None,
+    class_map: str = "",
+    numbering: Mapping[str, int] | None = None,
+    channels: int = 3,
+    skip_broken: bool = False,
+) -> Dataset | None:
+    """A labelled image set: a folder of class folders, or one of timm's data sets.
 
     Args:
-        where: a folder of class folders, with or without a folder named like `split`, or a timm data set name with
-            an optional folder, as `torch/cifar10:FOLDER`.
+        where: a folder of class folders, with or without folders of splits (train/, val/, in any case), or a timm data
+            set name with an optional folder, as `torch/cifar10:FOLDER`.
+        split: `train`, or `validation`, of which a folder may have none.
         classes: how many the model tells apart.
+        numbering: class numbers by folder name; by the class map, or else in natural order, where not given.
+        channels: of the images handed out.
+        skip_broken: leave out files that cannot be decoded, which reads each of them once.
+
+    Returns:
+        None where the folder has splits, but none to evaluate on.
 
     Raises:
         ValueError: no such folder, no images, or labels that do not fit the model.
     """
+    if not Path(where).is_dir():
+        return _timm_images(where, split, class_map, transform)
+    if (folder := split_folder(Path(where), split)) is None:
+        return None
+    found = scan(folder)
+    if numbering is None:
+        if class_map:
+            numbering = mapped(found.names, read_class_map(class_map), class_map, classes).class_to_idx
+        else:
+            numbering = numberings(found.names, classes)[0].class_to_idx
+    elif unknown := sorted(set(found.names) - set(numbering)):
+        raise ValueError(
+            f"{folder} has a class {unknown[0]!r} that the training images do not have; rename or remove it"
+        )
+    broken = find_broken(found, channels) if skip_broken else ()
+    return ImageFiles(found, numbering, transform=transform, channels=channels, broken=broken)
+
+
+def _timm_images(where: str, split: str, class_map: str, transform: Callable | None) -> Dataset:
     name, _, root = where.partition(":")
-    if Path(where).is_dir():
-        name, root = "", where
-    elif "/" not in name or not name.startswith(("torch/", "hfds/", "tfds/", "wds/")):
+    if "/" not in name or not name.startswith(("torch/", "hfds/", "tfds/", "wds/")):
         raise ValueError(f"data {where!r}: no such folder, and not a timm data set name as torch/cifar10")
     if class_map and not Path(class_map).is_file():
         raise ValueError(f"class map {class_map} does not exist")
     try:
         dataset = create_dataset(name, root=root or ".", split=split, class_map=class_map or None)
-    except (RuntimeError, FileNotFoundError, AssertionError) as e:
-        raise ValueError(f"data {where!r}: no images to read for {split} ({e})") from None
-    if len(dataset) == 0:
-        raise ValueError(f"data {where!r}: no images found for {split}; expected FOLDER/<class>/<image>")
-    names = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or getattr(dataset, "class_to_idx", {})
-    if names and not class_map and len(names) != classes:
+    except (RuntimeError, FileNotFoundError, AssertionError, ModuleNotFoundError) as e:
+        raise ValueError(f"data {where!r}: no images to read for {split} ({' '.join(str(e).split())})") from None
+    if isinstance(dataset, IterableDataset):
         raise ValueError(
-            f"data {where!r} has {len(names)} class folders but the model has {classes} classes. Give --class-map with "
-            "the model's class names in index order, or a model with as many classes."
+            f"data {where!r} is a stream without an order or a length, which a reproducible run needs; give a folder "
+            "or a data set of files, or a loader of your own in Python"
         )
-    if names and max(names.values()) >= classes:
-        raise ValueError(f"class map {class_map} numbers classes up to {max(names.values())}; the model has {classes}")
+    if len(dataset) == 0:
+        raise ValueError(f"data {where!r}: no images found for {split}")
     dataset.transform = transform
     return dataset
 
 
 def subset(dataset: Dataset, count: int) -> Dataset:
-    return dataset if not count or count >= len(dataset) else torch.utils.data.Subset(dataset, range(count))
+    """`count` items evenly over the data set, in its order; all of them for 0."""
+    if not count or count >= len(dataset):
+        return dataset
+    return Subset(dataset, spread(len(dataset), count))
+
+
+def spread(size: int, count: int) -> list[int]:
+    """`count` positions evenly over `size`: of files in class order, over all classes."""
+    count = min(size, count)
+    return [size * i // count for i in range(count)]
 
 
 def seed_draws(*key: int) -> None:
@@ -184,42 +234,25 @@ class TrainingData:
         return iter(DataLoader(self.dataset, batch_sampler=batches, num_workers=self.workers))
 
 
-def image_folder(
-    folder: str,
-    model: torch.nn.Module,
-    batch_size: int,
-    *,
-    split: str = "train",
-    class_map: str = "",
-    resize: bool = True,
-    seed: int = 0,
-    workers: int = 0,
-) -> TrainingData:
-    """Shuffled batches from a folder of class folders, preprocessed as `model` wants, without augmentation.
-
-    Raises:
-        ValueError: no such folder, no images, or classes that do not fit the model.
-    """
-    pipeline = transform(adapters.preprocess(model), resize=resize)
-    classes = adapters.classes(model)
-    dataset = open_images(folder, split, class_map=class_map, classes=classes, transform=pipeline)
-    return TrainingData(dataset, batch_size, seed, workers)
-
-
-def shares(loader, batches: Iterator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of every batch of `loader`, or of `batches` from it.
+def shares(loader, batches: Iterator | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """This rank's share of every batch of `loader`, or of `batches` from it, as images and labels (None where a batch
+    has none).
 
     Raises:
         ValueError: a loader that is not `TrainingData` gives other batches on other ranks, which it must not.
     """
     batches = iter(loader) if batches is None else batches
-    if isinstance(loader, TrainingData) or parallel.world() == 1:
-        yield from batches
-        return
-    for i, (images, labels) in enumerate(batches):
+    alone = isinstance(loader, TrainingData) or parallel.world() == 1
+    for i, batch in enumerate(batches):
+        images, labels = parts(batch)
+        if alone:
+            yield images, labels
+            continue
+        held = {"images": images} | ({} if labels is None else {"labels": labels})
         if not i:
-            parallel.agree("the loader's first batch", {"images": images, "labels": labels})
-        yield parallel.take((images, labels))
+            parallel.agree("the loader's first batch", held)
+        mine = dict(zip(held, parallel.take(tuple(held.values())), strict=True))
+        yield mine["images"], mine.get("labels")
 
 
 def endless(loader, seed: int, start: int = 0) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
@@ -232,11 +265,12 @@ def endless(loader, seed: int, start: int = 0) -> Iterator[tuple[int, tuple[Tens
     Raises:
         ValueError: the loader gives no batch.
     """
-    step, length = start, len(loader)
-    if not length:
+    step = start
+    batches_each = length(loader, "to tell epochs apart while training; wrap it in a loader with one")
+    if not batches_each:
         raise ValueError("the training loader has no batch; it needs at least one")
     while True:
-        epoch, skip = divmod(step, length)
+        epoch, skip = divmod(step, batches_each)
         if isinstance(loader, TrainingData):
             batches = loader.epoch(epoch, skip)
         else:
@@ -244,8 +278,10 @@ def endless(loader, seed: int, start: int = 0) -> Iterator[tuple[int, tuple[Tens
             batches = iter(loader)
             for _ in range(skip):
                 next(batches)
-        for batch in shares(loader, batches):
-            yield step, batch
+        for images, labels in shares(loader, batches):
+            if labels is None:
+                raise ValueError("training reads labels, but the loader gives images alone; give (images, labels)")
+            yield step, (images, labels)
             step += 1
         if step == start:
             raise ValueError("the training loader gave no batch; it needs at least one")

@@ -105,13 +105,14 @@ def split_folders(root: Path) -> dict[str, Path]:
 
 
 def split_folder(root: Path, split: str) -> Path | None:
-    """Where the images of `split` (`train` or `validation`) lie; None where there are none.
+    """Where the images of `split` (a name in `SPLITS`) lie; None where there are none.
 
     A folder without any split is one set of images: it trains, and it is evaluated by those who ask for it by name.
 
     Raises:
         ValueError: training images are asked of a data set that has splits but none to train on.
     """
+    split = next((canonical for canonical, names in SPLITS.items() if split in (canonical, *names)), split)
     found = split_folders(root)
     if split in found:
         return found[split]

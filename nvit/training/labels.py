@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,7 +150,7 @@ def ask(
     model: nn.Module,
     names: Sequence[str],
     candidates: Sequence[Numbering],
-    batches_of: Callable[[Mapping[str, int]], object],
+    batches: Iterable[tuple[Tensor, Tensor]],
     classes: int,
     *,
     accept: bool = False,
@@ -158,14 +158,13 @@ def ask(
     """Ask the dense model which of several numberings is its own.
 
     Args:
-        batches_of: gives batches of a few hundred images, spread over the classes, under a numbering.
+        batches: of a few hundred images, spread over the classes, labelled by the place of their folder in `names`.
         accept: take the likeliest one where the model cannot tell, and say so.
 
     Raises:
         ValueError: it cannot tell; see `chosen`.
     """
-    every = {name: i for i, name in enumerate(names)}
-    said, places = answers(model, batches_of(every))
+    said, places = answers(model, batches)
     right = []
     for candidate in candidates:
         number = torch.tensor([candidate.class_to_idx[name] for name in names])

@@ -9,9 +9,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from nvit.analysis.correlation import Bundle, loss_changes, propose, rank_correlations, rows_of, saliencies
+from nvit.calibration.gauss_newton import GateProducts
+from nvit.calibration.statistics import gather_statistics
 from nvit.cli import main as cli
 from nvit.config import PruneConfig
+from nvit.criteria.curvature import curvature_loss
 from nvit.criteria.registry import CRITERIA
+from nvit.criteria.remaining import remaining_loss
 from nvit.structure.masks import full_masks
 from tests import references
 from tests.hosts import images, labels, make, prepared
@@ -85,6 +89,23 @@ def test_saliencies_are_those_of_the_criteria():
     assert found.keys() == {"hessian", "magnitude"} <= CRITERIA.keys()
 
 
+def test_every_criterion_can_be_compared():
+    model, groups = prepared("deit_distilled")
+    before, batches = {n: p.clone() for n, p in model.named_parameters()}, batches_of(model)
+    found = saliencies(model, batches, list(CRITERIA), PruneConfig(train=False))
+    assert list(found) == list(CRITERIA)
+    for name, scores in found.items():
+        assert {n: s.shape for n, s in scores.items()} == {g.name: (g.size,) for g in groups}, name
+    gates = GateProducts()
+    statistics = gather_statistics(model, [x for x, _ in batches], gates=gates)
+    for name, exact in (
+        ("curvature", curvature_loss(model, groups, full_masks(groups), statistics, gates)),
+        ("remaining", remaining_loss(model, groups, full_masks(groups), statistics)),
+    ):
+        assert all(torch.equal(found[name][n], s) for n, s in exact.items()), name
+    assert all(torch.equal(p, before[n]) and p.requires_grad for n, p in model.named_parameters())
+
+
 def test_rank_correlations_of_known_cases():
     rows = [
         {"kind": kind, "up": float(s), "down": float(-s), "flat": 1.0, "loss_change": float(factor * s**3)}
@@ -115,7 +136,7 @@ def test_rows_add_up_the_units_of_a_bundle():
 
 
 def test_command_on_the_digits(tmp_path, capsys):
-    args = ["--criterion", "abs", "random", "--bundles", "4", "--batches", "2", "--device", "cpu"]
+    args = ["--criterion", "abs", "random", "curvature", "--bundles", "4", "--batches", "2", "--device", "cpu"]
     assert cli.main(["analyze", "correlation", "digits", *args, "--out", str(tmp_path)]) == 0
     shown, found = capsys.readouterr(), json.loads((tmp_path / "result.json").read_text())
     assert "abs, all" in shown.out and "remove" in shown.err
@@ -123,7 +144,8 @@ def test_command_on_the_digits(tmp_path, capsys):
         rows = list(csv.DictReader(f))
     assert len(rows) == found["bundles"] and {r["kind"] for r in rows} == {"emb", "heads", "qk_dim", "v_dim", "mlp"}
     rho = {(r["criterion"], r["kind"]): r["spearman"] for r in found["correlations"]}
-    assert rho["abs", "all"] > max(0.3, rho["random", "all"]), "a trained model's saliency foretells its loss"
+    for name in ("abs", "curvature"):
+        assert rho[name, "all"] > max(0.3, rho["random", "all"]), "a trained model's saliency foretells its loss"
     assert Image.open(tmp_path / "correlation.png").size[0] > 500
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from nvit.adapters import find
 from nvit.calibration.replay import Replay
 from nvit.calibration.stand_in import standing_in
-from nvit.prune.budget import Plan
+from nvit.prune.plan import Plan
 from tests.families import HOSTS, ONE_OF_EACH
 from tests.hosts import images, prepared
 

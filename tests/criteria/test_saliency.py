@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 from nvit import adapters
 from nvit.criteria.base import Evidence, RunningMean
-from nvit.criteria.fisher import SHRINK, leave_in_turn
+from nvit.criteria.fisher import SHRINK
 from nvit.criteria.gates import GateRecorder
 from nvit.criteria.gradients import gate_gradients, unit_saliency
 from nvit.criteria.registry import CRITERIA
+from nvit.criteria.turns import leave_in_turn
 from nvit.structure.masks import apply_
 from tests import references
 from tests.hosts import TINY_HOSTS, images, labels, masks_for, prepared, random_masks

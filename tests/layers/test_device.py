@@ -1,4 +1,5 @@
-"""Masked models where the device is not the CPU, on fake tensors: a host read or an index left on the CPU raises."""
+"""A masked model computes where its parameters are. On a fake CUDA device, which needs no GPU, a tensor that was left
+on the CPU raises."""
 
 from functools import partial
 
@@ -18,7 +19,7 @@ HOSTS |= {"map_pooling": partial(make, "plain", global_pool="map", class_token=F
 HOSTS |= {name: swin.HOSTS[name] for name in ("swin_shifted", "swin_no_patch_norm")}
 HOSTS |= {name: eva.HOSTS[name] for name in ("eva_02_clip", "eva_rope_mixed", "eva_dinov3")}
 HOSTS |= {name: beit.HOSTS[name] for name in ("beit_both", "beit_swiglu")}
-HOSTS |= {name: hf.HOSTS[name] for name in ("hf_deit_teacher", "hf_dinov2_swiglu")}
+HOSTS |= {name: hf.HOSTS[name] for name in ("hf_deit_teacher", "hf_dinov2_swiglu") if hf.HERE}
 CUDA = torch.device("cuda:0")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nvit_kernels.configs import SHARED_BYTES
-from nvit_kernels.ops.attention_short import op
+from nvit_kernels.ops.attention.short_layouts import backward_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 def test_what_is_offered_spills_nothing_and_fits(arch):
     """In a process of its own, without the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-m", "nvit_kernels.ops.attention_short.cases", str(arch)], cwd=ROOT,
+    done = subprocess.run([sys.executable, "-m", "nvit_kernels.ops.attention.short_cases", str(arch)], cwd=ROOT,
                           capture_output=True, text=True, env=environment | {"PYTHONPATH": str(ROOT)})  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     reports = [json.loads(line) for line in done.stdout.splitlines()]
@@ -31,5 +31,5 @@ def test_what_is_offered_spills_nothing_and_fits(arch):
 
 def test_what_is_not_offered_is_the_widest_backward_where_shared_memory_is_small():
     shapes = [(tokens, qk, v) for tokens in (50, 128, 197) for qk, v in ((64, 64), (24, 56), (64, 32), (8, 8))]
-    missing = {(arch, *shape) for arch in SHARED_BYTES for shape in shapes if op.backward_config(arch, *shape) is None}
+    missing = {(arch, *shape) for arch in SHARED_BYTES for shape in shapes if backward_config(arch, *shape) is None}
     assert missing == {(86, 197, 64, 64), (89, 197, 64, 64)}

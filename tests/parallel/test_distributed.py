@@ -19,8 +19,8 @@ from nvit.cli import main as cli
 from nvit.layers import Attention
 from nvit.parallel import collectives
 from nvit.parallel import shards as shards_module
-from nvit.structure import snapshot
-from nvit.training.data import TrainingData
+from nvit.structure.run_state import load_run_state
+from nvit.training.data import TrainingData, seed_draws
 from nvit.training.distill import sample_labels
 from tests.families import HOSTS, ONE_OF_EACH
 from tests.ranks import PLAYED
@@ -166,7 +166,7 @@ def test_torchrun_with_a_killed_rank_leaves_a_state_that_one_process_ends(tmp_pa
     words = (tmp_path / "said").read_text()
     # One line at most: the launcher may end rank 0 as it is about to speak, its state already saved.
     assert sum(line.startswith("nvit: ") for line in words.splitlines()) <= 1, words
-    _, values = snapshot.load_run_state(tmp_path / "o" / "run_state.safetensors")
+    _, values = load_run_state(tmp_path / "o" / "run_state.safetensors")
     assert values["trainer"]["step"] > 0, "saved by rank 0 once it knew: no save was due within five minutes"
     assert cli.main([*prune, "--resume"]) == 0
     assert nvit.load(tmp_path / "o" / "target-0.9")
@@ -221,11 +221,11 @@ def test_shares_are_a_partition_closed_under_what_mixup_pairs(size, count, monke
 def test_mixup_on_shares_makes_the_images_of_the_whole_batch(cutmix, monkeypatch):
     x, y = torch.randn(10, 3, 16, 16), torch.randint(7, (10,))
     mix = Mixup(0.8, cutmix, num_classes=7)
-    nvit.data.seed_draws(5)
+    seed_draws(5)
     images, labels = mix(x.clone(), y)
     for rank in range(4):
         of_rank(monkeypatch, rank, 4)
-        nvit.data.seed_draws(5)
+        seed_draws(5)
         mine, theirs = mix(*(t.clone() for t in parallel.take((x, y))))
         assert torch.equal(mine, images[parallel.share(10)]) and torch.equal(theirs, labels[parallel.share(10)])
 

@@ -12,8 +12,10 @@ from nvit import adapters
 from nvit.cli import main as cli
 from nvit.criteria.gates import GateRecorder
 from nvit.criteria.registry import CRITERIA
-from nvit.prune.budget import Budget, Plan, most_images, parse, rehearse_forward, rehearse_scoring
+from nvit.prune.budget import Budget, parse
+from nvit.prune.plan import Plan
 from nvit.prune.pruner import Pruner
+from nvit.prune.rehearse import most_images, rehearse_forward, rehearse_scoring
 from nvit.prune.scoring import score
 from nvit.structure.masks import full_masks
 from nvit.utils.memory import LiveBytes, Meter
@@ -77,7 +79,7 @@ def test_parts_are_the_batch_and_even(batch, at_once):
     assert max(sizes) <= (at_once or batch) and max(sizes) - min(sizes) <= 1
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", [name for name, c in CRITERIA.items() if c.capabilities.budget])
 def test_a_batch_in_parts_scores_as_one(criterion):
     """Two batches, 7 and 5 images: parts are uneven, and squares are taken of a whole batch's sums."""
     host = make("deit_distilled", torch.float64)

@@ -19,6 +19,7 @@ from nvit.latency import table as table_module
 from nvit.layers import prunable_layers
 from nvit.structure import snapshot
 from nvit.structure.masks import full_masks, kept_counts, weight_masks, widths
+from nvit.structure.run_state import load_run_state
 from nvit.training.distill import sample_labels
 from tests.hosts import TINY_HOSTS, images, labels, make
 from tests.runs import Stop, arguments, config, loader, stop_after, table
@@ -139,6 +140,10 @@ def test_the_masked_model_computes_what_the_last_snapshot_does(host, train, tmp_
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_every_criterion_runs_and_leaves_nothing_behind(criterion, train):
     model, data, settings, table = arguments("deit_distilled", criterion=criterion, train=train)
+    if train and not CRITERIA[criterion].capabilities.training:
+        with pytest.raises(ValueError, match=f"criterion {criterion} is for pruning without training"):
+            nvit.prune(model, data, settings, table)
+        return
     trainable = {n: p.requires_grad for n, p in model.named_parameters()}
     result = nvit.prune(model, data, settings, table)
     assert result.snapshots[-1].predicted_ratio <= 0.5
@@ -290,6 +295,89 @@ def test_a_loop_by_hand_prunes_and_never_revives_a_weight():
         assert_pruned_weights_are_zero(model, pruner.groups, pruner.masks)
 
 
+def by_hand(batches, settings, targets, rounds=1):
+    """One shot written out: the pruner, its scores at every decision."""
+    model, decided = make("plain"), []
+    pruner = Pruner(model, table(model, settings), settings)
+    for target in targets:
+        start = pruner.ratio
+        for r in range(1, rounds + 1):
+            for x, y in batches:
+                pruner.score(x, y if CRITERIA[settings.saliency].capabilities.labels else None)
+            decided.append(pruner.scores())
+            pruner.decide_at(start + (target - start) * r / rounds)
+    return pruner, decided
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("criterion", ["auto", *CRITERIA])
+def test_one_shot_by_hand_decides_as_prune_does(criterion, rounds):
+    """Bit for bit, with every criterion; those with a signal of their own are given no labels."""
+    settings = config(train=False, criterion=criterion, rounds=rounds)
+    model, batches = make("plain"), list(loader(settings))
+    trainable = {n: p.requires_grad for n, p in model.named_parameters()}
+    result = nvit.prune(model, batches, settings, table(model, settings))
+    pruner, _ = by_hand(batches, settings, (0.8, 0.5), rounds)
+    assert same(pruner.masks, result.masks) and same(weights(pruner.model), weights(model))
+    assert pruner.history == result.history and pruner.met == [0.8, 0.5] and pruner.done
+    assert {n: p.requires_grad for n, p in pruner.model.named_parameters()} == trainable
+    assert all(p.grad is None for p in pruner.model.parameters())
+    assert all(not layer._watches for layer in prunable_layers(pruner.model).values())
+    assert same(weights(pruner.compact()), weights(result.model))
+
+
+@pytest.mark.parametrize("criterion", [name for name, c in CRITERIA.items() if c.capabilities.training])
+def test_a_backward_pass_of_ones_own_is_observed_without_training(criterion):
+    """Cross entropy sent backward by hand says what `score` does, decision after decision."""
+    settings = config(train=False, criterion=criterion)
+    batches = list(loader(settings))[:2]
+    expected, decided = by_hand(batches, settings, (0.8, 0.5))
+    model = make("plain")
+    pruner = Pruner(model, table(model, settings), settings)
+    for target, scores in zip((0.8, 0.5), decided, strict=True):
+        for x, y in batches:
+            model.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            pruner.observe()
+        for name, s in pruner.scores().items():
+            # From weights or from activations: sums of the same products in another order.
+            torch.testing.assert_close(s, scores[name], rtol=1e-4, atol=1e-5 * float(scores[name].max()))
+        pruner.decide_at(target)
+    assert pruner.done and pruner.met == expected.met
+
+
+@pytest.mark.parametrize("criterion", ["fisher", "hessian", "nvit", "curvature"])
+def test_a_batch_that_cannot_be_scored_by_hand_leaves_nothing_behind(criterion):
+    settings = config(train=False, criterion=criterion)
+    model = make("plain")
+    pruner = Pruner(model, table(model, settings), settings)
+    x, y = images(model, 4), labels(model, 4)
+    pruner.score(x, y)
+    before = pruner.scores()
+    with pytest.raises(FloatingPointError, match=r"is nan on scoring batch 2|not finite on calibration batch 2"):
+        pruner.score(torch.full_like(x, math.nan), y)
+    assert all(not layer._watches for layer in prunable_layers(model).values())
+    assert all(p.requires_grad for p in model.parameters())
+    assert same(pruner.scores(), before)
+    pruner.score(x, y)  # and it goes on
+    pruner.decide_at(0.5)
+    assert pruner.done
+
+
+def test_labels_are_asked_for_by_those_who_read_them():
+    for criterion, c in CRITERIA.items():
+        for drawn in (False, True):
+            settings = config(train=False, criterion=criterion, labels="sampled" if drawn else "true")
+            model = make("plain")
+            pruner = Pruner(model, table(model, settings), settings)
+            if c.capabilities.labels and not drawn:
+                with pytest.raises(ValueError, match=f"criterion {criterion} reads labels, and none came"):
+                    pruner.score(images(model))
+            else:
+                pruner.score(images(model))
+                assert pruner.scores().keys() == {g.name for g in pruner.free}
+
+
 def test_saliency_of_a_step_is_the_loss_gradients_own():
     settings = config(momentum=0.0)
     model = make("plain")
@@ -393,7 +481,7 @@ def test_a_loss_that_is_no_number_stops_at_the_step_and_keeps_the_last_good_stat
     model, _, settings, table_ = arguments()
     with pytest.raises(FloatingPointError, match="the loss is nan at step 3"):
         nvit.prune(model, loader(settings, bad=bad), settings, table_, out=tmp_path / "run")
-    tensors, values = snapshot.load_run_state(tmp_path / "run" / "run_state.safetensors")
+    tensors, values = load_run_state(tmp_path / "run" / "run_state.safetensors")
     assert values["trainer"]["step"] == 3
     assert all(bool(torch.isfinite(t).all()) for t in tensors.values() if t.is_floating_point())
     whole = nvit.prune(*arguments())
@@ -439,11 +527,14 @@ def test_config_refuses_what_makes_no_sense():
             Pruner(model, LatencyTable.analytic(model), PruneConfig(**bad))
 
 
-def test_a_loop_of_ones_own_cannot_observe_what_remains_after_a_refit():
+@pytest.mark.parametrize("criterion", ["curvature", "remaining"])
+def test_a_loss_of_ones_own_says_nothing_to_a_criterion_with_its_own_signal(criterion):
     model = make("plain")
-    pruner = Pruner(model, LatencyTable.analytic(model), PruneConfig(train=False, criterion="remaining"))
-    with pytest.raises(ValueError, match="criterion remaining is not observed batch by batch; give"):
-        pruner.observe({})
+    pruner = Pruner(model, LatencyTable.analytic(model), PruneConfig(train=False, criterion=criterion))
+    F.cross_entropy(model(images(model)), labels(model, 3)).backward()
+    for observe in (pruner.observe, pruner.step):
+        with pytest.raises(ValueError, match=rf"criterion {criterion} sends a signal of its own.*call score\(images\)"):
+            observe()
 
 
 def test_a_run_of_another_recipe_is_not_resumed(tmp_path):

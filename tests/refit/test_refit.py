@@ -8,14 +8,17 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from nvit import LatencyTable, PruneConfig, adapters, prune
+from nvit.calibration.gauss_newton import GateProducts, probe
 from nvit.calibration.replay import Replay
-from nvit.calibration.statistics import GateProducts, probe, watch
+from nvit.calibration.statistics import gather_statistics
 from nvit.criteria.curvature import curvature_loss
-from nvit.criteria.fisher import leave_in_turn
+from nvit.criteria.elimination import eliminate
 from nvit.criteria.gates import GateRecorder
-from nvit.criteria.remaining import eliminate, remaining_loss
+from nvit.criteria.remaining import remaining_loss
+from nvit.criteria.turns import leave_in_turn
 from nvit.layers import Attention, prunable_layers
-from nvit.refit.refit import entries, refit_
+from nvit.refit.entries import entries
+from nvit.refit.refit import refit_
 from nvit.refit.ridge import Moments, ridge
 from nvit.refit.rotation import balanced, rotate_
 from nvit.structure.compact import compact
@@ -148,9 +151,9 @@ def test_elimination_costs_are_those_of_the_best_linear_prediction():
 def test_balanced_basis_makes_both_moments_diagonal_and_alike():
     c, g = (m @ m.mT for m in (draw(3, 8, 8), draw(3, 8, 8, seed=1)))
     r, inverse = balanced(c, g)
-    turned, minded = r @ c @ r.mT, inverse.mT @ g @ inverse
+    turned, curved = r @ c @ r.mT, inverse.mT @ g @ inverse
     torch.testing.assert_close(r @ inverse, torch.eye(8, dtype=F64).expand(3, 8, 8))
-    torch.testing.assert_close(turned, minded, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(turned, curved, rtol=1e-6, atol=1e-6)
     diagonal = turned.diagonal(dim1=1, dim2=2)
     torch.testing.assert_close(turned, torch.diag_embed(diagonal), rtol=0, atol=1e-6)
     assert (diagonal.diff(dim=1) <= 1e-9).all()
@@ -160,7 +163,7 @@ def test_balanced_basis_makes_both_moments_diagonal_and_alike():
 def test_rotation_changes_no_output(host):
     model, dense, _ = lone(host, F64)
     xs = batches(model, 2)
-    left = rotate_(model, watch(model, xs))
+    left = rotate_(model, gather_statistics(model, xs))
     torch.testing.assert_close(logits(model, xs), logits(dense, xs), rtol=0, atol=1e-10)
     assert bool(left) == ("qk_norm" in host)
     moved = (model.blocks[0].attn.qkv.weight - dense.blocks[0].attn.qkv.weight).detach().abs().max()
@@ -170,12 +173,12 @@ def test_rotation_changes_no_output(host):
 def test_what_was_seen_turns_with_the_model():
     model, _, _ = lone("plain", F64)
     xs = batches(model, 2)
-    seen = watch(model, xs)
-    rotate_(model, seen)
-    again = watch(model, xs)
+    statistics = gather_statistics(model, xs)
+    rotate_(model, statistics)
+    again = gather_statistics(model, xs)
     for place in (("blocks.0.attn", "out"), ("blocks.1.attn", "qk")):
         for field in ("x", "xx", "gg"):
-            a, b = getattr(seen[place], field), getattr(again[place], field)
+            a, b = getattr(statistics[place], field), getattr(again[place], field)
             torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * float(b.abs().max()))  # rows are multiplied in fp32
 
 
@@ -212,13 +215,13 @@ def test_entries_find_how_layers_enter_the_stream(host):
 def test_refit_helps_keeps_zeros_and_changes_nothing_where_nothing_left(host):
     model, dense, groups = lone(host)
     xs = batches(model)
-    seen = watch(model, xs)
-    refit_(model, dense, groups, xs, seen=seen)
+    statistics = gather_statistics(model, xs)
+    refit_(model, dense, groups, xs, statistics=statistics)
     for (name, p), q in zip(model.named_parameters(), dense.parameters(), strict=True):
         assert float((p - q).abs().max()) <= 1e-6, name
     masks = random_masks(groups, 0.7)
     apply_(model, groups, masks)
-    rows = refit_(model, dense, groups, xs, seen=seen)
+    rows = refit_(model, dense, groups, xs, statistics=statistics)
     assert all(r["after"] <= r["before"] for r in rows) and any(r["after"] < 0.95 * r["before"] for r in rows)
     with torch.no_grad():
         small, whole = logits(compact(model, groups, masks), xs), logits(model, xs)
@@ -256,7 +259,7 @@ def test_few_or_equal_images_do_not_blow_up(case):
     xs = [x, x] if case == "one image" else [x.repeat(4, 1, 1, 1)] * 3
     masks = random_masks(groups, 0.6)
     apply_(model, groups, masks)
-    refit_(model, dense, groups, xs, seen=watch(dense, xs))
+    refit_(model, dense, groups, xs, statistics=gather_statistics(dense, xs))
     biggest = max(float(p.abs().max()) for p in dense.parameters())
     assert all(p.isfinite().all() and float(p.abs().max()) < 16 * biggest for p in model.parameters())
 
@@ -285,15 +288,15 @@ def test_one_batch_is_refused():
         refit_(model, dense, groups, batches(model, 1))
 
 
-def test_watching_leaves_no_trace_and_reads_no_labels():
+def test_gathering_leaves_no_trace_and_reads_no_labels():
     model, dense, groups = lone("deit_distilled")
     model.blocks[0].mlp.fc1.weight.requires_grad_(False)
-    seen = watch(model, batches(model, 2))
+    statistics = gather_statistics(model, batches(model, 2))
     assert not any(m._watches or m._forward_pre_hooks or m._forward_hooks for m in prunable_layers(model).values())
     assert all(p.grad is None for p in model.parameters())
     assert [p.requires_grad for p in model.parameters()].count(False) == 1
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))
-    scores = remaining_loss(model, groups, full_masks(groups), seen)
+    scores = remaining_loss(model, groups, full_masks(groups), statistics)
     assert {n: len(s) for n, s in scores.items()} == {g.name: g.size for g in groups}
     assert all(s.isfinite().all() and (s >= 0).all() for s in scores.values())
 
@@ -305,32 +308,32 @@ def test_gate_products_are_those_of_recorded_gates(host):
     masks = random_masks(groups, 0)
     apply_(model, groups, masks)
     x, gates = images(model, 6), GateProducts()
-    seen = watch(model, [x], gates=gates, seed=3)
+    statistics = gather_statistics(model, [x], gates=gates, seed=3)
     with GateRecorder(model, groups, masks) as recorder:
         cls, dist = adapters.find(model).logits(model, x)
         z = cls if dist is None else (cls + dist) / 2
         z.backward(probe(z, torch.Generator().manual_seed(3)))
     recorded = recorder.pop()
-    scores = curvature_loss(model, groups, masks, seen, gates)
+    scores = curvature_loss(model, groups, masks, statistics, gates)
     for g in groups:
         kept = masks[g.name]
         assert bool((scores[g.name][~kept] == 0).all()) and bool((scores[g.name][kept] > 0).all())
         sampled = recorded[g.name][:, kept].double()
         # What a group's sample says of it is half of its curvature; the order starts with the least of the diagonal.
-        products = _pairs_of_tokens(model, g, seen, int(kept.sum()))
+        products = _pairs_of_tokens(model, g, statistics, int(kept.sum()))
         total = (sampled.T @ sampled / 6 + products) / 2
         torch.testing.assert_close(scores[g.name][kept], leave_in_turn(total), rtol=2e-3, atol=1e-9)
 
 
-def _pairs_of_tokens(model, group, seen, units):
+def _pairs_of_tokens(model, group, statistics, units):
     """E x x' · Σ_tokens E g g', unit by unit."""
     total = torch.zeros(units, units, dtype=F64)
     for name, layer in prunable_layers(model).items():
         for axis, owner in layer.axes.items():
             place = (name, {"emb": "emb", "qk_dim": "qk"}.get(axis, "out"))
-            if owner != group.name or place not in seen:
+            if owner != group.name or place not in statistics:
                 continue
-            s = seen[place]
+            s = statistics[place]
             every = s.xx / s.rows * (s.gg / s.images)
             d = len(every) // units
             parts = every.view(units, d, units, d) if axis == "heads" else every.view(d, units, d, units)
@@ -341,10 +344,10 @@ def _pairs_of_tokens(model, group, seen, units):
 def test_images_that_say_nothing_are_refused_before_anything_changes():
     model, dense, _ = lone("plain")
     with pytest.raises(ValueError, match="no batch of calibration images"):
-        watch(model, [])
+        gather_statistics(model, [])
     broken = [torch.full_like(x, torch.nan) for x in batches(model, 1)]
     with pytest.raises(FloatingPointError, match="a logit is not finite on calibration batch 2"):
-        watch(model, [*batches(model, 1), *broken])
+        gather_statistics(model, [*batches(model, 1), *broken])
     assert not any(m._watches or m._forward_pre_hooks or m._forward_hooks for m in prunable_layers(model).values())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))
 

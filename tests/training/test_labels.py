@@ -7,6 +7,7 @@ from torch import nn
 from nvit.training.labels import ask, interval, mapped, numberings, read_class_map
 
 ELEVEN = [str(i) for i in range(11)]
+PLACES = {name: i for i, name in enumerate(ELEVEN)}
 
 
 class Table(nn.Module):
@@ -34,7 +35,7 @@ def batches_of(class_to_idx):
 @pytest.mark.parametrize("order", ["lexical", "natural"])
 def test_the_model_says_which_order_is_its_own(order):
     own = sorted(ELEVEN) if order == "lexical" else ELEVEN
-    found, said = ask(Table(own), ELEVEN, numberings(ELEVEN, 11), batches_of, 11)
+    found, said = ask(Table(own), ELEVEN, numberings(ELEVEN, 11), batches_of(PLACES), 11)
     assert [n for n, _ in sorted(found.class_to_idx.items(), key=lambda item: item[1])] == own
     assert order in said and "100.0 % of 256 images" in said
 
@@ -42,8 +43,15 @@ def test_the_model_says_which_order_is_its_own(order):
 def test_a_model_at_chance_stops_the_run_unless_accepted():
     model = Table(ELEVEN, right=0.0)
     with pytest.raises(ValueError, match="chance"):
-        ask(model, ELEVEN, numberings(ELEVEN, 11, order="natural"), batches_of, 11)
-    _, said = ask(model, ELEVEN, numberings(ELEVEN, 11, order="natural"), batches_of, 11, accept=True)
+        ask(model, ELEVEN, numberings(ELEVEN, 11, order="natural"), batches_of(PLACES), 11)
+    _, said = ask(
+        model,
+        ELEVEN,
+        numberings(ELEVEN, 11, order="natural"),
+        batches_of(PLACES),
+        11,
+        accept=True,
+    )
     assert "accepted as they are" in said
 
 
@@ -64,7 +72,7 @@ def test_orders_that_fit_alike_are_not_guessed():
         return [(images, torch.full((200,), class_to_idx["0"]))]
 
     with pytest.raises(ValueError, match="about equally"):
-        ask(Zero(), ELEVEN, numberings(ELEVEN, 11), zeros, 11)
+        ask(Zero(), ELEVEN, numberings(ELEVEN, 11), zeros(PLACES), 11)
 
 
 def test_names_that_sort_alike_are_not_a_question():

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from nvit_kernels import reference
-from nvit_kernels.ops.attention_short import attention_short, attention_short_packed, op, takes
+from nvit_kernels.ops.attention import short as op
+from nvit_kernels.ops.attention.short import attention_short, attention_short_packed, takes
 
 TOKENS = [1, 16, 49, 50, 64, 65, 128, 129, 196, 197, 198, 208]
 WIDTHS = [(64, 64), (24, 56), (32, 32), (8, 8), (40, 56), (48, 48)]
@@ -44,12 +45,28 @@ def test_every_layout_of_the_kernels_computes_the_same(rows, delta_first):
     q, k, v = tensors(1, 2, 131, 24, 56, torch.float32).values()
     o, lse = op.launch(q, k, v, 0.2)
     do, expected, found = torch.randn_like(o), op.separate_gradients(q, v), op.separate_gradients(q, v)
-    scores = op.launch_backward(do, q, k, v, o, lse, 0.2, expected, True)
+    scores, scores_ = [(torch.zeros(1, 2), torch.zeros(1, 24), torch.zeros(56)) for _ in range(2)]
+    op.launch_backward(do, q, k, v, o, lse, 0.2, expected, scores)
     config = op.Config(rows=rows, warps=4, stages=1, delta_first=delta_first)
     o_, lse_ = op.launch(q, k, v, 0.2, config)
-    scores_ = op.launch_backward(do, q, k, v, o, lse, 0.2, found, True, config)
+    op.launch_backward(do, q, k, v, o, lse, 0.2, found, scores_, config)
     for ours, theirs in zip((o_, lse_, *found, *scores_), (o, lse, *expected, *scores), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max())
+
+
+def test_scores_are_added_to_buffers_of_any_kind_and_layout():
+    """Per sample or summed, some not asked for, and one whose units lie apart."""
+    data, do = tensors(3, 2, 9, 24, 56, torch.float32).values(), torch.randn(3, 2, 9, 56)
+    every = (torch.zeros(3, 2), torch.zeros(3, 24), torch.zeros(3, 56))
+    gradients(attention_short, data, do, every)
+    apart = torch.ones(24, 3).T
+    gradients(attention_short, data, do, (torch.ones(2), apart, None))
+    gradients(attention_short, data, do, (None, None, total := torch.ones(56)))
+    torch.testing.assert_close(apart, 1 + every[1])
+    torch.testing.assert_close(total, 1 + every[2].sum(0))
+    head = torch.ones(2)
+    gradients(attention_short, data, do, (head, None, None))
+    torch.testing.assert_close(head, 1 + every[0].sum(0))
 
 
 def test_keys_past_the_last_weigh_nothing_however_negative_the_logits():

@@ -2,97 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from nvit_kernels.configs import SHARED_BYTES
 from nvit_kernels.launch import FUSED_MULTIPLY_ADD, INTERPRET, on_device, power_of_two
-from nvit_kernels.ops.attention_short.kernels import LOG2E, backward_kernel, forward_kernel
+from nvit_kernels.ops.attention.short_kernels import LOG2E, backward_kernel, forward_kernel, scores_kernel
+from nvit_kernels.ops.attention.short_layouts import (
+    INTERPRETED,
+    LARGEST_HEAD,
+    LARGEST_TOKENS,
+    Config,
+    architecture,
+    backward_config,
+    backward_keys,
+    forward_config,
+    key_pieces,
+    padded,
+)
 
-LARGEST_TOKENS = 208
-LARGEST_HEAD = 64
-WIDEST_BACKWARD_BYTES = 106 << 10  # shared memory of 256 keys, 64/64 dims, 16 rows, without warp groups
-
-
-@dataclass(frozen=True)
-class Config:
-    """How a kernel is laid out: query rows a tile, warps, tiles fetched ahead + 1, and whether δ is summed first."""
-
-    rows: int
-    warps: int
-    stages: int
-    delta_first: bool = False
-
-
-INTERPRETED = Config(rows=256, warps=4, stages=1)  # time grows with the number of operations, so one tile
-
-
-def key_pieces(tokens: int) -> tuple[int, int, int]:
-    """At most three powers of two from 16 to 128 that hold `tokens` keys and waste least, largest first; 0 for none."""
-    choices = (c for n in (1, 2, 3) for c in itertools.combinations((128, 64, 32, 16), n) if sum(c) >= tokens)
-    return (*min(choices, key=lambda c: (sum(c), len(c))), 0, 0)[:3]
-
-
-def _warp_groups(arch: int) -> bool:
-    """Whether products are of 64 rows and a warp group: Hopper and the data-centre Blackwells."""
-    return 90 <= arch < 120
-
-
-def _shared_bytes(arch: int) -> int:
-    return SHARED_BYTES.get(arch, min(SHARED_BYTES.values()))
-
-
-def forward_config(arch: int, tokens: int) -> Config:
-    """The forward's layout on compute capability `arch`, as 90; 64 rows are where warp-group products start.
-
-    A small shared memory holds one program of 128 keys or more, so that one has eight warps, of 16 rows each as always.
-    """
-    if tokens <= 64:
-        return Config(rows=64, warps=4, stages=1)
-    if tokens > 128 and _shared_bytes(arch) < WIDEST_BACKWARD_BYTES:
-        return Config(rows=128, warps=8, stages=1)
-    return Config(rows=64, warps=4, stages=2)
-
-
-def backward_config(arch: int, tokens: int, qk: int, v: int) -> Config | None:
-    """The backward's layout on compute capability `arch`, as 90; None where it is not offered.
-
-    What is offered spills no register and fits in shared memory, which `cases` compiles and its test asserts.
-    """
-    if tokens <= 64:
-        return Config(rows=64, warps=4, stages=1)
-    if _warp_groups(arch):
-        return Config(rows=32, warps=8, stages=2)
-    if tokens <= 128:
-        return Config(rows=32, warps=8, stages=1)
-    if qk > 32 and v > 32 and _shared_bytes(arch) < WIDEST_BACKWARD_BYTES:
-        return None
-    return Config(rows=16, warps=8, stages=1)
-
-
-def padded(arch: int, rows: int, qk: int, v: int) -> tuple[int, int]:
-    """Head dims as the backward holds them with tiles of `rows` queries.
-
-    Below 64 rows ∂qᵀ is computed, with a row per qk dim, and warp-group products need 64 of them.
-    """
-    least = 64 if _warp_groups(arch) and rows < 64 else 32 if arch else 16
-    return power_of_two(qk, least), power_of_two(v)
-
-
-def backward_keys(arch: int, tokens: int) -> int:
-    """Keys as the backward holds them, in one piece."""
-    return power_of_two(tokens, 64 if arch else 16)
-
-
-def architecture(device: torch.device) -> int:
-    """Compute capability as 80 or 90; 0 under the interpreter."""
-    if device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+Scores = tuple[Tensor | None, Tensor | None, Tensor | None]  # head, qk and v buffers, as `reference.attention` has them
 
 
 def takes(q: Tensor, v_width: int, gradients: bool = True) -> bool:
@@ -129,8 +57,30 @@ def _empty_by_token(like: Tensor, batch: int, heads: int, tokens: int, dim: int)
     return like.new_empty(batch, tokens, heads, dim).transpose(1, 2)
 
 
-def _strides8(x: Tensor) -> tuple[int, int, int]:
-    return tuple(stride // 8 for stride in x.stride()[:3])
+def _strides8(prefix: str, x: Tensor) -> dict[str, int]:
+    """Strides of samples, heads and tokens divided by 8, by the names that the kernels have for them."""
+    b, h, n, _ = x.stride()
+    return {f"{prefix}_b8": b // 8, f"{prefix}_h8": h // 8, f"{prefix}_n8": n // 8}
+
+
+def _sizes(q: Tensor, v: Tensor, config: Config, block_qk: int, block_v: int) -> dict[str, object]:
+    """The arguments that both kernels have, by name."""
+    _, heads, tokens, width = q.shape
+    return dict(
+        H=heads,
+        QK8=width // 8,
+        V8=v.shape[-1] // 8,
+        **_strides8("qk", q),
+        **_strides8("v", v),
+        N=tokens,
+        BLOCK_M=config.rows,
+        BLOCK_QK=block_qk,
+        BLOCK_V=block_v,
+        STAGES=config.stages,
+        num_warps=config.warps,
+        num_stages=1,
+        **FUSED_MULTIPLY_ADD,
+    )
 
 
 def launch(q: Tensor, k: Tensor, v: Tensor, scale: float, config: Config | None = None) -> tuple[Tensor, Tensor]:
@@ -142,9 +92,15 @@ def launch(q: Tensor, k: Tensor, v: Tensor, scale: float, config: Config | None 
     config = config or (INTERPRETED if INTERPRET else forward_config(architecture(q.device), n))
     with on_device(q):
         forward_kernel[(b * h,)](
-            q, k, v, o, lse, scale * LOG2E.value, h, d // 8, e // 8, *_strides8(q), *_strides8(v), n, *key_pieces(n),
-            config.rows, power_of_two(d), power_of_two(e), config.stages,
-            num_warps=config.warps, num_stages=1, **FUSED_MULTIPLY_ADD)  # fmt: skip
+            q=q,
+            k=k,
+            v=v,
+            o=o,
+            lse=lse,
+            scale_log2=scale * LOG2E.value,
+            **_sizes(q, v, config, power_of_two(d), power_of_two(e)),
+            **dict(zip(("KEYS_A", "KEYS_B", "KEYS_C"), key_pieces(n), strict=True)),
+        )
     return o, lse
 
 
@@ -155,39 +111,73 @@ def separate_gradients(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def launch_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float,
-    gradients: tuple[Tensor, Tensor, Tensor], wants_scores: bool, config: Config | None = None,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Fill `gradients`, separate or the parts of one packed tensor; return the float32 sums over tokens if wanted.
-
-    Returns:
-        Σ q·∂q `(batch, heads, qk_dim)` and Σ o·∂o `(batch, heads, v_dim)`, or None twice.
-    """
+    gradients: tuple[Tensor, Tensor, Tensor], scores: Scores, config: Config | None = None,
+) -> None:  # fmt: skip
+    """Fill `gradients`, separate or the parts of one packed tensor, and add to the `scores` that are there."""
     (b, h, n, d), e = q.shape, v.shape[-1]
+    dq, dk, dv = gradients
     q, k = _alike(q, k)
     v = v if _readable(v) else _by_token(v)
     do, o = _by_token(do), _by_token(o)
     do = do if do.data_ptr() % 16 == 0 else do.clone()
     arch = architecture(q.device)
     config = config or (backward_config(arch, n, d, e) if arch else INTERPRETED)
-    block_qk, block_v = padded(arch, config.rows, d, e)
-    delta = torch.empty_like(lse) if config.delta_first else None
-    qk_part = q.new_empty(b, h, d, dtype=torch.float32) if wants_scores else None
-    v_part = q.new_empty(b, h, e, dtype=torch.float32) if wants_scores else None
+    wanted = any(buffer is not None for buffer in scores)
+    qk_part, v_part, head_part = (
+        q.new_empty(b, h, width, dtype=torch.float32) if wanted else None for width in (d, e, 1)
+    )
     keys = backward_keys(arch, n)
     with on_device(q):
         backward_kernel[(b * h,)](
-            q, k, v, o, do, lse, delta, *gradients, qk_part, v_part, scale, h, d // 8, e // 8,
-            *_strides8(q), *_strides8(v), n, wants_scores, gradients[0].stride(2) != h * d, config.delta_first,
-            keys, min(keys, 128), config.rows, block_qk, block_v, config.stages,
-            num_warps=config.warps, num_stages=1, **FUSED_MULTIPLY_ADD)  # fmt: skip
-    return qk_part, v_part
+            q=q,
+            k=k,
+            v=v,
+            o=o,
+            do=do,
+            lse=lse,
+            delta=torch.empty_like(lse) if config.delta_first else None,
+            dq=dq,
+            dk=dk,
+            dv=dv,
+            qk_part=qk_part,
+            v_part=v_part,
+            head_part=head_part,
+            scale=scale,
+            **_sizes(q, v, config, *padded(arch, config.rows, d, e)),
+            PACKED=dq.stride(2) != h * d,
+            KEYS=keys,
+            CHUNK=min(keys, 128),
+        )
+        if wanted:
+            _add_scores(scores, qk_part, v_part, head_part)
 
 
-def _add_scores(scores: tuple[Tensor | None, ...], qk_part: Tensor | None, v_part: Tensor | None) -> None:
+def _add_scores(scores: Scores, qk_part: Tensor, v_part: Tensor, head_part: Tensor) -> None:
     """Add the sums over tokens to buffers `(batch, units)`, or `(units,)` summed over the batch too."""
-    for buffer, part, dim in zip(scores, (v_part, qk_part, v_part), (2, 1, 1), strict=True):
-        if buffer is not None:
-            buffer += part.sum(dim if buffer.dim() == 2 else (0, dim))
+    batch, heads, width = qk_part.shape
+    whole = [b if b is None or b.is_contiguous() else torch.zeros_like(b).contiguous() for b in scores]
+    samples = [1 if b is None or b.dim() == 2 else batch for b in whole]
+    units = max(heads, width, v_part.shape[-1])
+    scores_kernel[(-(-units // 16), batch if 1 in samples else 1, 3)](
+        qk_part=qk_part,
+        v_part=v_part,
+        head_part=head_part,
+        head_scores=whole[0],
+        qk_scores=whole[1],
+        v_scores=whole[2],
+        head_samples=samples[0],
+        qk_samples=samples[1],
+        v_samples=samples[2],
+        B=batch,
+        H=heads,
+        D=width,
+        E=v_part.shape[-1],
+        ROWS=min(256, power_of_two(batch * heads)),
+        UNITS=16,
+    )
+    for buffer, summed in zip(scores, whole, strict=True):
+        if buffer is not summed:
+            buffer += summed
 
 
 class ShortAttention(torch.autograd.Function):
@@ -204,8 +194,8 @@ class ShortAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
         q, k, v, o, lse = ctx.saved_tensors
-        gradients, wants = separate_gradients(q, v), any(s is not None for s in ctx.scores)
-        _add_scores(ctx.scores, *launch_backward(do, q, k, v, o, lse, ctx.scale, gradients, wants))
+        gradients = separate_gradients(q, v)
+        launch_backward(do, q, k, v, o, lse, ctx.scale, gradients, ctx.scores)
         return *gradients, None, None, None, None
 
 
@@ -223,8 +213,8 @@ class PackedShortAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
         qkv, o, lse = ctx.saved_tensors
-        gradient, wants = qkv.new_empty(qkv.shape), any(s is not None for s in ctx.scores)
-        _add_scores(ctx.scores, *launch_backward(do, *unpack(qkv), o, lse, ctx.scale, unpack(gradient), wants))
+        gradient = qkv.new_empty(qkv.shape)
+        launch_backward(do, *unpack(qkv), o, lse, ctx.scale, unpack(gradient), ctx.scores)
         return gradient, None, None, None, None
 
 
@@ -253,9 +243,8 @@ def backward_op(
     head_scores: Tensor | None, qk_scores: Tensor | None, v_scores: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`launch_backward` for torch.compile; adds to the score buffers it is given."""
-    scores, gradients = (head_scores, qk_scores, v_scores), separate_gradients(q, v)
-    wants = any(s is not None for s in scores)
-    _add_scores(scores, *launch_backward(do, q, k, v, o, lse, scale, gradients, wants))
+    gradients = separate_gradients(q, v)
+    launch_backward(do, q, k, v, o, lse, scale, gradients, (head_scores, qk_scores, v_scores))
     return gradients
 
 

@@ -1,6 +1,6 @@
 """Compile the short-row kernels ahead of time as they are offered, and say how many programs a processor holds.
 
-python -m nvit_kernels.ops.attention_short.cases 90
+python -m nvit_kernels.ops.attention.short_cases 90
 """
 
 from __future__ import annotations
@@ -12,36 +12,44 @@ from dataclasses import asdict
 
 import triton
 
-from nvit_kernels.aot import Case, Report, compile_case
-from nvit_kernels.ops.attention_short import kernels, op
+from nvit_kernels.aot import Case, Report, absent, compile_case
+from nvit_kernels.launch import power_of_two
+from nvit_kernels.ops.attention import short_kernels as kernels
+from nvit_kernels.ops.attention import short_layouts as layouts
 
 SHAPES = ((197, 64, 64), (197, 24, 56), (197, 32, 32), (197, 8, 8), (160, 64, 32), (128, 64, 64), (50, 32, 32),
           (49, 64, 64))  # tokens, qk, v  # fmt: skip
 SHARED_PER_PROCESSOR = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10, 100: 228 << 10}
 WARPS_PER_PROCESSOR = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64}
+SUMS = ("lse", "head_part", "head_scores", "qk_scores", "v_scores")
 TENSORS = ("q", "k", "v", "o", "do", "dq", "dk", "dv")
 
 
 def cases(arch: int, dtype: str = "bf16") -> Iterator[tuple[Case, triton.Config]]:
     """Every layout offered on `arch`, as 90, with the launch options it has there."""
-    types = (("lse", "*fp32"), *((name, f"*{dtype}") for name in TENSORS))
+    types = (*((name, "*fp32") for name in SUMS), *((name, f"*{dtype}") for name in TENSORS))
     for tokens, qk, v in SHAPES:
-        config, tag = op.forward_config(arch, tokens), f"{tokens} tokens {qk}/{v} {dtype}"
-        pieces = dict(zip(("KEYS_A", "KEYS_B", "KEYS_C"), op.key_pieces(tokens), strict=True))
-        sizes = dict(BLOCK_QK=op.power_of_two(qk), BLOCK_V=op.power_of_two(v))
+        config, tag = layouts.forward_config(arch, tokens), f"{tokens} tokens {qk}/{v} {dtype}"
+        pieces = dict(zip(("KEYS_A", "KEYS_B", "KEYS_C"), layouts.key_pieces(tokens), strict=True))
+        sizes = dict(BLOCK_QK=power_of_two(qk), BLOCK_V=power_of_two(v))
         constants = dict(N=tokens, BLOCK_M=config.rows, STAGES=config.stages) | pieces | sizes
         yield Case(f"forward {tag}", kernels.forward_kernel, constants, overrides=types), _options(config)
-        config, keys = op.backward_config(arch, tokens, qk, v), op.backward_keys(arch, tokens)
+        config, keys = layouts.backward_config(arch, tokens, qk, v), layouts.backward_keys(arch, tokens)
         if config is None:
             continue
-        block_qk, block_v = op.padded(arch, config.rows, qk, v)
-        constants = dict(N=tokens, SCORES=True, PACKED=False, DELTA_FIRST=config.delta_first, KEYS=keys,
-                         CHUNK=min(keys, 128), BLOCK_M=config.rows, BLOCK_QK=block_qk, BLOCK_V=block_v,
-                         STAGES=config.stages) | ({} if config.delta_first else {"delta": None})  # fmt: skip
+        block_qk, block_v = layouts.padded(arch, config.rows, qk, v)
+        constants = dict(N=tokens, PACKED=False, KEYS=keys, CHUNK=min(keys, 128), BLOCK_M=config.rows,
+                         BLOCK_QK=block_qk, BLOCK_V=block_v, STAGES=config.stages)  # fmt: skip
+        constants |= {} if config.delta_first else absent("delta")
         yield Case(f"backward {tag}", kernels.backward_kernel, constants, overrides=types), _options(config)
+    constants = dict(ROWS=256, UNITS=16)
+    yield (
+        Case("scores", kernels.scores_kernel, constants, overrides=types),
+        triton.Config({}, num_warps=4, num_stages=1),
+    )
 
 
-def _options(config: op.Config) -> triton.Config:
+def _options(config: layouts.Config) -> triton.Config:
     return triton.Config({}, num_warps=config.warps, num_stages=1)
 
 

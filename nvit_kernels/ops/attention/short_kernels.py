@@ -39,15 +39,30 @@ def logits(qt, kt, start: tl.constexpr, N: tl.constexpr, KEYS: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    q, k, v,  # (B, H, N, D), (B, H, N, D), (B, H, N, E), read through strides
+    q,  # (B, H, N, D) through strides
+    k,  # (B, H, N, D) through the same strides
+    v,  # (B, H, N, E) through strides
     o,  # (B, N, H, E)
     lse,  # (B, H, N) float32: log2 of each row's sum of exp2
-    scale_log2, H, QK8, V8,  # QK8 = D / 8, V8 = E / 8
-    qk_b8, qk_h8, qk_n8, v_b8, v_h8, v_n8,  # strides / 8; q's are k's
+    scale_log2,  # of the logits, times log2 e
+    H,
+    QK8,  # D / 8
+    V8,  # E / 8
+    qk_b8,  # strides of samples, heads and tokens, divided by 8
+    qk_h8,
+    qk_n8,
+    v_b8,
+    v_h8,
+    v_n8,
     N: tl.constexpr,
-    KEYS_A: tl.constexpr, KEYS_B: tl.constexpr, KEYS_C: tl.constexpr,  # pieces that hold N keys; 0 where there is none
-    BLOCK_M: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    KEYS_A: tl.constexpr,  # pieces that hold N keys; 0 where there is none
+    KEYS_B: tl.constexpr,
+    KEYS_C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_QK: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """P = softmax(q kᵀ), o = P v of one head, a tile of queries at a time, k and v held.
 
     Products: 2 a tile, 2 N² (D + E) operations a head: 7.6 G at 64 x 12 heads of 197 x 64 (10.5 G as padded to
@@ -96,17 +111,38 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    q, k, v,  # (B, H, N, D), (B, H, N, D), (B, H, N, E), read through strides
-    o, do,  # (B, N, H, E)
+    q,  # (B, H, N, D) through strides
+    k,  # (B, H, N, D) through the same strides
+    v,  # (B, H, N, E) through strides
+    o,  # (B, N, H, E)
+    do,  # (B, N, H, E)
     lse,  # (B, H, N) float32, from the forward
-    delta,  # (B, H, N) float32, scratch of this kernel where DELTA_FIRST
-    dq, dk, dv,  # (B, N, H, D), (B, N, H, D), (B, N, H, E); where PACKED parts of one (B, N, 3, H, D)
-    qk_part, v_part,  # (B, H, D), (B, H, E) float32: q·∂q and o·∂o summed over tokens
-    scale, H, QK8, V8, qk_b8, qk_h8, qk_n8, v_b8, v_h8, v_n8,
-    N: tl.constexpr, SCORES: tl.constexpr, PACKED: tl.constexpr, DELTA_FIRST: tl.constexpr,
-    KEYS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
+    delta,  # (B, H, N) float32, scratch in which δ is summed before the loop, or None
+    dq,  # (B, N, H, D), or where PACKED a part of (B, N, 3, H, D)
+    dk,  # (B, N, H, D), likewise
+    dv,  # (B, N, H, E), likewise
+    qk_part,  # (B, H, D) float32: q·∂q summed over tokens, or None
+    v_part,  # (B, H, E) float32: o·∂o summed over tokens; with qk_part
+    head_part,  # (B, H) float32: and over dims; with qk_part
+    scale,
+    H,
+    QK8,  # D / 8
+    V8,  # E / 8
+    qk_b8,  # strides of samples, heads and tokens, divided by 8
+    qk_h8,
+    qk_n8,
+    v_b8,
+    v_h8,
+    v_n8,
+    N: tl.constexpr,
+    PACKED: tl.constexpr,
+    KEYS: tl.constexpr,  # a power of two that holds N
+    CHUNK: tl.constexpr,  # keys read again at once for the scores
+    BLOCK_M: tl.constexpr,
+    BLOCK_QK: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
-):  # fmt: skip
+):
     """Gradients of one head, a tile of queries at a time; k, v, ∂k, ∂v of all keys held, keys along the rows.
 
     Products: 5 a tile (Sᵀ, ∂v, ∂Pᵀ, ∂k, ∂q): 2 N² (3 D + 2 E) operations a head, 19.1 G at 64 x 12 heads of 197 x 64
@@ -129,7 +165,7 @@ def backward_kernel(
     n = tl.arange(0, KEYS)
     dk_acc = tl.zeros([KEYS, BLOCK_QK], tl.float32)
     dv_acc = tl.zeros([KEYS, BLOCK_V], tl.float32)
-    if DELTA_FIRST:  # the loop then loads nothing but what its products take, and that can be fetched ahead
+    if delta is not None:  # the loop then loads nothing but what its products take, and that can be fetched ahead
         product = rows(o, 0, V8, H * V8, N, KEYS, BLOCK_V).to(tl.float32)
         product *= rows(do, 0, V8, H * V8, N, KEYS, BLOCK_V).to(tl.float32)
         tl.store(delta + i * N + n, tl.sum(product, 1), n < N)
@@ -139,7 +175,7 @@ def backward_kernel(
         qt = rows(q, m0, QK8, qk_n8, N, BLOCK_M, BLOCK_QK)
         dot = rows(do, m0, V8, H * V8, N, BLOCK_M, BLOCK_V)
         base = tl.load(lse + i * N + m, m < N, 0.0)
-        if DELTA_FIRST:
+        if delta is not None:
             centre = tl.load(delta + i * N + m, m < N, 0.0)
         else:
             ot = rows(o, m0, V8, H * V8, N, BLOCK_M, BLOCK_V)
@@ -157,8 +193,10 @@ def backward_kernel(
         put_rows(dq, dq_tile * scale, m0, QK8, parts * H * QK8, N, BLOCK_M, BLOCK_QK)
     put_rows(dv, dv_acc, 0, V8, parts * H * V8, N, KEYS, BLOCK_V)
     put_rows(dk, dk_acc * scale, 0, QK8, parts * H * QK8, N, KEYS, BLOCK_QK)
-    if SCORES:  # Σ q·∂q over queries is Σ k·∂k over keys, and Σ o·∂o is Σ v·∂v, dim by dim: one sum at the end
-        tl.debug_barrier()  # the gradients come back through memory: held with k and v they would spill
+    if qk_part is not None:
+        # Σ q·∂q over queries is Σ k·∂k over keys, and Σ o·∂o is Σ v·∂v, dim by dim: one sum at the end. The gradients
+        # come back through memory, since held with k and v they would spill.
+        tl.debug_barrier()
         qk_sum = tl.zeros([BLOCK_QK], tl.float32)
         v_sum = tl.zeros([BLOCK_V], tl.float32)
         for n0 in tl.range(0, N, CHUNK, num_stages=1):
@@ -169,3 +207,46 @@ def backward_kernel(
         d, e = tl.arange(0, BLOCK_QK), tl.arange(0, BLOCK_V)
         tl.store(qk_part + i * (QK8 * 8) + d, qk_sum, d < QK8 * 8)
         tl.store(v_part + i * (V8 * 8) + e, v_sum, e < V8 * 8)
+        tl.store(head_part + i, tl.sum(v_sum, 0))
+
+
+@triton.jit
+def add_rows(out, part, samples, rows_each, width, B, ROWS: tl.constexpr, UNITS: tl.constexpr):
+    """out `(B / samples, width)` += the sums of part `(B, rows_each, width)` for this program's units, unless None."""
+    if out is not None:
+        s, u = tl.program_id(1), tl.program_id(0) * UNITS + tl.arange(0, UNITS)
+        units, count = (u < width) & (s * samples < B), samples * rows_each
+        total = tl.load(out + s * width + u, units, 0.0)
+        for r0 in range(0, count, ROWS):
+            r = r0 + tl.arange(0, ROWS)
+            there = (r < count)[:, None] & units[None, :]
+            total += tl.sum(tl.load(part + (s * count + r)[:, None] * width + u[None, :], there, 0.0), 0)
+        tl.store(out + s * width + u, total, units)
+
+
+@triton.jit
+def scores_kernel(
+    qk_part,  # (B, H, D) float32
+    v_part,  # (B, H, E) float32
+    head_part,  # (B, H) float32
+    qk_scores,  # float32, added to: (B, D), or (D,) where the sum is over samples too; None: not asked for
+    v_scores,  # (B, E), (E,) or None
+    head_scores,  # (B, H), (H,) or None
+    qk_samples,  # samples summed into one: 1 or B
+    v_samples,
+    head_samples,
+    B,
+    H,
+    D,
+    E,
+    ROWS: tl.constexpr,
+    UNITS: tl.constexpr,
+):
+    """The second stage of the scores: a program per 16 units, sample and buffer, each sum in one program's order."""
+    which = tl.program_id(2)
+    if which == 0:
+        add_rows(qk_scores, qk_part, qk_samples, H, D, B, ROWS, UNITS)
+    elif which == 1:
+        add_rows(v_scores, v_part, v_samples, H, E, B, ROWS, UNITS)
+    else:
+        add_rows(head_scores, head_part, head_samples, 1, H, B, ROWS, UNITS)
