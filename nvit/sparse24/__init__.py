@@ -6,6 +6,7 @@ tensor cores `accelerate_` replaces them by compressed ones, layer by layer, whe
 
 from .backends import DENSE, MASKED, Choice, accelerate_, backends, choose, measure
 from .kernels import CUSPARSELT, CUTLASS, compressed, native
+from .layerwise import choose_by_curvature_
 from .masks import MULTIPLE, apply_masks_, masks_2to4, projections, refusal
 from .order import permute_
 
@@ -20,6 +21,7 @@ __all__ = [
     "apply_masks_",
     "backends",
     "choose",
+    "choose_by_curvature_",
     "compressed",
     "masks_2to4",
     "measure",
