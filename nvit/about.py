@@ -9,6 +9,7 @@ import torch
 
 from . import sparse24
 from .latency.clock import device_name
+from .serve import describe_choices
 
 
 def describe() -> str:
@@ -20,4 +21,5 @@ def describe() -> str:
     theirs = importlib.util.find_spec("transformers") is not None
     lines.append(f"transformers, for Hugging Face models: {'there' if theirs else 'missing; pip install nvit[hf]'}")
     lines += [f"native 2:4 library, {half}: {word}" for half, word in sparse24.native().items()]
+    lines += [f"kernel or torch, {line}" for line in describe_choices()]
     return "\n".join(lines)

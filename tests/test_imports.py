@@ -21,7 +21,7 @@ ORDER = [
     {"structure"},
     {"parallel"},
     {"tasks", "latency", "calibration", "zoo"},
-    {"criteria", "selection"},
+    {"criteria", "selection", "serve"},
     {"config"},
     {"refit", "training"},
     {"sparse24"},

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import adapters
-from ..latency.clock import time_models
+from ..latency.clock import in_dtype, time_models
 from ..latency.table import LatencyTable
 from ..spec import BUNDLE_SIZES, KINDS
 from ..structure import snapshot
@@ -20,10 +20,13 @@ def size(model: nn.Module) -> dict[str, int]:
     return {"params": parameters(model), "macs": macs(model, adapters.preprocess(model)["input_size"])}
 
 
-def measured(models: Sequence[nn.Module], images: Tensor, seconds: float) -> list[dict[str, float]]:
-    """A row per model, timed in turn on `images`: `measured_ratio`, of the first one's latency, and `latency_ms`."""
-    times = time_models(models, images, seconds)
-    return [{"measured_ratio": ms / times[0], "latency_ms": ms} for ms in times]
+def measured(
+    models: Sequence[nn.Module], images: Tensor, seconds: float, mode: str = "eager"
+) -> list[dict[str, float]]:
+    """A row per model, timed in turn on `images` and in their dtype: `measured_ratio`, of the first one's latency,
+    `latency_ms` and `images_per_s`."""
+    times = time_models([in_dtype(m, images.dtype) for m in models], images, seconds, mode)
+    return [{"measured_ratio": ms / times[0], "latency_ms": ms, "images_per_s": 1e3 * len(images) / ms} for ms in times]
 
 
 def predicted_ratio(table: LatencyTable, model: nn.Module) -> float | None:
@@ -41,11 +44,11 @@ def smallest_bundles(models: Sequence[nn.Module]) -> dict[str, int]:
 
 
 def side_by_side(
-    models: Sequence[nn.Module], table: LatencyTable, images: Tensor, seconds: float
+    models: Sequence[nn.Module], table: LatencyTable, images: Tensor, seconds: float, mode: str = "eager"
 ) -> list[dict[str, Any]]:
     """A row per model: `size`, `predicted_ratio`, `measured`, and `speedup` over the first."""
     rows = []
-    for model, times in zip(models, measured(models, images, seconds), strict=True):
+    for model, times in zip(models, measured(models, images, seconds, mode), strict=True):
         row = size(model) | {"predicted_ratio": predicted_ratio(table, model)} | times
         rows.append(row | {"speedup": 1 / times["measured_ratio"]})
     return rows

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import adapters
+from ..serve import FixedBatch
 from ..structure.compact import meta_copy
 from ..training.batches import known_length, labelled
 from ..utils.memory import LiveBytes
+from ..utils.modes import compiled
 from ..utils.progress import Progress, silent
 
 
 @torch.inference_mode()
-def accuracy(model: nn.Module, loader, *, amp: str = "no", progress: Progress = silent) -> dict[str, float]:
+def accuracy(
+    model: nn.Module, loader, *, amp: str = "no", compile: bool = False, progress: Progress = silent
+) -> dict[str, float]:
     """Top-1 and top-5 in percent, mean cross entropy, images, and images per second of forward passes.
+
+    Args:
+        amp: no, bf16 or fp16.
+        compile: through `torch.compile`, once: smaller batches are padded to the first one's size, and compiling is not
+            counted as time of the passes.
 
     Raises:
         ValueError: the loader gives no image.
@@ -28,12 +38,16 @@ def accuracy(model: nn.Module, loader, *, amp: str = "no", progress: Progress = 
     model.eval()
     top1 = top5 = seen = 0
     loss = busy = 0.0
+    forward = partial(adapters.predict, model)
     total = known_length(loader) or 0
     for i, batch in enumerate(loader):
         images, labels = (t.to(device) for t in labelled(batch))
-        start = time.perf_counter()
         with torch.autocast(device.type, dtype, enabled=amp != "no"):
-            logits = adapters.predict(model, images).float()
+            if compile and not seen:
+                forward = FixedBatch(compiled(forward), torch.empty_like(images))
+                forward(images)
+            start = time.perf_counter()
+            logits = forward(images).float()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         busy += time.perf_counter() - start

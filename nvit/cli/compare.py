@@ -11,13 +11,15 @@ from .. import adapters
 from ..analysis.compare import side_by_side, smallest_bundles
 from ..analysis.evaluate import accuracy, peak_memory
 from ..config import _help
+from ..latency.clock import in_dtype
 from ..utils.progress import Progress
 from ..utils.report import show, write_csv, write_result
 from .command import Command
 from .flags import DataFlags, Flat, LatencyFlags, MachineFlags, ModelFlags
-from .inputs import open_evaluation_data, open_table, sample_images
+from .inputs import open_evaluation_data, sample_images
 from .models import open_model
 from .progress import shown
+from .tables import in_words, measured_on, open_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,16 +47,18 @@ def run_compare(names: Sequence[str], command: CompareCommand, progress: Progres
     if len(sizes) > 1:
         raise ValueError(f"the models take images of different sizes {sorted(sizes)}; compare ones that take the same")
     table = open_table(models[0], command.latency, smallest_bundles(models), progress)
-    images = sample_images(models[0], command.latency.latency_batch)
+    mode, dtype = command.latency.deployed(device)
+    images = sample_images(models[0], command.latency.latency_batch).to(dtype)
+    found = side_by_side(models, table, images, command.seconds, mode)
     rows = []
-    for name, model, row in zip(names, models, side_by_side(models, table, images, command.seconds), strict=True):
-        row = {"name": name} | row | {"peak_memory": peak_memory(model.eval(), images)}
+    for name, model, row in zip(names, models, found, strict=True):
+        row = {"name": name} | row | {"peak_memory": peak_memory(in_dtype(model.eval(), dtype), images)}
         evaluation = open_evaluation_data(model, command.images, command.batch_size)
         if evaluation is not None:
-            found = accuracy(model, evaluation, progress=progress)
-            row |= {"top1": found["top1"], "top5": found["top5"]}
+            top = accuracy(model, evaluation, progress=progress)
+            row |= {"top1": top["top1"], "top5": top["top5"]}
         rows.append(row)
-    result = {"models": rows, "latency_batch": command.latency.latency_batch, "device": str(images.device)}
+    result = {"models": rows} | measured_on(command.latency, images.device)
     if command.out:
         write_result(command.out, result)
         write_csv(Path(command.out) / "compare.csv", rows)
@@ -64,7 +68,7 @@ def run_compare(names: Sequence[str], command: CompareCommand, progress: Progres
 def run(command: CompareCommand, words: Sequence[str]) -> None:
     with command.machine.running(), shown() as progress:
         found = run_compare(words, command, progress)
-    show(f"{found['latency_batch']} images a batch on {found['device']}", found["models"])
+    show(in_words(found), found["models"])
 
 
 COMMAND = Command(CompareCommand, "MODEL MODEL … [RECIPE.toml]", run, 1, None)

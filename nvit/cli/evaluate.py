@@ -23,6 +23,7 @@ class EvaluateCommand:
 
     batch_size: Annotated[int, _help("images a batch")] = 64
     amp: Annotated[Literal["no", "bf16", "fp16"], _help("mixed precision")] = "no"
+    compile: Annotated[bool, _help("through torch.compile, once; images/s are those of the compiled model")] = False
     out: Annotated[str, _help("folder for result.json; none if empty")] = ""
     opening: Flat[ModelFlags] = field(default_factory=ModelFlags)
     machine: Flat[MachineFlags] = field(default_factory=MachineFlags)
@@ -35,7 +36,7 @@ def run_evaluate(name: str, command: EvaluateCommand, progress: Progress) -> dic
     evaluation = open_evaluation_data(model, command.images, command.batch_size)
     if evaluation is None:
         raise ValueError(NO_DATA)
-    found = {"model": name} | accuracy(model, evaluation, amp=command.amp, progress=progress)
+    found = {"model": name} | accuracy(model, evaluation, amp=command.amp, compile=command.compile, progress=progress)
     if command.out:
         write_result(command.out, found)
     return found
@@ -45,7 +46,6 @@ def run(command: EvaluateCommand, words: Sequence[str]) -> None:
     with command.machine.running(), shown() as progress:
         found = run_evaluate(words[0], command, progress)
     show(f"{found['images']} images", [{"name": words[0]} | found])
-    print(f"{found['images_per_s']:.1f} images/s")
 
 
 COMMAND = Command(EvaluateCommand, "MODEL [RECIPE.toml]", run, 1, 1)

@@ -13,6 +13,7 @@ import tyro
 
 from .. import parallel
 from ..config import _help
+from ..latency.clock import as_deployed
 from ..layers import functional
 
 DIGITS = "digits"
@@ -96,3 +97,20 @@ class LatencyFlags:
     table: Annotated[str, _help("a latency table file, or `analytic`; measured on this device when empty")] = ""
     latency_batch: Annotated[int, _help("images a batch while latency is measured")] = 64
     latency_seconds: Annotated[float, _help("time for measuring a table")] = 40.0
+    latency_mode: Annotated[
+        Literal["auto", "graph", "eager", "compile"],
+        _help("how models are called while latency is measured; auto: as CUDA graphs on a GPU, eager on a CPU"),
+    ] = "auto"
+    latency_dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        _help("of weights and images while latency is measured; auto: bfloat16 on a GPU, float32 on a CPU"),
+    ] = "auto"
+
+    def deployed(self, device: torch.device) -> tuple[str, torch.dtype]:
+        """Mode and dtype on this device.
+
+        Raises:
+            ValueError: a mode that the device has not.
+        """
+        asked = (None if word == "auto" else word for word in (self.latency_mode, self.latency_dtype))
+        return as_deployed(device, *asked)

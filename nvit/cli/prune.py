@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from ..prune.budget import Budget
 from ..prune.budget import show as show_bytes
 from ..prune.folder import RunFolder
 from ..prune.result import PruneResult
+from ..prune.targets import fractions
 from ..structure.masks import unmasked_
 from ..structure.snapshot import BUNDLED
 from ..training.data import TrainingData
@@ -30,9 +33,10 @@ from ..utils.progress import Progress
 from ..utils.report import show
 from .command import Command, flat
 from .flags import DIGITS, DataFlags, Flat, LatencyFlags, MachineFlags, ModelFlags
-from .inputs import open_images, open_table, sample_images
+from .inputs import open_images, sample_images
 from .models import open_cnn_teacher, open_model, untrained
 from .progress import shown
+from .tables import in_words, measured_on, open_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,8 @@ class PruneCommand:
     model: Annotated[str, _help("a timm name, a snapshot folder, or a Hugging Face folder")] = DIGITS
     out: Annotated[str, _help("folder for snapshots, table, history and result.json")] = "nvit-run"
     resume: Annotated[bool, _help("go on where an interrupted run in --out stopped")] = False
+    latency_ms: Annotated[tuple[float, ...], _help("targets in ms a batch of --latency-batch images")] = ()
+    images_per_second: Annotated[tuple[float, ...], _help("targets as throughput at that batch")] = ()
     opening: Flat[ModelFlags] = field(default_factory=ModelFlags)
     machine: Flat[MachineFlags] = field(default_factory=MachineFlags)
     images: Flat[DataFlags] = field(default_factory=DataFlags)
@@ -51,11 +57,29 @@ class PruneCommand:
     def check(self) -> None:
         """Raise ValueError where a value makes no sense."""
         self.config.check()
+        for name in ("latency_ms", "images_per_second"):
+            for value in getattr(self, name):
+                if not 0 < value < math.inf:
+                    raise ValueError(f"{name} {value:g} is not a positive number")
+            if getattr(self, name) and self.config.latency_target != PruneConfig().latency_target:
+                raise ValueError(f"{name} stands in place of latency_target; give one of them")
+
+    def with_targets(self, model: nn.Module, table: LatencyTable) -> PruneConfig:
+        """The config, with `latency_target` in fractions where it was asked for in ms or images per second.
+
+        Raises:
+            ValueError: the dense model meets a target already, or no pruning does.
+        """
+        if not self.latency_ms and not self.images_per_second:
+            return self.config
+        found = fractions(model, table, self.config, self.latency_ms, self.images_per_second)
+        return dataclasses.replace(self.config, latency_target=found)
 
 
 @dataclass(frozen=True)
 class Opened:
-    """What a run works on. `meter` measures the memory of the whole run, under a budget."""
+    """What a run works on. `meter` measures the memory of the whole run, under a budget; `config` has the targets as
+    fractions."""
 
     model: nn.Module
     images: Images | DigitImages
@@ -63,6 +87,7 @@ class Opened:
     evaluation: DataLoader | None
     meter: Meter | None
     table: LatencyTable
+    config: PruneConfig
     cnn_teacher: nn.Module | None
     renormalise: Any
 
@@ -76,19 +101,21 @@ def _open(command: PruneCommand, folder: RunFolder, progress: Progress) -> Opene
     )
     loader = images.training(config, augment=config.train)
     meter = Meter(next(model.parameters()).device) if config.budget else None
-    batch_size = _evaluation_batch(model, command, meter) if meter else config.batch_size
-    evaluation = images.evaluation(batch_size, command.images.eval_images)
+    command.latency.deployed(next(model.parameters()).device)  # a mode that is not here is refused at once
     table = folder.table(lambda: open_table(model, command.latency, config.bundle_sizes, progress))
-    return Opened(model, images, loader, evaluation, meter, table, *open_cnn_teacher(config.cnn_teacher, model))
+    config = command.with_targets(model, table)
+    batch_size = _evaluation_batch(model, config, command.latency.latency_batch, meter) if meter else config.batch_size
+    evaluation = images.evaluation(batch_size, command.images.eval_images)
+    teacher = open_cnn_teacher(config.cnn_teacher, model)
+    return Opened(model, images, loader, evaluation, meter, table, config, *teacher)
 
 
-def _evaluation_batch(model: nn.Module, command: PruneCommand, meter: Meter) -> int:
+def _evaluation_batch(model: nn.Module, config: PruneConfig, latency_batch: int, meter: Meter) -> int:
     """Images a forward pass while evaluating under a budget: as many as fit in it beside compact models.
 
     Raises:
         ValueError: the batch of the latency measurement does not fit.
     """
-    config, latency_batch = command.config, command.latency.latency_batch
     fits = Budget(config.budget, meter.device, meter).forward_images
     size, targets = adapters.preprocess(model)["input_size"], sum(config.latency_target)
     if (most := fits(model, size, latency_batch, targets)) < latency_batch:
@@ -106,7 +133,7 @@ def run_prune(command: PruneCommand, progress: Progress) -> dict[str, Any]:
     folder = RunFolder(command.out, command.resume)
     folder.begin()
     opened = _open(command, folder, progress)
-    config, teacher = command.config, {"cnn_teacher": opened.cnn_teacher, "renormalise": opened.renormalise}
+    config, teacher = opened.config, {"cnn_teacher": opened.cnn_teacher, "renormalise": opened.renormalise}
     dense = compare.size(opened.model) | {"latency_ms": None, "top1": _top1(opened.model, command, opened, progress)}
     result = prune(
         opened.model,
@@ -149,9 +176,10 @@ def _measure(
 ) -> dict[str, Any]:
     """Latency as measured beside latency as predicted, and accuracy, of every snapshot; also kept in it."""
     reference = unmasked_(opened.model) if result.dense is None else result.dense
-    images = sample_images(reference, command.latency.latency_batch)
+    mode, dtype = command.latency.deployed(next(reference.parameters()).device)
+    images = sample_images(reference, command.latency.latency_batch).to(dtype)
     models = [reference, *(p.model for p in result.snapshots)]
-    times = compare.measured(models, images, command.latency.latency_seconds / 4)
+    times = compare.measured(models, images, command.latency.latency_seconds / 4, mode)
     rows = []
     for pruned, ms in zip(result.snapshots, times[1:], strict=True):
         row = {"measured_ratio": ms["measured_ratio"]} | compare.size(pruned.model) | ms
@@ -160,9 +188,8 @@ def _measure(
         path = pruned.save(folder.snapshot(pruned.target))
         named = {"target": pruned.target, "predicted_ratio": pruned.predicted_ratio}
         rows.append(named | row | {"path": str(path)})
-    dense = dense | {"latency_ms": times[0]["latency_ms"]}
-    where = {"latency_batch": command.latency.latency_batch, "device": str(images.device)}
-    return {"dense": dense, "snapshots": rows} | where
+    dense = dense | {key: times[0][key] for key in ("latency_ms", "images_per_s")}
+    return {"dense": dense, "snapshots": rows} | measured_on(command.latency, images.device)
 
 
 def run(command: PruneCommand, words: Sequence[str]) -> None:
@@ -172,7 +199,7 @@ def run(command: PruneCommand, words: Sequence[str]) -> None:
         return
     rows = [{"name": "dense", "predicted_ratio": 1.0, "measured_ratio": 1.0} | found["dense"]]
     rows += [{"name": f"pruned to {s['target']:g}"} | s for s in found["snapshots"]]
-    show(f"{found['model']}: {found['latency_batch']} images a batch on {found['device']}", rows)
+    show(f"{found['model']}: {in_words(found)}", rows)
     for s in found["snapshots"]:
         off = s["measured_ratio"] / s["predicted_ratio"] - 1
         print(f"{s['path']}: measured latency is {off:+.1%} of the prediction; nvit.load({s['path']!r})")

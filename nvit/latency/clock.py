@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..utils import modes
 from ..utils.memory import keep_freed_memory
+
+ENOUGH_MS, MOST_REPLAYS = 2.0, 20
+"""Replays of a graph between two events: until they take so long together, and no more than so many."""
 
 
 def device_name(device: torch.device | str) -> str:
@@ -27,7 +33,11 @@ def device_name(device: torch.device | str) -> str:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a latency was measured on; a table speaks for no other setting."""
+    """What a latency was measured on; a table speaks for no other setting.
+
+    Attributes:
+        mode: `eager`, `graph` or `compile`, see `utils.modes`; older tables are eager.
+    """
 
     device: str
     dtype: str
@@ -35,9 +45,12 @@ class Setting:
     tokens: int
     threads: int
     versions: str
+    mode: str = "eager"
 
 
-def current_setting(device: torch.device | str, dtype: torch.dtype, batch_size: int, tokens: int) -> Setting:
+def current_setting(
+    device: torch.device | str, dtype: torch.dtype, batch_size: int, tokens: int, mode: str = "eager"
+) -> Setting:
     threads = torch.get_num_threads() if torch.device(device).type == "cpu" else 0
     return Setting(
         device_name(device),
@@ -46,10 +59,36 @@ def current_setting(device: torch.device | str, dtype: torch.dtype, batch_size: 
         tokens,
         threads,
         f"torch {torch.__version__}",
+        mode,
     )
 
 
+def as_deployed(
+    device: torch.device | str, mode: str | None = None, dtype: torch.dtype | str | None = None
+) -> tuple[str, torch.dtype]:
+    """Mode and dtype as models are served on a device, where nothing else is asked for: on CUDA graph replays in
+    bfloat16, elsewhere eager calls in float32.
+
+    Raises:
+        ValueError: a mode nobody knows, or one that this device has not.
+    """
+    cuda = torch.device(device).type == "cuda"
+    mode = mode or ("graph" if cuda else "eager")
+    if mode not in modes.RUNNERS:
+        raise ValueError(f"latency mode {mode!r} is unknown; expected one of {', '.join(modes.RUNNERS)}")
+    if mode == "graph" and not cuda:
+        raise ValueError("latency mode graph needs a CUDA GPU, and this is a CPU; take eager or compile")
+    dtype = dtype or (torch.bfloat16 if cuda else torch.float32)
+    return mode, getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model in a dtype: itself where it has it already, else a copy."""
+    return model if next(model.parameters()).dtype == dtype else copy.deepcopy(model).to(dtype)
+
+
 def _now(device: torch.device) -> float:
+    """Seconds, once all that was asked of the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "cpu" and torch.get_num_threads() == 1:
@@ -58,31 +97,81 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def time_each(calls: Sequence[Callable[[], object]], device: torch.device | str, seconds: float) -> list[float]:
-    """Median milliseconds of each call, all of them in turn, round after round, so that drift meets all alike.
+class Stopwatch:
+    """Functions made ready one by one, and then timed in turn, round after round, so that drift meets all alike.
 
-    The first round is a warm-up. At least one more follows, then as many as fit in `seconds`.
+    Attributes:
+        first: seconds that each took to be made ready and run once: what is chosen, tuned, compiled or captured at
+            first use.
     """
-    device = torch.device(device)
-    if device.type == "cpu":
-        keep_freed_memory(True)
-    rounds: list[list[float]] = []
+
+    def __init__(self, device: torch.device | str, mode: str = "eager") -> None:
+        self.device = torch.device(device)
+        self._runner, self._replays = modes.RUNNERS[mode], mode != "eager"
+        self._memory = modes.shared_memory(self.device)
+        self._runs: list[tuple[Callable[[], Any], int]] = []
+        self.first: list[float] = []
+        if self.device.type == "cpu":
+            keep_freed_memory(True)
+
+    def add(self, function: Callable[..., Any], *inputs: Tensor) -> None:
+        """Make a function ready, to be timed on `inputs`; the first run is its warm-up."""
+        start = time.perf_counter()
+        run = self._runner(function, inputs, self._memory)
+        run()
+        _now(self.device)
+        self.first.append(time.perf_counter() - start)
+        repeats = 1
+        if self._replays and self.device.type == "cuda":
+            repeats = min(MOST_REPLAYS, math.ceil(ENOUGH_MS / max(self._ms(run, 1), 1e-3)))
+        self._runs.append((run, repeats))
+
+    def _ms(self, run: Callable[[], Any], repeats: int) -> float:
+        """Milliseconds of a run: of graphs the device's own time, between two events."""
+        if not self._replays or self.device.type != "cuda":
+            start = _now(self.device)
+            for _ in range(repeats):
+                run()
+            return (_now(self.device) - start) * 1e3 / repeats
+        with torch.cuda.device(self.device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(repeats):
+                run()
+            end.record()
+            end.synchronize()
+        return start.elapsed_time(end) / repeats
+
+    def round(self) -> list[float]:
+        """Milliseconds of every function, each timed once."""
+        return [self._ms(run, repeats) for run, repeats in self._runs]
+
+    def medians(self, end: float) -> list[float]:
+        """Median milliseconds of every function over rounds, at least one, until `time.perf_counter()` is `end`."""
+        rounds = [self.round()]
+        while time.perf_counter() < end:
+            rounds.append(self.round())
+        return np.median(rounds, axis=0).tolist()
+
+
+def time_each(calls: Sequence[Callable[[], object]], device: torch.device | str, seconds: float) -> list[float]:
+    """Median milliseconds of each call, all of them in turn, after one warm-up of each, in about `seconds`."""
     end = time.perf_counter() + seconds
-    while len(rounds) < 2 or time.perf_counter() < end:
-        row = []
-        for call in calls:
-            start = _now(device)
-            call()
-            row.append((_now(device) - start) * 1e3)
-        rounds.append(row)
-    return np.median(rounds[1:], axis=0).tolist()
+    watch = Stopwatch(device)
+    for call in calls:
+        watch.add(call)
+    return watch.medians(end)
 
 
 @torch.inference_mode()
-def time_models(models: Sequence[nn.Module], images: Tensor, seconds: float = 10.0) -> list[float]:
+def time_models(models: Sequence[nn.Module], images: Tensor, seconds: float = 10.0, mode: str = "eager") -> list[float]:
     """Median milliseconds of a forward pass of each model on `images`, measured in turn."""
+    end = time.perf_counter() + seconds
     was = [m.training for m in models]
-    times = time_each([partial(m.eval(), images) for m in models], images.device, seconds)
+    watch = Stopwatch(images.device, mode)
+    for model in models:
+        watch.add(model.eval(), images)
+    times = watch.medians(end)
     for m, training in zip(models, was, strict=True):
         m.train(training)
     return times

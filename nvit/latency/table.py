@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,8 +12,8 @@ import torch
 from torch import nn
 
 from ..spec import BUNDLE_SIZES, KINDS, BlockWidths, Part
-from ..utils.files import write_atomically
-from .clock import Setting, current_setting
+from ..utils.files import cache_folder, write_atomically
+from .clock import Setting, as_deployed, current_setting
 from .grid import Grid
 from .measure import count_macs, fingerprint, samples_of, time_pieces
 
@@ -28,7 +27,8 @@ class LatencyTable:
         at: where the widths of every piece are found in `widths.reshape(-1)`, `(pieces, axes)`, by part.
         dense: the blocks of the model it was made for.
         dense_ms: their latency by this table.
-        setting: device, dtype, batch, tokens, threads and versions it was measured with; None for an analytic table.
+        setting: device, mode, dtype, batch, tokens, threads and versions it was measured with; None for an analytic
+            table.
 
     Raises:
         ValueError: parts that do not fit the blocks, or leave out a width.
@@ -86,7 +86,7 @@ class LatencyTable:
         A different library version is let pass: it is named in the report.
         """
         if self.setting is not None:
-            for field in ("device", "dtype", "batch_size", "tokens", "threads"):
+            for field in ("device", "mode", "dtype", "batch_size", "tokens", "threads"):
                 mine, theirs = getattr(self.setting, field), getattr(setting, field)
                 if mine != theirs:
                     raise ValueError(
@@ -101,7 +101,7 @@ class LatencyTable:
 
     def to_json(self) -> str:
         parts = {
-            p.name: {"kinds": p.kinds, "pieces": p.pieces, "axes": g.axes, "values": g.values.round(6).tolist()}
+            p.name: {"kinds": p.kinds, "pieces": p.pieces, "axes": g.axes, "values": g.values.tolist()}
             for p, g in ((p, self.grids[p.name]) for p in self.parts)
         }
         setting = None if self.setting is None else asdict(self.setting)
@@ -147,39 +147,49 @@ class LatencyTable:
         model: nn.Module,
         batch_size: int,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype | str = torch.float32,
+        dtype: torch.dtype | str | None = None,
         *,
+        mode: str | None = None,
         bundle_sizes: Mapping[str, int] = BUNDLE_SIZES,
         seconds: float = 40.0,
         cache: Path | None = None,
     ) -> LatencyTable:
         """Measure a table for `model` (dense or compact; unchanged) on this device, in about `seconds`.
 
+        The first calls count: where they leave no time for the whole grid it is made coarser, see `measure.COARSER`.
+
         Args:
-            dtype: parameters' and inputs', as `torch.bfloat16` or `"bfloat16"`.
+            dtype: parameters' and inputs', as `torch.bfloat16` or `"bfloat16"`; bfloat16 on CUDA and float32 elsewhere
+                when None.
+            mode: `graph` (replays of CUDA graphs), `eager` or `compile`; graph on CUDA and eager elsewhere when None.
             cache: a folder; a table measured there for the same model shape and setting is used again.
+
+        Raises:
+            ValueError: an unsupported model, or a mode that this device has not.
         """
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         device = torch.device(device)
+        mode, dtype = as_deployed(device, mode, dtype)
         samples = samples_of(model, bundle_sizes)
-        setting = current_setting(device, dtype, batch_size, samples.adapter.tokens(samples.skeleton))
-        path = None if cache is None else cache / f"{fingerprint(samples, setting)}.json"
-        if path is not None and path.exists():
-            return cls.load(path)
-        grids, dense_ms = time_pieces(samples, batch_size, device, dtype, seconds)
+        setting = current_setting(device, dtype, batch_size, samples.adapter.tokens(samples.skeleton), mode)
+        whole, coarse = (f"{fingerprint(samples, setting)}{end}.json" for end in ("", f"-{seconds:g}s"))
+        for path in () if cache is None else (cache / whole, cache / coarse):
+            if path.exists():
+                return cls.load(path)
+        grids, dense_ms = time_pieces(samples, batch_size, device, dtype, seconds, mode)
         # Pieces timed alone add up to a little more or less than the model; the table speaks for the model.
         scale = dense_ms / cls(samples.parts, grids, samples.dense, setting).dense_ms
         scaled = {name: Grid(g.kinds, g.axes, g.values * scale) for name, g in grids.items()}
         table = cls(samples.parts, scaled, samples.dense, setting)
-        if path is not None:
-            table.save(path)
+        if cache is not None:
+            every = [grids[part.name].axes for part in samples.parts] == list(samples.axes())
+            # A coarse one serves whoever has no more time.
+            table.save(cache / (whole if every else coarse))
         return table
 
 
 def default_cache() -> Path:
-    """Where measured tables are kept: `$NVIT_CACHE`, or `nvit` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("NVIT_CACHE") or Path(base) / "nvit") / "latency"
+    """Where measured tables are kept."""
+    return cache_folder() / "latency"
 
 
 def width_array(blocks: Sequence[BlockWidths]) -> np.ndarray:

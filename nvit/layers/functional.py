@@ -17,13 +17,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import choice
 from .projection import Project, Projection, as_tensors, hooks, linear, take
 from .rotary import Rotary
 from .sites import Watch
@@ -92,9 +93,13 @@ def kept_norm(
     weight, bias = take(weight, kept), None if bias is None else take(bias, kept)
     if rms:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
     if (kernels := _kernels(x)) and kernels.kept_layer_norm_takes(x):
-        return kernels.kept_layer_norm(x, weight, bias, eps=eps)
-    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+        return choice.run("layer_norm", partial(kernels.kept_layer_norm, eps=eps), plain, x, weight, bias)
+    return plain(x, weight, bias)
 
 
 def layer_scale(x: Tensor, gamma: Tensor, emb: Tensor | None) -> Tensor:
@@ -202,11 +207,23 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, attn_mask: Tensor | None, dropout: float
 ) -> Tensor:
     """softmax(scale · q kᵀ + bias + mask) v: `(batch, heads, tokens, v_dim)`."""
-    qk_dim, v_dim = q.shape[-1], v.shape[-1]
-    if not dropout and (kernels := _kernels(q)) and kernels.attention_takes(q, v_dim):
+    plain = partial(_torch_attention, scale=scale, dropout=dropout)
+    if not dropout and (kernels := _kernels(q)) and kernels.attention_takes(q, v.shape[-1]):
         added = _per_head_and_window(q, bias, attn_mask)
         if added is not None:
-            return kernels.attention(q, k, v, scale, bias=added[0], mask=added[1])
+
+            def kernel(q: Tensor, k: Tensor, v: Tensor, *_: Tensor | None) -> Tensor:
+                return kernels.attention(q, k, v, scale, bias=added[0], mask=added[1])
+
+            return choice.run("attention", kernel, plain, q, k, v, bias, attn_mask)
+    return plain(q, k, v, bias, attn_mask)
+
+
+def _torch_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, attn_mask: Tensor | None, scale: float, dropout: float
+) -> Tensor:
+    """`_attend` by torch's own attention."""
+    qk_dim, v_dim = q.shape[-1], v.shape[-1]
     if qk_dim != v_dim and q.device.type == "cpu":
         # The fused CPU kernel wants one width: zero columns add nothing to the logits or are cut off again.
         wide = max(qk_dim, v_dim)
@@ -306,5 +323,9 @@ def mlp(
     if watch is None and norm is None and not dropout and _is_exact_gelu(act) and (kernels := _kernels(x)):
         first, second = as_tensors(fc1), as_tensors(fc2)
         if first and second and kernels.mlp_takes(x, x.shape[-1], first.shape[0], second.shape[0]):
-            return kernels.mlp(x, *first.kept(), *second.kept())
+
+            def plain(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
+                return F.linear(act(F.linear(x, w1, b1)), w2, b2)
+
+            return choice.run("mlp", kernels.mlp, plain, x, *first.kept(), *second.kept())
     return _last((act, fc1(x)), fc2, norm, dropout, watch)

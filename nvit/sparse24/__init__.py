@@ -6,13 +6,14 @@ tensor cores `accelerate_` replaces them by compressed ones, layer by layer, whe
 
 from .backends import DENSE, MASKED, Choice, accelerate_, backends, choose, measure
 from .kernels import CUSPARSELT, CUTLASS, compressed, native
-from .layerwise import choose_by_curvature_
+from .layerwise import DAMPING, choose_by_curvature_
 from .masks import MULTIPLE, apply_masks_, masks_2to4, projections, refusal
 from .order import permute_
 
 __all__ = [
     "CUSPARSELT",
     "CUTLASS",
+    "DAMPING",
     "DENSE",
     "MASKED",
     "MULTIPLE",

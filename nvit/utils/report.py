@@ -21,6 +21,7 @@ FORMATS = {
     "predicted_ratio": ("predicted ×", lambda v: f"{v:.3f}"),
     "measured_ratio": ("measured ×", lambda v: f"{v:.3f}"),
     "latency_ms": ("ms", lambda v: f"{v:.2f}"),
+    "images_per_s": ("images/s", lambda v: f"{v:.1f}"),
     "speedup": ("speed-up ×", lambda v: f"{v:.2f}"),
     "peak_memory": ("peak MB", lambda v: f"{v / 1e6:.1f}"),
     "top1": ("top-1 %", lambda v: f"{v:.2f}"),

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nvit import LatencyTable, PruneConfig, adapters, prune
 from nvit.criteria.gates import GateRecorder
-from nvit.latency import table as table_module
+from nvit.latency import measure as table_module
 from nvit.prune.pruner import Pruner
 from nvit.spec import KINDS
 from nvit.structure import snapshot

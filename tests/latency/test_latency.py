@@ -19,7 +19,7 @@ from nvit.latency import measure as measuring
 from nvit.latency import table as table_module
 from nvit.latency.clock import current_setting, time_each
 from nvit.latency.grid import Grid
-from nvit.latency.measure import points
+from nvit.latency.measure import LEVELS, points
 from nvit.latency.table import LatencyTable
 from nvit.spec import KINDS, BlockWidths, Part
 from nvit.structure.compact import compact
@@ -123,9 +123,9 @@ def test_every_part_has_its_own_pieces_range_and_bundles():
     blocks, (*_, merge, _) = blocks_of(THREE_STAGES), parts_of(THREE_STAGES)
     bundles = [BlockWidths(emb=4, heads=2, qk_dim=4, v_dim=8, mlp=3)] * len(blocks)
     assert merge.name == "merge.0"
-    assert points(merge, blocks, bundles) == [[4, 8], [4, 8, 11]]
+    assert points(merge, blocks, bundles, LEVELS) == [[4, 8], [4, 8, 11]]
     unlike = Part("mlp", ("emb", "mlp"), ((0, 0), (3, 3)))
-    assert points(unlike, blocks, bundles) == [[4, 8, 12, 14], [3, 6, 8]]
+    assert points(unlike, blocks, bundles, LEVELS) == [[4, 8, 12, 14], [3, 6, 8]]
 
 
 def test_slopes_are_milliseconds_per_unit_and_for_a_stream_per_channel_of_every_block():

@@ -3,7 +3,7 @@ import torch
 
 from nvit_kernels import functional, reference
 from nvit_kernels.kept import Kept
-from nvit_kernels.ops.attention import op
+from nvit_kernels.ops.attention import op, operands
 
 WIDTHS = [(8, 8), (24, 56), (40, 104), (56, 24), (104, 200), (64, 64)]
 DTYPES = [torch.float32, torch.float16]
@@ -62,7 +62,7 @@ def test_what_is_pruned_is_never_used():
 def test_views_of_a_packed_projection_need_no_copy():
     packed = torch.randn(2, 50, 3, 4, 24)
     q, k, v = (t.transpose(1, 2) for t in packed.unbind(2))
-    assert op._readable(q) is q and op._readable(v) is v
+    assert operands.readable(q) is q and operands.readable(v) is v
     torch.testing.assert_close(functional.attention(q, k, v, 0.2), reference.attention(q, k, v, 0.2))
 
 
@@ -123,9 +123,9 @@ def test_opcheck():
     q, k, v = (t.requires_grad_() for t in tensors(1, 2, 8, 8, 16, torch.float32).values())
     heads, qk = Kept.from_mask(torch.tensor([True, False])), Kept.all(8)
     arguments = (q, k, v, 0.2, heads.index, heads.count, qk.mask, *[None] * 6)
-    torch.library.opcheck(op._forward, arguments)
+    torch.library.opcheck(op.operator, arguments)
     with torch.no_grad():
-        o, stats = op._forward(*arguments)
+        o, stats = op.operator(*arguments)
     scores = (torch.zeros(1, 2), torch.zeros(8), torch.zeros(1, 16))
     saved = (
         torch.randn_like(o),
@@ -139,4 +139,4 @@ def test_opcheck():
         None,
         False,
     )
-    torch.library.opcheck(op._backward, saved)
+    torch.library.opcheck(op.operator_backward, saved)
