@@ -5,8 +5,8 @@
 `nvit.prune` on DeiT-B (distilled) with its unpruned self as teacher: augmented batches aside, all that a run does, a
 decision every `--interval` steps with so many bundles that a few of them reach `--target`. Each row is the time between
 two decisions, the decision and what follows from it (a new graph, new shapes) included; `settled` is its middle half,
-without either. The peer is timm's two models in plain PyTorch: same losses, optimiser and autocast, eager. Batches lie on
-the device for both. Writes <GPU>_pruning_loop.csv.
+without either. The peer is timm's two models in plain PyTorch: same losses, optimiser and autocast, eager. Batches lie
+on the device for both. Writes <GPU>_pruning_loop.csv.
 """
 
 from __future__ import annotations
