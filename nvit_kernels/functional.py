@@ -122,9 +122,10 @@ def attention(
     mask: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale · q kᵀ + bias + mask) v over kept heads and dims, with their scores; see `reference.attention`."""
-    run = fused_attention if attention_takes(q, v.shape[-1]) else plain_attention
+    fused = attention_takes(q, v.shape[-1])
+    run = fused_attention if fused else plain_attention
     q, k, v = _autocast(q, k, v)
-    if all(extra is None for extra in (heads, qk, v_dim, bias, mask)) and attention_is_short(q, k, v):
+    if fused and all(extra is None for extra in (heads, qk, v_dim, bias, mask)) and attention_is_short(q, k, v):
         return short_attention(q, k, v, scale, head_scores, qk_scores, v_scores)
     return run(q, k, v, scale, heads, qk, v_dim, head_scores, qk_scores, v_scores, bias, mask)
 

@@ -30,11 +30,12 @@ def assert_as_accurate(ours, eager, dtype, tensors, terms=1):
 
     Two in 16 bits, where the result's own rounding is what shows. In float32 it is the order of a sum that shows: the
     roundings of `terms` numbers, the longest sum behind a result, add up to about the root of that, while eager's order
-    may hit the exact value. On an H200 it did with one token (softmax of one logit is 1) and in sums of 257 to 514
-    terms: errors of 2.6e-7 to 1.7e-6 where its own was 0.
+    may hit the exact value. Two such sums are granted, since a gradient may be their difference (∂P less δ). On an H200
+    eager hit it with one token (softmax of one logit is 1) and in sums of 257 to 514 terms: errors of 2.6e-7 to 1.7e-6
+    where its own was 0.
     """
     rounded = [t.to(dtype) for t in tensors]
-    granted = max(2.0, terms**0.5) if dtype == torch.float32 else 2.0
+    granted = max(2.0, 2 * terms**0.5) if dtype == torch.float32 else 2.0
     for mine, its, exact in zip(run(ours, rounded, dtype), run(eager, rounded, dtype),
                                 run(eager, rounded, torch.float64), strict=True):  # fmt: skip
         err, allowed = ((t.double() - exact).abs().max() for t in (mine, its))
