@@ -6,7 +6,9 @@
 
 #include "cpu/emulate.h"
 #include "cpu/isa.h"
+#include "launches.h"
 #include "prepare.h"
+#include "stored_plan.h"
 
 namespace nvit {
 namespace {
@@ -60,6 +62,32 @@ Tensors decompress(Tensors values, Tensors meta, bool check) {
   return dense;
 }
 
+std::tuple<Tensor, Tensors, Tensors, Tensors> stored_compress(Tensors dense, Tensors mask,
+                                                              std::optional<ScalarType> dtype) {
+  return store_compress(dense, mask, dtype, kAlign);
+}
+
+std::tuple<Tensor, Tensors> stored_repack(Tensors dense, Tensors meta, std::optional<ScalarType> dtype) {
+  return store_repack(dense, meta, dtype, kAlign);
+}
+
+// `where` is any tensor of the device; only the dispatcher looks at it.
+template <Work work>
+void replay(Tensor table, Tensor where, bool check) {
+  constexpr const char* kOp = work == Work::kCompress ? "compress_2to4" : "repack_2to4";
+  Plan plan = restore(kOp, table);
+  run_all<false>(kOp, plan, work, check);
+}
+
+// A replay as a GPU's host does it, its launches left out; how many there would be. To the compiler the empty assembly
+// reads the table, so that filling it is not left out as well.
+int64_t unlaunched(Tensor table, Tensor where, bool check) {
+  const Plan plan = restore("_unlaunched_2to4", table);
+  Tensor faults = empty_like_device(where, {static_cast<int64_t>(plan.jobs.size())}, ScalarType::Int);
+  return for_each_launch(plan, static_cast<uint32_t*>(faults.data_ptr()),
+                         [](Format, Mask, const JobTable& table, int) { asm volatile("" : : "r"(&table) : "memory"); });
+}
+
 // What each of the 35 splits of each octet of channels keeps, for the channel-order search.
 Tensor split_scores(Tensor magnitudes, Tensor octets) {
   constexpr const char* kOp = "_split_scores";
@@ -91,6 +119,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nvit, m) {
       "compress_2to4(Tensor[] dense, Tensor[] mask, ScalarType? dtype, bool check) -> (Tensor[], Tensor[], Tensor[])");
   m.def("repack_2to4(Tensor[] dense, Tensor[] meta, ScalarType? dtype, bool check) -> Tensor[]");
   m.def("decompress_2to4(Tensor[] values, Tensor[] meta, bool check) -> Tensor[]");
+  m.def(
+      "_plan_compress_2to4(Tensor[] dense, Tensor[] mask, ScalarType? dtype)"
+      " -> (Tensor, Tensor[], Tensor[], Tensor[])");
+  m.def("_plan_repack_2to4(Tensor[] dense, Tensor[] meta, ScalarType? dtype) -> (Tensor, Tensor[])");
+  m.def("_replay_compress_2to4(Tensor table, Tensor where, bool check) -> ()");
+  m.def("_replay_repack_2to4(Tensor table, Tensor where, bool check) -> ()");
+  m.def("_unlaunched_2to4(Tensor table, Tensor where, bool check) -> int");
   m.def("_split_scores(Tensor magnitudes, Tensor octets) -> Tensor");
   m.def(
       "_compress_2to4_tiles(Tensor[] dense, Tensor[] mask, ScalarType? dtype, bool check)"
@@ -103,6 +138,11 @@ STABLE_TORCH_LIBRARY_IMPL(nvit, CPU, m) {
   m.impl("compress_2to4", TORCH_BOX(&nvit::compress<false>));
   m.impl("repack_2to4", TORCH_BOX(&nvit::repack<false>));
   m.impl("decompress_2to4", TORCH_BOX(&nvit::decompress<false>));
+  m.impl("_plan_compress_2to4", TORCH_BOX(&nvit::stored_compress));
+  m.impl("_plan_repack_2to4", TORCH_BOX(&nvit::stored_repack));
+  m.impl("_replay_compress_2to4", TORCH_BOX(&nvit::replay<nvit::Work::kCompress>));
+  m.impl("_replay_repack_2to4", TORCH_BOX(&nvit::replay<nvit::Work::kRepack>));
+  m.impl("_unlaunched_2to4", TORCH_BOX(&nvit::unlaunched));
   m.impl("_split_scores", TORCH_BOX(&nvit::split_scores));
   m.impl("_compress_2to4_tiles", TORCH_BOX(&nvit::compress<true>));
   m.impl("_repack_2to4_tiles", TORCH_BOX(&nvit::repack<true>));

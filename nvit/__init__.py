@@ -1,6 +1,6 @@
 """Prune vision transformers to a latency you choose (NViT, arXiv:2110.04869)."""
 
-from . import sparse24, zoo
+from . import adapters, data, snapshot, sparse24, zoo
 from .about import describe
 from .analysis.evaluate import accuracy
 from .config import FinetuneConfig, PruneConfig
@@ -22,12 +22,15 @@ __all__ = [
     "PruneResult",
     "Pruner",
     "accuracy",
+    "adapters",
+    "data",
     "describe",
     "finetune",
     "graphed",
     "image_folder",
     "load",
     "prune",
+    "snapshot",
     "sparse24",
     "zoo",
 ]

@@ -46,6 +46,7 @@ class TrainingConfig:
     fsdp: Annotated[
         bool, _help("under torchrun: weights, gradients, optimiser state in shards over the ranks, not a copy on each")
     ] = False
+    graphs: Annotated[bool, _help("on CUDA, replay training steps as graphs, captured once per decision")] = True
     seed: Annotated[int, _help("of data order, augmentation and drawn labels")] = 0
     save_every: Annotated[float, _help("seconds between run states on disk")] = 300.0
 

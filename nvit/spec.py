@@ -107,6 +107,20 @@ class Part:
     pieces: tuple[tuple[int, ...], ...]
 
 
+_TYPES = {
+    "family": str,
+    "architecture": str,
+    "config": dict,
+    "blocks": list,
+    "preprocess": dict,
+    "name": str,
+    "sparse": list,
+    "kept": dict,
+    "changes": dict,
+}
+"""What the fields of a spec are in JSON."""
+
+
 @dataclass(frozen=True)
 class ViTSpec:
     """Everything needed to rebuild a compact model without its training code, except the weights.
@@ -121,6 +135,8 @@ class ViTSpec:
         sparse: weights that are 2:4 sparse: at most two nonzeros of each four neighbours along the input.
         kept: by group, the dense model's units that are left, where it matters which: rotary pairs turn by frequencies
             of their own, heads look theirs up in a table that all blocks share.
+        changes: by layer, what was changed in the model that the config builds: numbers of it (`scale`, `p`), and as
+            `layer` which parameterless one stands there. See `adapters.changes`.
     """
 
     family: str
@@ -131,6 +147,7 @@ class ViTSpec:
     name: str = ""
     sparse: tuple[str, ...] = ()
     kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -140,21 +157,28 @@ class ViTSpec:
         """Parse what `to_json` wrote.
 
         Raises:
-            ValueError: not JSON, a field missing or unknown, or a width that is no positive integer.
+            ValueError: not JSON, a field missing, unknown or of another type, or a width that is no positive integer.
         """
         try:
             raw = json.loads(text)
         except json.JSONDecodeError as e:
             raise ValueError(f"not valid JSON ({e.msg} at line {e.lineno})") from None
+        except RecursionError:
+            raise ValueError("not valid JSON (nested too deep)") from None
         names = {f.name for f in dataclasses.fields(cls)}
-        if not isinstance(raw, dict) or set(raw) | {"sparse", "kept"} != names:
+        if not isinstance(raw, dict) or set(raw) | {"sparse", "kept", "changes"} != names:
             found = ", ".join(sorted(raw)) if isinstance(raw, dict) else type(raw).__name__
             raise ValueError(f"has the fields {found}; expected {', '.join(sorted(names))}")
+        for name, kind in _TYPES.items():
+            if not isinstance(raw.get(name, kind()), kind):
+                raise ValueError(f"{name} is a {type(raw[name]).__name__}, expected {kind.__name__}")
         widths = {f.name for f in dataclasses.fields(BlockWidths)}
         for i, b in enumerate(raw["blocks"]):
-            if set(b) != widths or not all(type(v) is int and v > 0 for v in b.values()):
+            if not isinstance(b, dict) or set(b) != widths or not all(type(v) is int and v > 0 for v in b.values()):
                 raise ValueError(f"block {i} has widths {b}; expected positive integers for {', '.join(KINDS)}")
         blocks = tuple(BlockWidths(**b) for b in raw.pop("blocks"))
         sparse = tuple(str(name) for name in raw.pop("sparse", ()))
         kept = {str(name): tuple(units) for name, units in raw.pop("kept", {}).items()}
+        if odd := next((name for name, change in raw.get("changes", {}).items() if not isinstance(change, dict)), None):
+            raise ValueError(f"changes of {odd} are no object")
         return cls(blocks=blocks, sparse=sparse, kept=kept, **raw)

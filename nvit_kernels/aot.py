@@ -5,6 +5,7 @@ Not under the interpreter, where `@triton.jit` yields functions that cannot be c
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -20,14 +21,19 @@ from triton.compiler import ASTSource
 
 from nvit_kernels import configs
 from nvit_kernels.launch import FUSED_MULTIPLY_ADD
+from nvit_kernels.ops import fold
 from nvit_kernels.ops.attention import backward_kernels as attention_backward
 from nvit_kernels.ops.attention import kernels as attention
 from nvit_kernels.ops.attention.op import score_rows
 from nvit_kernels.ops.group_dot import kernels as group_dot
+from nvit_kernels.ops.group_dot.plan import FEW, LONG, MANY, SHORT
 from nvit_kernels.ops.kept_layer_norm import kernels as kept_layer_norm
-from nvit_kernels.ops.kept_layer_norm.op import CHUNK, blocks
+from nvit_kernels.ops.kept_layer_norm.op import BACKWARD_TILE, blocks
 from nvit_kernels.ops.matmul import kernels as matmul
 from nvit_kernels.ops.matmul.op import ROWS
+from nvit_kernels.ops.mlp import kernels as mlp_kernels
+from nvit_kernels.ops.mlp import whole as mlp
+from nvit_kernels.ops.swiglu import kernels as swiglu_kernels
 
 ARCHS = (80, 86, 89, 90, 100)
 INT64_POINTERS = {"pointers", "tiles", "reductions", "outputs", "contributions"}
@@ -36,8 +42,10 @@ MASKS = {"mask", "qk_mask", "v_mask"}
 FLOAT_POINTERS = {"stats", "delta", "v_part", "qk_part", "bias_part", "part", "mean", "rstd", "workspace", "sums",
                   "scores"}  # fmt: skip
 FLOATS = {"scale", "scale_log2", "eps"}
-TENSORS = {"q", "k", "v", "o", "do", "dq", "dk", "dv", "a", "b", "bias", "window", "out", "out2", "out3", "aux", "aux2",
-           "w", "x", "y", "residual", "total", "dx", "dy", "dtotal"}  # fmt: skip
+TENSORS = {"q", "k", "v", "o", "do", "dq", "dk", "dv", "bias", "window",  # attention
+           "x", "w", "b", "y", "residual", "total", "dx", "dy", "dtotal",  # LayerNorm
+           "a", "out", "out2", "aux", "aux2", "u", "da", "du",  # MLP
+           "gate", "value", "dgate", "dvalue", "b_gate", "b_value"}  # fmt: skip
 KINDS = (
     (INT64_POINTERS, "*i64"),
     (INT32_POINTERS, "*i32"),
@@ -103,23 +111,56 @@ def attention_cases(qk: int, v: int, kept: bool, added: bool = False) -> Iterato
 
 def matmul_cases() -> Iterator[Case]:
     """Each role of the products, on the side that its list is for."""
-    outs = {"linear": ("out2", "out3", "aux", "aux2"), "gelu": ("out3", "aux", "aux2"), "swiglu": ("out3", "aux2"),
-            "gelu_backward": ("out3", "aux2"), "swiglu_backward": ()}  # fmt: skip
-    for role, b_by, kept, gather, bias in (
+    outs = {"linear": ("out2", "aux", "aux2"), "gelu": ("aux", "aux2"), "swiglu": ("aux2",),
+            "gelu_backward": ("out2", "aux2"), "swiglu_backward": ()}  # fmt: skip
+    for listed, (role, b_by, kept, gather, bias) in itertools.product((True, False), (
         ("gelu", "n", "n", True, True), ("swiglu", "n", "n", True, True), ("linear", "n", "n", True, True),
         ("linear", "n", "k", False, True), ("linear", "k", "k", True, False),
         ("gelu_backward", "k", "n", False, False), ("swiglu_backward", "k", "n", False, False),
-    ):  # fmt: skip
+    )):  # fmt: skip
         backward = "backward" in role
         constants = dict(ROLE=role, B_BY=b_by, KEPT=kept, GATHER=gather, PRECISION="ieee", BLOCK_M=ROWS)
         constants |= absent(*outs[role], *(() if bias else ("bias",)), *(() if backward else ("part",)))
-        yield Case(f"tokens {role} b by {b_by}, kept {kept}", matmul.tokens_kernel, constants,
+        constants |= {} if listed else absent("index", "count")
+        yield Case(f"tokens {role} b by {b_by}, {'' if listed else 'all '}kept {kept}", matmul.tokens_kernel, constants,
                    "tokens_backward" if backward else "tokens", (("bias", "*fp16"),))  # fmt: skip
-    for kept in "mn":
-        constants = dict(KEPT=kept, PRECISION="ieee")
-        yield Case(f"weights kept {kept}", matmul.weights_kernel, constants, "weights", (("sums", "*fp16"),))
+    for listed, kept in itertools.product((True, False), "mn"):
+        constants = dict(KEPT=kept, PRECISION="ieee", **({} if listed else absent("index", "count")))
+        yield Case(
+            f"weights {'' if listed else 'all '}kept {kept}",
+            matmul.weights_kernel,
+            constants,
+            "weights",
+            (("sums", "*fp16"),),
+        )
     yield Case("compact", matmul.compact_kernel, dict(ROWS=8, BLOCK=256))
     yield Case("scores", matmul.scores_kernel, dict(ROWS=ROWS, BLOCK=128))
+
+
+def mlp_cases() -> Iterator[Case]:
+    """The passes around the vendor's products, over all units and over kept ones, and with odd widths."""
+    for mask, unit in ((False, 8), (True, 8), (True, 1)):
+        tag = f"{' kept' if mask else ''}{' odd width' if unit == 1 else ''}"
+        shared = dict(UNIT=unit, BLOCK_N=mlp.COLUMNS, **({} if mask else absent("mask")))
+        for op, module, forward, backward, planes in (
+            ("gelu", mlp_kernels, "gelu_kernel", "gelu_backward_kernel", 2),
+            ("swiglu", swiglu_kernels, "gated_kernel", "gated_backward_kernel", 3),
+        ):
+            rows = mlp.backward_rows(planes)
+            yield Case(f"{op} pass{tag}", getattr(module, forward), shared | dict(BLOCK_M=mlp.FORWARD_ROWS))
+            yield Case(f"{op} backward pass{tag}", getattr(module, backward),
+                       shared | dict(BLOCK_M=rows, CHUNK=mlp.LONGEST_CHUNK))  # fmt: skip
+
+
+def layer_norm_cases(width: int, kept: bool) -> Iterator[Case]:
+    """LayerNorm with a residual, all of it or over kept channels."""
+    lists, tag = {} if kept else absent("mask", "count"), f"{width}{' kept' if kept else ''}"
+    for name, kernel, more, size in (
+        ("forward", kept_layer_norm.forward_kernel, {}, blocks(width)),
+        ("backward", kept_layer_norm.backward_kernel, dict(CHUNK=32, STAGES=3), blocks(width, BACKWARD_TILE)),
+    ):
+        constants = {"UNIT": 8, **more, **lists, **{k: v for k, v in size.items() if k.startswith("BLOCK")}}
+        yield Case(f"layer norm {name} {tag}", kernel, constants, warps=size["num_warps"])
 
 
 def cases() -> Iterator[Case]:
@@ -131,17 +172,20 @@ def cases() -> Iterator[Case]:
         yield from attention_cases(qk, v, kept, added=True)
     yield Case("attention delta", attention_backward.delta_kernel, dict(BLOCK_V=64, BLOCK_M=score_rows(64)))
     yield from matmul_cases()
+    yield from mlp_cases()
     for width in (192, 768, 1280):
-        size = blocks(width)
-        constants = {"UNIT": 8, **{k: v for k, v in size.items() if k.startswith("BLOCK")}}
-        yield Case(f"layer norm forward {width}", kept_layer_norm.forward_kernel, constants, warps=size["num_warps"])
-        yield Case(f"layer norm backward {width}", kept_layer_norm.backward_kernel, constants | dict(CHUNK=CHUNK),
-                   warps=size["num_warps"])  # fmt: skip
+        for kept in (False, True):
+            yield from layer_norm_cases(width, kept)
+    for planes, samples, tiles in ((2, 1, 64), (2, 8, 8), (3, 1, 64), (3, 8, 8)):
+        weights = absent("weight0", "weight1") if planes == 3 else {}
+        yield Case(f"fold {planes} planes, {samples} samples", fold.fold_kernel,
+                   dict(PLANES=planes, SAMPLES=samples, TILES=tiles, COLUMNS=32, **weights), warps=8,
+                   overrides=tuple((name, "*fp16") for name in ("sum0", "sum1", "weight0", "weight1")))  # fmt: skip
     for step in (8, 1):
         yield Case(f"group_dot tiles by {step}", group_dot.tiles_kernel,
                    dict(W=triton.language.float32, G=triton.language.float32, STEP=step, ROWS=8, BLOCK=256,
                         INTERPRETED=False))  # fmt: skip
-    yield Case("group_dot slices", group_dot.slices_kernel, dict(UNITS=32, LANES=64))
+    yield Case("group_dot slices", group_dot.slices_kernel, dict(MANY=MANY, SHORT=SHORT, FEW=FEW, LONG=LONG))
     yield Case("group_dot outputs", group_dot.outputs_kernel, dict(BLOCK=128),
                overrides=(("out", "*fp32"), ("scale", "*fp32")))  # fmt: skip
 

@@ -1,22 +1,13 @@
-"""Autotune configs: few per architecture, those over its shared memory left out, one under the interpreter."""
+"""Configs of kernels: few per architecture, those over its shared memory left out, one under the interpreter.
+
+Chained products put all warps along rows, so 8 warps want 128 rows: on 64 they would compute every product twice.
+"""
 
 from __future__ import annotations
 
-import torch
 import triton
 
-from nvit_kernels.launch import INTERPRET
-
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # most per block
-KEYS = {
-    "attention_forward": ["N", "QK8", "V8"],
-    "attention_dkv": ["N", "QK8", "V8"],
-    "attention_dq": ["N", "QK8", "V8"],
-    "attention_dbias": ["N", "QK8", "V8"],
-    "tokens": ["M", "N8", "K8", "ROLE"],
-    "tokens_backward": ["M", "N8", "K8", "ROLE"],
-    "weights": ["T", "M8", "N8"],
-}
 
 
 def _config(num_warps: int, num_stages: int, **blocks: int) -> triton.Config:
@@ -27,7 +18,7 @@ ADDED = ("bias", "window")  # optional arguments of attention's kernels that tak
 NARROW, WIDE, WIDEST = 64, 128, 256  # head dims up to this, after padding to a power of two
 CONFIGS = {  # by the largest head dim they hold without spilling; 0 where there is no head
     "attention_forward": {
-        NARROW: [_config(4, 2, M=64, N=32), _config(8, 2, M=64, N=64), _config(8, 3, M=128, N=64)],
+        NARROW: [_config(4, 2, M=64, N=32), _config(8, 3, M=128, N=64)],
         WIDE: [_config(4, 2, M=64, N=32), _config(8, 2, M=128, N=32)],
         WIDEST: [_config(8, 1, M=64, N=32)],
     },
@@ -37,12 +28,12 @@ CONFIGS = {  # by the largest head dim they hold without spilling; 0 where there
         WIDEST: [_config(8, 1, M=16, N=32)],
     },
     "attention_dq": {
-        NARROW: [_config(4, 1, N=32), _config(4, 2, N=32), _config(8, 2, N=64)],
+        NARROW: [_config(4, 1, N=32), _config(4, 2, N=32)],
         WIDE: [_config(8, 1, N=32), _config(8, 2, N=32)],
         WIDEST: [_config(8, 1, N=16)],
     },
     "attention_dbias": {
-        NARROW: [_config(4, 1, M=64, N=32), _config(4, 2, M=64, N=32), _config(8, 2, M=64, N=32)],
+        NARROW: [_config(4, 1, M=64, N=32), _config(4, 2, M=64, N=32)],
         WIDE: [_config(8, 1, M=64, N=32), _config(8, 2, M=64, N=32)],
         WIDEST: [_config(8, 1, M=32, N=16)],
     },
@@ -54,14 +45,14 @@ CONFIGS = {  # by the largest head dim they hold without spilling; 0 where there
 }
 WITH_ADDED = {  # in place of the above where a bias or a window mask takes registers too
     "attention_forward": {
-        NARROW: [_config(4, 1, M=64, N=32), _config(8, 2, M=64, N=64), _config(8, 3, M=128, N=64)],
+        NARROW: [_config(4, 1, M=64, N=32), _config(8, 3, M=128, N=64)],
         WIDEST: [_config(8, 1, M=64, N=16)],
     },
     "attention_dkv": {
-        NARROW: [_config(4, 1, M=32, N=64), _config(8, 1, M=32, N=64), _config(8, 2, M=32, N=64)],
+        NARROW: [_config(4, 1, M=32, N=64), _config(8, 1, M=32, N=128)],
         WIDEST: [_config(8, 1, M=16, N=16)],
     },
-    "attention_dq": {NARROW: [_config(4, 1, N=32), _config(4, 2, N=32), _config(8, 2, N=32)]},
+    "attention_dq": {NARROW: [_config(4, 1, N=32), _config(4, 2, N=32)]},
 }
 INTERPRETED = {  # time grows with the number of operations, so large blocks
     "attention_forward": _config(4, 1, M=256, N=256),
@@ -84,7 +75,7 @@ def shared_bytes(name: str, config: triton.Config, meta: dict, itemsize: int) ->
         head = block["BLOCK_QK"] + block["BLOCK_V"]
         scratch = 0 if name == "attention_forward" else block["BLOCK_M"] * block["BLOCK_N"]
         tiles = itemsize * (head * (staged * config.num_stages + held) + scratch)
-        added = sum(meta.get(name) is not None for name in ADDED)  # as float32 at most
+        added = sum(meta.get(operand) is not None for operand in ADDED)  # as float32 at most
         return tiles + 4 * added * (config.num_stages - 1) * block["BLOCK_M"] * block["BLOCK_N"]
     return itemsize * config.num_stages * block["BLOCK_K"] * (block["BLOCK_M"] + block["BLOCK_N"])
 
@@ -94,19 +85,6 @@ def fitting(name: str, arch: int, meta: dict, itemsize: int = 2) -> list[triton.
     limit = SHARED_BYTES.get(arch, min(SHARED_BYTES.values()))
     head = max(meta.get("BLOCK_QK", 0), meta.get("BLOCK_V", 0))
     held = min(held for held in CONFIGS[name] if held >= head)
-    added = any(meta.get(name) is not None for name in ADDED)
+    added = any(meta.get(operand) is not None for operand in ADDED)
     small, *rest = (added and WITH_ADDED.get(name, {}).get(held)) or CONFIGS[name][held]
     return [small, *(c for c in rest if shared_bytes(name, c, meta, itemsize) <= limit)]
-
-
-def tuned(name: str, kernel):
-    """`kernel` with the configs of `name`: autotuned per shape on a GPU, one fixed config under the interpreter."""
-    configs = [INTERPRETED[name]] if INTERPRET else [c for held in CONFIGS[name].values() for c in held]
-
-    def prune(configs, arguments, **meta):
-        major, minor = torch.cuda.get_device_capability()
-        given = {**arguments, **meta}
-        tensor = next(a for a in given.values() if isinstance(a, torch.Tensor))
-        return fitting(name, 10 * major + minor, given, tensor.element_size())
-
-    return triton.autotune(configs, key=KEYS[name], prune_configs_by={"early_config_prune": prune})(kernel)

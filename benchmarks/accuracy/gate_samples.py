@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from nvit.calibration.statistics import Seen, watch
+from nvit.calibration.statistics import SiteStatistics, gather_statistics
 
 PASSES = ("true", "probe")
 BATCH = 10
@@ -111,9 +111,9 @@ def token_products(model: nn.Module, images: Sequence[Tensor]) -> dict[str, Tens
     logits' curvature. `pairs.mlp.I`, `pairs.heads.I`, `pairs.v_dim.I`, `pairs.qk_dim.I`, `pairs.emb.0`, fp32
     `(units, units)`.
     """
-    seen = watch(model, [torch.stack(list(images[i : i + BATCH])) for i in range(0, len(images), BATCH)])
+    seen = gather_statistics(model, [torch.stack(list(images[i : i + BATCH])) for i in range(0, len(images), BATCH)])
 
-    def pairs(s: Seen) -> Tensor:
+    def pairs(s: SiteStatistics) -> Tensor:
         return (s.xx / s.rows * s.curvature).float()
 
     out = {"pairs.emb.0": sum(pairs(s) for (_, place), s in seen.items() if place == "emb")}

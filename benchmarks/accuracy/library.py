@@ -15,9 +15,9 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from nvit import adapters, data
-from nvit.calibration.statistics import watch
+from nvit.calibration.statistics import gather_statistics
 from nvit.cli.flags import DataFlags, ModelFlags
-from nvit.cli.inputs import open_evaluation_data, open_training_data
+from nvit.cli.inputs import open_evaluation_data, open_images
 from nvit.cli.models import open_model
 from nvit.config import PruneConfig
 from nvit.criteria.remaining import remaining_loss
@@ -47,7 +47,7 @@ def data_flags(data: Path) -> list[str]:
     """Scores and training on imagenet_sample1000, evaluation on imagenet_val1300 cropped without resizing."""
     evaluation = ["--eval-data", f"{data}/imagenet_val1300", "--class-map", f"{data}/imagenet_synsets.txt"]
     weights = ["--checkpoint", f"{data}/deit_tiny_patch16_224.safetensors"]
-    return [*weights, "--data", f"{data}/imagenet_sample1000", *evaluation, "--no-resize", "--device", "cpu"]
+    return [*weights, "--data", f"{data}/imagenet_sample1000/val", *evaluation, "--no-resize", "--device", "cpu"]
 
 
 def dense_model(root: Path) -> nn.Module:
@@ -111,14 +111,14 @@ class Bench:
     def __init__(self, data: Path, images: int, evaluate: int) -> None:
         self.checkpoint = f"{data}/{MODEL}.safetensors"
         where = DataFlags(
-            data=f"{data}/imagenet_sample1000",
+            data=f"{data}/imagenet_sample1000/val",
             eval_data=f"{data}/imagenet_val1300",
             class_map=f"{data}/imagenet_synsets.txt",
             resize=False,
             eval_images=evaluate,
         )
         self.plain = open_model(MODEL, ModelFlags(checkpoint=self.checkpoint), torch.device("cpu"))
-        loader = open_training_data(self.plain, where, PruneConfig(batch_size=BATCH), augment=False)
+        loader = open_images(self.plain, where).training(PruneConfig(batch_size=BATCH), augment=False)
         self.calibration = [batch for batch, _ in zip(loader, range(-(-images // BATCH)), strict=False)]
         self.evaluation = list(open_evaluation_data(self.plain, where, BATCH))
         self.table = LatencyTable.analytic(self.plain)
@@ -129,7 +129,7 @@ class Bench:
     def rotated(self, batches):
         """A copy of the dense model in each head's own basis, and what was seen on it."""
         model = copy.deepcopy(self.plain)
-        seen = watch(model, [x for x, _ in batches])
+        seen = gather_statistics(model, [x for x, _ in batches])
         rotate_(model, seen)
         return model, seen
 
@@ -142,5 +142,5 @@ class Bench:
         model = copy.deepcopy(self.model)
         apply_(model, self.groups, masks)
         if refit:
-            refit_(model, self.model, self.groups, [x for x, _ in batches or self.calibration], seen=self.seen)
+            refit_(model, self.model, self.groups, [x for x, _ in batches or self.calibration], statistics=self.seen)
         return compact(model, self.groups, masks)

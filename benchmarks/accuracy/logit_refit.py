@@ -15,10 +15,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from nvit.calibration.capture import Place
 from nvit.calibration.replay import Reached, Replay
-from nvit.calibration.statistics import Place, Seen
+from nvit.calibration.statistics import SiteStatistics
 from nvit.layers import Attention, prunable_layers
-from nvit.refit.refit import _weights
+from nvit.refit.gather import row_weights
 from nvit.refit.ridge import Moments, ridge
 from nvit.spec import Group
 
@@ -126,7 +127,7 @@ def refit_logits_(
     dense: nn.Module,
     groups: Sequence[Group],
     batches: Sequence[Tensor],
-    seen: Mapping[Place, Seen],
+    seen: Mapping[Place, SiteStatistics],
     turns: int = 1,
     held: float = 0.2,
 ) -> None:
@@ -140,7 +141,7 @@ def refit_logits_(
     layers, exact = prunable_layers(model), prunable_layers(dense)
     for block in names:
         for name in (n for n, m in layers.items() if n.startswith(f"{block}.") and isinstance(m, Attention)):
-            weights, sums = _weights(seen, (name, "qk"), 0.2), (Joint(), Joint())
+            weights, sums = row_weights(seen, (name, "qk"), 0.2), (Joint(), Joint())
             for b in range(len(ours)):
                 x, e = _entering(ours, layers[name], b), _entering(theirs, exact[name], b)
                 sums[b >= first_held].add(x, e, torch.ones(x.shape[1]) if weights is None else weights)

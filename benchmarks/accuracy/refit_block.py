@@ -21,9 +21,9 @@ import torch
 from benchmarks.accuracy.library import data_folder
 from benchmarks.harness import Records
 from nvit import adapters
-from nvit.calibration.statistics import watch
+from nvit.calibration.statistics import gather_statistics
 from nvit.cli.flags import DataFlags
-from nvit.cli.inputs import open_training_data
+from nvit.cli.inputs import open_images
 from nvit.config import PruneConfig
 from nvit.criteria.remaining import remaining_loss
 from nvit.refit.refit import refit_
@@ -42,7 +42,7 @@ def seconds(depth: int, images: list[torch.Tensor]) -> dict[str, float]:
     adapter = adapters.find(model)
     groups, meter = adapter.groups(adapter.prepare(model)), Meter("cpu")
     held, marks = meter.held, [time.process_time()]
-    seen = watch(model, images)
+    seen = gather_statistics(model, images)
     rotate_(model, seen)
     marks.append(time.process_time())
     scores = remaining_loss(model, groups, full_masks(groups), seen)
@@ -52,7 +52,7 @@ def seconds(depth: int, images: list[torch.Tensor]) -> dict[str, float]:
         if g.kind == "mlp":
             masks[g.name][scores[g.name].argsort()[: g.size // 2]] = False
     apply_(model, groups, masks)
-    refit_(model, dense, groups, images, seen=seen)
+    refit_(model, dense, groups, images, statistics=seen)
     marks.append(time.process_time())
     found = dict(zip(STEPS, (b - a for a, b in itertools.pairwise(marks)), strict=True))
     return found | {"peak_mib": (meter.peak - held) / 2**20}
@@ -65,8 +65,8 @@ def main() -> int:
     data = data_folder()
     torch.set_num_threads(1)
     model = adapters.find(m := timm.create_model("deit_base_patch16_224", depth=1)).prepare(m)
-    where = DataFlags(data=f"{data}/imagenet_sample1000", class_map=f"{data}/imagenet_synsets.txt", resize=False)
-    loader = open_training_data(model, where, PruneConfig(batch_size=BATCH), augment=False)
+    where = DataFlags(data=f"{data}/imagenet_sample1000/val", class_map=f"{data}/imagenet_synsets.txt", resize=False)
+    loader = open_images(model, where).training(PruneConfig(batch_size=BATCH), augment=False)
     images = [x for (x, _), _ in zip(loader, range(-(-args.images // BATCH)), strict=False)]
     count, records = sum(len(x) for x in images), Records("refit_block")
     one, two = seconds(1, images), seconds(2, images)

@@ -22,7 +22,7 @@ from benchmarks.accuracy.library import Bench, data_folder, in_every_group
 from benchmarks.accuracy.logit_refit import refit_logits_
 from benchmarks.accuracy.paired import kl
 from benchmarks.harness import Records
-from nvit.calibration.statistics import watch
+from nvit.calibration.statistics import gather_statistics
 from nvit.criteria.remaining import remaining_loss
 from nvit.refit.refit import refit_
 from nvit.structure.compact import compact
@@ -48,7 +48,7 @@ def main() -> int:
     records = Records("refit_logits")
     images, labels = [x for x, _ in bench.calibration], torch.cat([y for _, y in bench.evaluation])
     exact = _logits(bench.plain, bench.evaluation)
-    bases = {"trained": (bench.plain, watch(bench.plain, images)), "rotated": (bench.model, bench.seen)}
+    bases = {"trained": (bench.plain, gather_statistics(bench.plain, images)), "rotated": (bench.model, bench.seen)}
 
     def measure(model: nn.Module, **row) -> None:
         found = _logits(model, bench.evaluation)
@@ -66,7 +66,7 @@ def main() -> int:
                 if turns:
                     refit_logits_(model, dense, bench.groups, images, seen, turns)
                 elif refit == "layers":
-                    refit_(model, dense, bench.groups, images, seen=seen)
+                    refit_(model, dense, bench.groups, images, statistics=seen)
                 seconds = time.process_time() - start
                 measure(
                     compact(model, bench.groups, masks), removed=share, basis=basis, refit=refit, refit_cpu_s=seconds

@@ -76,7 +76,7 @@ def main() -> int:
 
     dense = dense_model(root)
     start = time.perf_counter()
-    training = images_of(root / "imagenet_sample1000", dense, None)
+    training = images_of(root / "imagenet_sample1000" / "val", dense, None)
     evaluation = data.evaluation_loader(
         images_of(root / "imagenet_val1300", dense, root / "imagenet_synsets.txt"), batch_size=50
     )

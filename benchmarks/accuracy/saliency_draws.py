@@ -21,7 +21,8 @@ from benchmarks.accuracy.library import BATCH, REPORTED_AT, data_folder, dense_m
 from benchmarks.accuracy.paired import kl, paired_bootstrap
 from benchmarks.harness import Records
 from nvit import adapters
-from nvit.calibration.statistics import GateProducts, watch
+from nvit.calibration.gauss_newton import GateProducts
+from nvit.calibration.statistics import gather_statistics
 from nvit.config import PruneConfig
 from nvit.criteria.curvature import curvature_loss
 from nvit.latency.table import LatencyTable
@@ -47,7 +48,7 @@ def main() -> int:
         pairs = images_of(root / folder, dense, class_map)[: args.images]
         return torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
 
-    scored, labels = images("imagenet_sample1000", None)
+    scored, labels = images("imagenet_sample1000/val", None)
     shown, truth = images("imagenet_val1300", root / "imagenet_synsets.txt")
     table, answers = LatencyTable.analytic(dense), logits(dense, shown)
     pruner = Pruner(copy.deepcopy(dense), table, PruneConfig(latency_target=0.5, train=False, criterion="fisher"))
@@ -76,7 +77,7 @@ def main() -> int:
     reported("fisher", None, pruner.scores())
     for seed in range(args.seeds):
         gates = GateProducts()
-        seen = watch(model, scored.split(BATCH), gates=gates, seed=seed)
+        seen = gather_statistics(model, scored.split(BATCH), gates=gates, seed=seed)
         reported("curvature", seed, curvature_loss(model, pruner.groups, full, seen, gates))
     if args.images is None:
         records.save()

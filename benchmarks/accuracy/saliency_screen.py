@@ -103,7 +103,7 @@ def main() -> int:
     few = slice(60 if args.quick else None)
     file = cache / "gates.safetensors"
     if not file.exists():
-        scored, start = images_of(root / "imagenet_sample1000", dense, None)[few], time.process_time()
+        scored, start = images_of(root / "imagenet_sample1000" / "val", dense, None)[few], time.process_time()
         found = record(copy.deepcopy(dense), scored, lambda n: print(f"recorded {n} of {len(scored)}", file=sys.stderr))
         prepared = copy.deepcopy(dense)
         adapters.find(prepared).prepare(prepared)

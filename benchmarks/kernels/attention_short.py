@@ -32,7 +32,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nvit_kernels import functional, reference
 from nvit_kernels.ops.attention import short as op
-from nvit_kernels.ops.attention.short import Config, attention_short, attention_short_packed
+from nvit_kernels.ops.attention.short import attention_short, attention_short_packed
+from nvit_kernels.ops.attention.short_layouts import Config
 
 SCALE, NO_SCORES = 0.125, (None, None, None)
 Shape = tuple[int, int, int, int, int]  # batch, heads, tokens, qk, v
@@ -107,7 +108,7 @@ def with_layouts(forward: Config | None, backward: Config | None) -> Callable:
         class Chosen(torch.autograd.Function):
             @staticmethod
             def forward(ctx, q, k, v):
-                o, lse = op.launch(q, k, v, scale, forward)
+                o, lse = op.launch(*op.read(q, k, v), scale, forward)
                 ctx.save_for_backward(q, k, v, o, lse)
                 return o
 
@@ -115,7 +116,8 @@ def with_layouts(forward: Config | None, backward: Config | None) -> Callable:
             def backward(ctx, do):
                 q, k, v, o, lse = ctx.saved_tensors
                 grads = op.separate_gradients(q, v)
-                op.launch_backward(do, q, k, v, o, lse, scale, grads, scores, backward)
+                plan, *operands = op.read(q, k, v)
+                op.launch_backward(plan, do, *operands, o, lse, scale, grads, scores, backward)
                 return grads
 
         return Chosen.apply(q, k, v)
@@ -149,8 +151,9 @@ def writes_outside(shape: Shape, dtype: torch.dtype) -> str:
     b, h, n, d, _ = shape
     q, k, v, do = inputs(shape, dtype, 9)
     around = torch.full((b + 2, n, 3, h, d), 7.0, device="cuda", dtype=dtype)
-    o, lse = op.launch(q, k, v, SCALE)
-    op.launch_backward(do, q, k, v, o, lse, SCALE, op.unpack(around[1:-1]), NO_SCORES)
+    plan, *_ = op.read(q, k, v)
+    o, lse = op.launch(plan, q, k, v, SCALE)
+    op.launch_backward(plan, do, q, k, v, o, lse, SCALE, op.unpack(around[1:-1]), NO_SCORES)
     inside, outside = around[1:-1], torch.cat((around[:1], around[-1:]))
     packed = torch.stack([t.transpose(1, 2) for t in (q, k, v)], 2).requires_grad_()
     (expected,) = torch.autograd.grad(attention_short_packed(packed, SCALE), packed, do)
@@ -275,17 +278,17 @@ def timings(name: str, shape: Shape) -> Iterator[tuple[str, str, Callable[[], li
                    lambda c=call: [step(c, [x], s[3]) for x, s in zip(packed, sets, strict=True)])  # fmt: skip
     if "b256" in name:
         return
+    plan = op.read(*sets[0][:3])[0]
     for config in FORWARDS[layouts]:
         yield f"forward layouts {name}", said(config), lambda c=config: [
-            no_grad(op.launch, *s[:3], SCALE, c) for s in sets]  # fmt: skip
-    saved = [op.launch(*s[:3], SCALE) for s in sets]
+            no_grad(op.launch, plan, *s[:3], SCALE, c) for s in sets]  # fmt: skip
+    saved, (_, h, _, d, e) = [op.launch(plan, *s[:3], SCALE) for s in sets], shape
     grads = op.separate_gradients(sets[0][0], sets[0][2])
-    _, h, _, d, e = shape
     buffers = tuple(torch.zeros(units, device="cuda") for units in (h, d, e))
     for config in BACKWARDS[layouts]:
         for scores, kind in ((NO_SCORES, ""), (buffers, " scores")):
             yield f"backward layouts {name}", said(config) + kind, lambda c=config, w=scores: [
-                no_grad(op.launch_backward, s[3], *s[:3], *kept, SCALE, grads, w, c)
+                no_grad(op.launch_backward, plan, s[3], *s[:3], *kept, SCALE, grads, w, c)
                 for s, kept in zip(sets, saved, strict=True)]  # fmt: skip
 
 

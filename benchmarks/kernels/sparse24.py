@@ -103,12 +103,15 @@ def cpu_model(seconds: float, context: dict) -> list[dict]:
     halves = [m.half() for m in masters]
     check(halves[:4], torch.float16)
     metas = [p.meta for p in sparse24.compress_2to4_many(halves)]
+    compress, repack = sparse24.CompressPlan(halves), sparse24.RepackPlan(halves, metas)
     peer = "torch from_dense_cutlass, one by one"
     providers = {
         peer: lambda: [sparse_semi_structured_from_dense_cutlass(h) for h in halves],
         "ours, one call": lambda: sparse24.compress_2to4_many(halves),
         "ours, one call, from float32 masters": lambda: sparse24.compress_2to4_many(masters, dtype=torch.float16),
         "ours, values only (repack), one call": lambda: sparse24.repack_2to4_many(halves, metas),
+        "ours, planned": lambda: compress(check=True),
+        "ours, planned, values only (repack)": lambda: repack(check=True),
     }
     traffic = moved_bytes(halves, torch.float16)
     return rows("compress all blocks of DeiT-B float16", on_cpu(providers, seconds), peer, traffic, context)
@@ -148,9 +151,13 @@ def gpu_layer(name: str, shape: tuple[int, int], seconds: float, context: dict) 
 def gpu_model(seconds: float, context: dict) -> list[dict]:
     """All blocks of DeiT-B in one call."""
     halves = [torch.randn(shape, device="cuda").half() for _ in range(12) for shape in SHAPES.values()]
+    compress = sparse24.CompressPlan(halves)
+    repack = sparse24.RepackPlan(halves, [p.meta for p in compress.packed])
     providers = {
         COPY: copy_of(moved_bytes(halves, torch.float16)),
         "ours, one call": lambda: sparse24.compress_2to4_many(halves, check=False),
+        "ours, planned": compress,
+        "ours, planned, values only (repack)": repack,
         "torch CUTLASS from_dense, one by one": lambda: [
             SparseSemiStructuredTensorCUTLASS.from_dense(h) for h in halves
         ],

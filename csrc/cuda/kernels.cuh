@@ -2,17 +2,9 @@
 #pragma once
 
 #include "../codec/tile.h"
+#include "../launches.h"
 
 namespace nvit {
-
-constexpr int kJobsPerLaunch = 56;
-
-struct JobTable {
-  Job job[kJobsPerLaunch];
-  int count;
-  uint32_t* faults;  // one word a job
-};
-static_assert(sizeof(JobTable) <= 4096, "what kernel arguments may take on every driver");
 
 // The job whose units hold this block: the last with first_unit <= block.
 __device__ __forceinline__ int find_job(const JobTable& table, int block) {

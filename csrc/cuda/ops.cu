@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/shim_utils.h>
 
 #include "../prepare.h"
+#include "../stored_plan.h"
 #include "kernels.cuh"
 
 namespace nvit {
@@ -13,7 +14,6 @@ namespace {
 
 constexpr int64_t kAlign = 16;  // loads are 16 bytes wide
 
-// Jobs in order; a launch takes neighbours of one format and mask form.
 void run_all(const char* op, Plan& plan, Work work, bool check, const Tensor& where) {
   const int32_t device = where.get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);
@@ -26,25 +26,10 @@ void run_all(const char* op, Plan& plan, Work work, bool check, const Tensor& wh
   uint32_t* device_faults = static_cast<uint32_t*>(faults.data_ptr());
   STD_CUDA_CHECK(cudaMemsetAsync(device_faults, 0, total * sizeof(uint32_t), stream));
 
-  for (int64_t begin = 0; begin < total;) {
-    JobTable table;
-    int blocks = 0;
-    table.count = 0;
-    table.faults = device_faults + begin;
-    int64_t end = begin;
-    for (; end < total && table.count < kJobsPerLaunch && plan.formats[end] == plan.formats[begin] &&
-           plan.masks[end] == plan.masks[begin];
-         ++end) {
-      Job& job = table.job[table.count++];
-      job = plan.jobs[end];
-      job.first_unit = blocks;
-      blocks += tile_count(job);
-    }
-    with_format(plan.formats[begin],
-                [&](auto f) { launch<decltype(f)>(work, plan.masks[begin], table, blocks, stream); });
+  for_each_launch(plan, device_faults, [&](Format format, Mask mask, const JobTable& table, int blocks) {
+    with_format(format, [&](auto f) { launch<decltype(f)>(work, mask, table, blocks, stream); });
     STD_CUDA_KERNEL_LAUNCH_CHECK();
-    begin = end;
-  }
+  });
 
   if (!check) return;
   std::vector<uint32_t> host(total);
@@ -72,6 +57,23 @@ Tensors decompress(Tensors values, Tensors meta, bool check) {
   return dense;
 }
 
+std::tuple<Tensor, Tensors, Tensors, Tensors> stored_compress(Tensors dense, Tensors mask,
+                                                              std::optional<ScalarType> dtype) {
+  return store_compress(dense, mask, dtype, kAlign);
+}
+
+std::tuple<Tensor, Tensors> stored_repack(Tensors dense, Tensors meta, std::optional<ScalarType> dtype) {
+  return store_repack(dense, meta, dtype, kAlign);
+}
+
+// `where` is any tensor of the device.
+template <Work work>
+void replay(Tensor table, Tensor where, bool check) {
+  constexpr const char* kOp = work == Work::kCompress ? "compress_2to4" : "repack_2to4";
+  Plan plan = restore(kOp, table);
+  if (!plan.jobs.empty()) run_all(kOp, plan, work, check, where);
+}
+
 }  // namespace
 }  // namespace nvit
 
@@ -79,4 +81,8 @@ STABLE_TORCH_LIBRARY_IMPL(nvit, CUDA, m) {
   m.impl("compress_2to4", TORCH_BOX(&nvit::compress));
   m.impl("repack_2to4", TORCH_BOX(&nvit::repack));
   m.impl("decompress_2to4", TORCH_BOX(&nvit::decompress));
+  m.impl("_plan_compress_2to4", TORCH_BOX(&nvit::stored_compress));
+  m.impl("_plan_repack_2to4", TORCH_BOX(&nvit::stored_repack));
+  m.impl("_replay_compress_2to4", TORCH_BOX(&nvit::replay<nvit::Work::kCompress>));
+  m.impl("_replay_repack_2to4", TORCH_BOX(&nvit::replay<nvit::Work::kRepack>));
 }

@@ -15,18 +15,22 @@ from torch import Tensor, nn
 
 from ..layers.bypass import carried
 from .base import Adapter, Logits
+from .changes import change_, changes_of
 from .hf_vit import HFViT
 from .masking import hook_refusal
 from .timm_beit import TimmBeit
 from .timm_eva import TimmEva
 from .timm_swin import TimmSwin
 from .timm_vit import TimmViT
+from .wrapped import tied, way_in
 
 __all__ = [
     "FAMILIES",
     "SUPPORTED",
     "Adapter",
     "Logits",
+    "change_",
+    "changes_of",
     "classes",
     "find",
     "label_names",
@@ -43,11 +47,20 @@ SUPPORTED = (
     "alike) and Beit; Hugging Face's ViT, DeiT and DINOv2 for image classification; docs/models.md lists them."
 )
 
+UNKNOWN = "no adapter knows its class"
+
 
 def refusal(model: nn.Module) -> str | None:
     """Why no adapter takes `model`, or None."""
-    family = next((a for a in FAMILIES.values() if a.knows(model)), None)
-    return "no adapter knows its class" if family is None else family.refusal(model)
+    family = _family(model)
+    if family is None:
+        hosts = tuple(cls for a in FAMILIES.values() for cls in a.hosts())
+        return way_in(model, lambda m: _family(m) is not None, hosts) or UNKNOWN
+    return tied(model) or family.refusal(model)
+
+
+def _family(model: nn.Module) -> Adapter | None:
+    return next((a for a in FAMILIES.values() if a.knows(model)), None)
 
 
 def find(model: nn.Module) -> Adapter:
@@ -57,7 +70,9 @@ def find(model: nn.Module) -> Adapter:
         ValueError: no adapter takes it; names the reason and the supported families.
     """
     if (reason := refusal(model)) is not None:
-        raise ValueError(f"{type(model).__name__} is not supported: {reason}. Supported families: {SUPPORTED}")
+        elsewhere = _family(model) is None and reason != UNKNOWN  # there is a way in
+        known = "" if elsewhere else f". Supported families: {SUPPORTED}"
+        raise ValueError(f"{type(model).__module__}.{type(model).__name__} is not supported: {reason}{known}")
     return of(model)
 
 
@@ -100,4 +115,6 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
 
 def classes(model: nn.Module) -> int:
     """How many classes a model tells apart, under timm's name for it or transformers'."""
+    if hasattr(model, "dense_config") and isinstance(head := getattr(model, "head", None), nn.Linear):
+        return head.out_features  # a new head does not tell the model
     return model.num_classes if hasattr(model, "num_classes") else model.num_labels

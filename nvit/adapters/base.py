@@ -40,7 +40,8 @@ class Adapter(ABC):
 
     `knows`, `refusal`, `prepare` and `preprocess` take models as users have them, prepared or not; every other method
     takes prepared ones, dense or compact. A prepared model carries the constructor arguments of its dense host as
-    `dense_config`. See `one_stream.OneStream` for models of one residual stream, which have less to say.
+    `dense_config`; those that people change later are read from the model itself (`settings`). See
+    `one_stream.OneStream` for models of one residual stream, which have less to say.
 
     Attributes:
         family: its name in `FAMILIES` and in a spec.
@@ -52,6 +53,10 @@ class Adapter(ABC):
     def knows(self, model: nn.Module) -> bool:
         """Whether the model is of this family at all; a subclass of a host may compute something else."""
 
+    def hosts(self) -> tuple[type, ...]:
+        """The classes of models that it knows, those that can be had without an import."""
+        return ()
+
     @abstractmethod
     def refusal(self, model: nn.Module) -> str | None:
         """Why a model of this family is not supported, or None."""
@@ -61,7 +66,7 @@ class Adapter(ABC):
         """Swap in prunable layers, in place; outputs, parameters and their names stay as they are.
 
         Returns:
-            The model; a prepared one unchanged.
+            The model; a prepared one with a new classifier made prunable, else unchanged.
         """
 
     @abstractmethod
@@ -73,10 +78,20 @@ class Adapter(ABC):
         """Every prunable width and its slices; what leaves in one move is `bundle_sizes[kind]` units."""
 
     def spec(self, model: nn.Module, blocks: Sequence[BlockWidths]) -> ViTSpec:
-        """The spec of the model with these widths of its blocks."""
+        """The spec of the model with these widths of its blocks, as far as its constructor's arguments go."""
         images = {k: list(v) if isinstance(v, tuple) else v for k, v in self.preprocess(model).items()}
-        architecture = type(model).__name__
-        return ViTSpec(self.family, architecture, model.dense_config, tuple(blocks), images, self.name(model))
+        config = {**model.dense_config, **self.settings(model)}
+        return ViTSpec(self.family, type(model).__name__, config, tuple(blocks), images, self.name(model))
+
+    @abstractmethod
+    def settings(self, model: nn.Module) -> dict[str, Any]:
+        """Constructor arguments that a model may have changed since it was prepared (classes, image size, pooling), as
+        they are now."""
+
+    @abstractmethod
+    def extent(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
+        """Blocks, tokens and channels of the dense model of a config, by arithmetic alone: what has to be known before
+        anything is built. 0 for what the config does not say."""
 
     def name(self, model: nn.Module) -> str:
         """What people call the model in its library; its class where nobody gave it a name."""

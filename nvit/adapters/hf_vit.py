@@ -62,7 +62,7 @@ class HFViT(OneStream):
         if reason := self.refusal(model):
             raise ValueError(f"{type(model).__name__} is not supported: {reason}")
         if hasattr(model, "dense_config"):
-            return model
+            return _prepare_heads(model)
         config = _config(model)
         described = dense(type(model).__name__, config, "meta").state_dict()
         mine = model.state_dict()
@@ -74,11 +74,11 @@ class HFViT(OneStream):
                     "model.config to what the model is (num_labels for a new classifier), as a snapshot is rebuilt "
                     "from it"
                 )
-        return self._swap(model, config, self.preprocess(model))
+        return self._swap(model, self.preprocess(model))
 
-    def _swap(self, model: nn.Module, config: Mapping[str, Any], images: Mapping[str, Any]) -> nn.Module:
+    def _swap(self, model: nn.Module, images: Mapping[str, Any]) -> nn.Module:
         host, base = host_of(model), model.base_model
-        model.dense_config, model.preprocess = dict(config), dict(images)
+        model.dense_config, model.preprocess = {}, dict(images)  # its config says the rest, see `settings`
         model.set_attn_implementation("sdpa")  # the masks that prunable attention takes
         dropout = base.embeddings.dropout
         base.embeddings.dropout = nn.Sequential(dropout, with_axes(EMB, StreamEntry(), dropout))
@@ -92,11 +92,16 @@ class HFViT(OneStream):
             layer.attention = _attention(layer.attention, attention_axes)
             layer.mlp = _mlp(layer.mlp, mlp_axes)
         base.layernorm = norm(base.layernorm, EMB)
-        inputs = Layout((None, "emb"), (host.reads, base.layernorm.weight.numel()))
-        for name in host.classifiers:
-            classifier = getattr(model, name)
-            setattr(model, name, with_axes(EMB, Linear(classifier, inputs=inputs), classifier))
-        return model
+        return _prepare_heads(model)
+
+    def settings(self, model: nn.Module) -> dict[str, Any]:
+        """The model's config as it is now. Its widths stay the dense model's: it has no word for a block's own."""
+        return _config(model)
+
+    def extent(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
+        image, patch = (pair(config.get(key, 1)) for key in ("image_size", "patch_size"))
+        tokens = (image[0] // max(1, patch[0])) * (image[1] // max(1, patch[1]))
+        return config.get("num_hidden_layers", 0), tokens, config.get("hidden_size", 0)
 
     def stack(self, model: nn.Module) -> nn.ModuleList:
         return model.base_model.get_submodule(host_of(model).layers)
@@ -126,7 +131,7 @@ class HFViT(OneStream):
         model = dense(spec.architecture, spec.config, device)
         model.config.name_or_path = spec.name
         images = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.preprocess.items()}
-        return self._swap(model, spec.config, images)
+        return self._swap(model, images)
 
     def resize(self, model: nn.Module, params: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> nn.Module:
         """As every adapter's. The model's config stays the dense one: it has no word for a block's own widths."""
@@ -185,6 +190,17 @@ class HFViT(OneStream):
             lambda x: x + scale1(block.attention(norm1(x))[0]),
             lambda x: x + scale2(block.mlp(norm2(x))),
         )
+
+
+def _prepare_heads(model: nn.Module) -> nn.Module:
+    """Make plain linear classifiers prunable, also those that a prepared model got since; returns the model."""
+    host = host_of(model)
+    inputs = Layout((None, "emb"), (host.reads, model.base_model.layernorm.weight.numel()))
+    for name in host.classifiers:
+        classifier = getattr(model, name)
+        if type(classifier) is nn.Linear:
+            setattr(model, name, with_axes(EMB, Linear(classifier, inputs=inputs), classifier))
+    return model
 
 
 def _is_plain(m: nn.Module) -> bool:

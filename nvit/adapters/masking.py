@@ -9,6 +9,7 @@ from torch import nn
 
 from ..layers import prunable_layers
 from ..layers.bypass import bypassed, hook_on
+from ..layers.projection import HOOKS
 
 
 def hook_refusal(model: nn.Module, prepare: Callable[[nn.Module], nn.Module]) -> str | None:
@@ -38,6 +39,5 @@ def _skeleton(model: nn.Module) -> nn.Module:
     """A copy of a model without hooks, its parameters on the meta device."""
     memo: dict[int, object] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
     for module in model.modules():
-        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        memo |= {id(getattr(module, kind)): type(getattr(module, kind))() for kind in kinds}
+        memo |= {id(by_id): type(by_id)() for by_id in (getattr(module, name) for name in HOOKS.values())}
     return copy.deepcopy(model, memo)

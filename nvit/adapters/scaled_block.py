@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from timm.layers import Mlp as TimmMlp
 from torch import Tensor, nn
 
-from ..layers import Layout, Mlp, Prunable, functional
+from ..layers import Layout, Prunable, functional
 from ..layers.base import dim_slices, index
 from ..spec import Slice
 from .declare import EMB, block_axes
@@ -65,7 +64,4 @@ def block_refusal(block: nn.Module) -> str | None:
     """Why norms or MLP of a block have no prunable form, or None."""
     if not (is_norm(block.norm1) and is_norm(block.norm2)):
         return f"norm type {type(block.norm1).__name__}"
-    if (reason := mlp_refusal(block.mlp)) is not None:
-        return reason
-    act = nn.GELU if isinstance(block.mlp, (Mlp, TimmMlp)) else nn.SiLU  # what the hosts' constructors give them
-    return None if type(block.mlp.act) is act else f"activation {type(block.mlp.act).__name__}"
+    return mlp_refusal(block.mlp)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
-from timm.layers import SwiGLU
+import torch
+from timm.layers import SwiGLU, resize_rel_pos_bias_table
 from timm.models.beit import Attention as BeitAttention
 from timm.models.beit import Beit, Block, gen_relative_position_index
 from torch import Tensor, nn
@@ -17,11 +18,17 @@ from .declare import EMB, fill_buffers_, with_axes
 from .scaled_block import ScaledBlock, block_refusal, scaled_block
 from .timm_config import mlp_ratio, norm_layer
 from .timm_layers import is_norm
-from .timm_plain import TimmPlain, embedding_config, norm_config, prepare_output
+from .timm_plain import TimmPlain, embedding_config, norm_config, prepare_heads, prepare_output
 
 
 class BiasedAttention(Attention):
-    """Attention that takes the position bias that all blocks share as timm's blocks pass it."""
+    """Attention that takes the position bias that all blocks share as timm's blocks pass it.
+
+    Attributes:
+        window_size: patches along height and width that its own table of biases is for; None without one.
+    """
+
+    window_size: tuple[int, int] | None = None
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         """`shared_rel_pos_bias`: `(dense heads, tokens, tokens)`."""
@@ -29,6 +36,18 @@ class BiasedAttention(Attention):
             return self.attend(x)
         bias = shared_rel_pos_bias if self.table_heads is None else shared_rel_pos_bias[self.table_heads]
         return self.attend(x, bias.unsqueeze(0))
+
+    def set_window_size(self, window_size: tuple[int, int]) -> None:
+        """Called by the model's `set_input_size`: the table of the kept heads is resampled as timm's is."""
+        if self.bias_table_name is None or tuple(window_size) == self.window_size:
+            return
+        table, height, width = self.relative_position_bias_table, *window_size
+        shape = ((2 * height - 1) * (2 * width - 1) + 3, table.shape[1])
+        with torch.no_grad():
+            resized = resize_rel_pos_bias_table(table, window_size, shape, self.window_size)
+        self.relative_position_bias_table = nn.Parameter(resized, requires_grad=table.requires_grad)
+        self._constant("bias_index", gen_relative_position_index(window_size).to(table.device))
+        self.window_size = tuple(window_size)
 
 
 class TimmBeit(TimmPlain):
@@ -50,13 +69,16 @@ class TimmBeit(TimmPlain):
 
     def prepare(self, model: nn.Module) -> nn.Module:
         if hasattr(model, "dense_config"):
-            return model
+            return prepare_heads(model)
         model.dense_config = _config(model)
         model.pos_drop = nn.Sequential(model.pos_drop, with_axes(EMB, StreamEntry(), model.pos_drop))
         for i, block in enumerate(model.blocks):
             model.blocks[i] = scaled_block(block, i, partial(_attention, shared_bias=model.rel_pos_bias is not None))
         prepare_output(model)
         return model
+
+    def settings(self, model: nn.Module) -> dict[str, Any]:
+        return super().settings(model) | {"use_fc_norm": is_norm(model.fc_norm)}
 
     def build(self, spec: ViTSpec, device: str = "meta") -> nn.Module:
         config = dict(spec.config)
@@ -89,6 +111,7 @@ def _attention(host: nn.Module, axes: Mapping[str, str], shared_bias: bool) -> P
         attn_drop=host.attn_drop.p,
         proj_drop=host.proj_drop.p,
     )
+    layer.window_size = tuple(host.window_size) if own_bias else None
     return with_axes(axes, layer, host)
 
 
@@ -104,6 +127,5 @@ def _config(model: nn.Module) -> dict[str, Any]:
         "use_abs_pos_emb": model.pos_embed is not None,
         "use_rel_pos_bias": block.attn.relative_position_bias_table is not None,
         "use_shared_rel_pos_bias": model.rel_pos_bias is not None,
-        "use_fc_norm": is_norm(model.fc_norm),
         **norm_config(model),
     }

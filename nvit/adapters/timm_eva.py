@@ -25,7 +25,7 @@ from .declare import EMB, fill_buffers_, with_axes
 from .scaled_block import ScaledBlock, block_refusal, scaled_block
 from .timm_config import known, mlp_ratio, norm_layer
 from .timm_layers import inner_norm, is_norm, is_norm_or_none, stream_norm
-from .timm_plain import TimmPlain, embedding_config, norm_config, prepare_output
+from .timm_plain import TimmPlain, embedding_config, norm_config, prepare_heads, prepare_output
 
 ATTENTIONS = {"eva": EvaAttention, "rope": AttentionRope}
 ROPES = {
@@ -99,7 +99,7 @@ class TimmEva(TimmPlain):
 
     def prepare(self, model: nn.Module) -> nn.Module:
         if hasattr(model, "dense_config"):
-            return model
+            return prepare_heads(model)
         model.dense_config = _config(model)
         entry = model.norm_pre
         model.norm_pre = stream_norm(entry, entry=True) if is_norm(entry) else with_axes(EMB, StreamEntry(), entry)
@@ -107,6 +107,15 @@ class TimmEva(TimmPlain):
             model.blocks[i] = scaled_block(block, i, partial(_attention, rope=model.rope))
         prepare_output(model)
         return model
+
+    def settings(self, model: nn.Module) -> dict[str, Any]:
+        return super().settings(model) | {
+            "use_post_transformer_norm": is_norm(model.norm),
+            "use_fc_norm": is_norm(model.fc_norm),
+            "dynamic_img_size": model.dynamic_img_size,
+            "dynamic_img_pad": model.patch_embed.dynamic_img_pad,
+            "patch_drop_rate": getattr(model.patch_drop, "prob", 0.0),
+        }
 
     def build(self, spec: ViTSpec, device: str = "meta") -> nn.Module:
         config = dict(spec.config)
@@ -158,7 +167,7 @@ def _attention(host: nn.Module, axes: Mapping[str, str], rope: nn.Module | None)
 
 def _config(model: nn.Module) -> dict[str, Any]:
     """Constructor arguments that rebuild a timm model, read off the model, so that ones built by hand work as well."""
-    block, embed, pool = model.blocks[0], model.patch_embed, model.attn_pool
+    block, pool = model.blocks[0], model.attn_pool
     config = embedding_config(model) | {
         "qkv_bias": getattr(block.attn, "q_bias", None) is not None
         or (block.attn.q_proj if block.attn.qkv is None else block.attn.qkv).bias is not None,
@@ -178,10 +187,6 @@ def _config(model: nn.Module) -> dict[str, Any]:
         "use_abs_pos_emb": model.pos_embed is not None,
         "use_rot_pos_emb": model.rope is not None,
         "use_pre_transformer_norm": is_norm(model.norm_pre),
-        "use_post_transformer_norm": is_norm(model.norm),
-        "use_fc_norm": is_norm(model.fc_norm),
-        "dynamic_img_size": model.dynamic_img_size,
-        "dynamic_img_pad": embed.dynamic_img_pad,
     }
     if pool is not None:
         config["attn_pool_num_heads"] = pool.num_heads

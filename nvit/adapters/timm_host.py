@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +25,26 @@ class TimmAdapter(Adapter):
 
     def knows(self, model: nn.Module) -> bool:
         return type(model) in self.architectures.values()
+
+    def hosts(self) -> tuple[type, ...]:
+        return tuple(self.architectures.values())
+
+    def settings(self, model: nn.Module) -> dict[str, Any]:
+        """Of the images and the classifier."""
+        embed, head = model.patch_embed, model.get_classifier()
+        head = head[0] if isinstance(head, tuple) else head
+        classes = head.out_features if isinstance(head, nn.Linear) else model.num_classes
+        return {
+            "img_size": list(embed.img_size) if embed.img_size else None,
+            "in_chans": embed.proj.in_channels,
+            "num_classes": 0 if isinstance(head, nn.Identity) else classes,
+            "global_pool": model.global_pool,
+        }
+
+    def extent(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
+        depths = config.get("depths") or [config.get("depth", 0)]
+        tokens = _area(config.get("img_size") or 0) // max(1, _area(config.get("patch_size", 1)))
+        return sum(depths), tokens, config.get("embed_dim", 0)
 
     def name(self, model: nn.Module) -> str:
         """timm's name of the pretrained model, or the class."""
@@ -49,9 +70,14 @@ class TimmAdapter(Adapter):
         try:
             with torch.device(device):
                 model = self.architectures[spec.architecture](**config)
-        except (TypeError, AssertionError) as e:
+        except Exception as e:  # as many classes as there are arguments
             raise ValueError(f"its config does not build a {spec.architecture}: {e}") from None
         data = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.preprocess.items()}
         model.pretrained_cfg = data | {"architecture": spec.name, "num_classes": model.num_classes}
         model.default_cfg = model.pretrained_cfg
         return model
+
+
+def _area(size: int | Sequence[int]) -> int:
+    """Of a rectangle given by its sides, or of a square by one."""
+    return size**2 if isinstance(size, int) else math.prod(size)

@@ -42,6 +42,21 @@ def classifier(host: nn.Module, axes: Mapping[str, str], reads_stream: bool = Fa
     return with_axes(axes, layer, host)
 
 
+def stem_refusal(embed: nn.Module) -> str | None:
+    """Why a patch embedding has no prunable form, or None: it has to be one convolution over patches that lie side by
+    side."""
+    proj = embed.proj
+    if type(proj) is not nn.Conv2d:
+        inside = ", ".join(type(m).__name__ for m in proj.children())
+        return f"a stem of {type(proj).__name__}{f' ({inside})' * bool(inside)} where one convolution was expected"
+    plain = tuple(proj.kernel_size) == tuple(proj.stride) == tuple(embed.patch_size)
+    if not plain or proj.groups != 1 or any(proj.padding) or any(d != 1 for d in proj.dilation):
+        return (
+            f"a convolutional stem (kernel {proj.kernel_size}, stride {proj.stride}); patches have to lie side by side"
+        )
+    return None
+
+
 def mlp_refusal(mlp: nn.Module) -> str | None:
     """Why an MLP of a block has no prunable form, or None."""
     if isinstance(mlp, (Mlp, GatedMlp)):
@@ -50,6 +65,8 @@ def mlp_refusal(mlp: nn.Module) -> str | None:
         return f"MLP type {type(mlp).__name__}"
     if not is_norm_or_none(mlp.norm):
         return f"norm type {type(mlp.norm).__name__} inside the MLP"
+    if len(rates := {m.p for m in (mlp.drop1, mlp.drop2)}) > 1:
+        return f"two dropout rates in one MLP ({rates})"
     return None if type(mlp.act) in ACTIVATIONS.values() else f"activation {type(mlp.act).__name__}"
 
 

@@ -4,7 +4,7 @@ classifiers behind them."""
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from timm.layers import AttentionPoolLatent, PatchEmbed
@@ -17,7 +17,7 @@ from .declare import EMB, embedding_slices, resize_layers
 from .one_stream import OneStream
 from .pooling import LatentPool, latent_pool, pool_macs, pool_refusal
 from .timm_host import TimmAdapter
-from .timm_layers import classifier, is_norm, is_norm_or_none, stream_norm
+from .timm_layers import classifier, is_norm, is_norm_or_none, stem_refusal, stream_norm
 
 
 class TimmPlain(TimmAdapter, OneStream):
@@ -38,6 +38,8 @@ class TimmPlain(TimmAdapter, OneStream):
     def refusal(self, model: nn.Module) -> str | None:
         if type(model.patch_embed) is not PatchEmbed:
             return f"patch embedding type {type(model.patch_embed).__name__}"
+        if (stem := stem_refusal(model.patch_embed)) is not None:
+            return stem
         if not is_norm_or_none(model.patch_embed.norm):
             return f"norm type {type(model.patch_embed.norm).__name__} in the patch embedding"
         entry = getattr(model, "norm_pre", None)
@@ -86,27 +88,30 @@ class TimmPlain(TimmAdapter, OneStream):
         return lambda emb: (conv + outputs) * emb
 
 
-def prepare_output(model: nn.Module, heads: Sequence[str] = ("head",)) -> None:
-    """Swap what follows the blocks for prunable layers: norms, pooling, the classifiers named `heads`."""
-    normed = is_norm(model.norm) or is_norm(model.fc_norm)
+def prepare_output(model: nn.Module) -> None:
+    """Swap what follows the blocks for prunable layers: norms, pooling, classifiers."""
     model.norm = stream_norm(model.norm)
     if isinstance(getattr(model, "attn_pool", None), AttentionPoolLatent):
         model.attn_pool = latent_pool(model.attn_pool, EMB)  # norm and classifier behind it work in its own width
         return
     model.fc_norm = stream_norm(model.fc_norm)
-    for name in heads:
-        setattr(model, name, classifier(getattr(model, name), EMB, reads_stream=not normed))
+    prepare_heads(model)
+
+
+def prepare_heads(model: nn.Module) -> nn.Module:
+    """Make plain linear classifiers prunable, also those that a prepared model got since; returns the model."""
+    normed = is_norm(model.norm) or is_norm(model.fc_norm)
+    if not isinstance(getattr(model, "attn_pool", None), LatentPool):
+        for name in ("head", "head_dist"):
+            if type(head := getattr(model, name, None)) is nn.Linear:
+                setattr(model, name, classifier(head, EMB, reads_stream=not normed))
+    return model
 
 
 def embedding_config(model: nn.Module) -> dict[str, Any]:
-    """Constructor arguments of the images' and the stream's size."""
-    embed = model.patch_embed
+    """Constructor arguments of the patches' and the stream's size."""
     return {
-        "img_size": list(embed.img_size) if embed.img_size else None,
-        "patch_size": list(embed.patch_size),
-        "in_chans": embed.proj.in_channels,
-        "num_classes": model.num_classes,
-        "global_pool": model.global_pool,
+        "patch_size": list(model.patch_embed.patch_size),
         "embed_dim": model.embed_dim,
         "depth": len(model.blocks),
         "num_heads": model.blocks[0].attn.num_heads,

@@ -20,7 +20,7 @@ from ..spec import BUNDLE_SIZES, Group, ViTSpec
 from .declare import Width, block_axes, block_widths, collect, embedding_slices, norm, resize_layers, with_axes
 from .timm_config import mlp_ratio, norm_config, norm_layer
 from .timm_host import TimmAdapter
-from .timm_layers import is_norm, is_norm_or_none, mlp, mlp_refusal
+from .timm_layers import is_norm, is_norm_or_none, mlp, mlp_refusal, stem_refusal
 from .timm_swin_parts import NEIGHBOURS, SwinParts
 from .timm_swin_windows import WindowAttention, shift_of, windows_of
 
@@ -36,6 +36,8 @@ class TimmSwin(SwinParts, TimmAdapter):
             return "images of varying size (strict_img_size=False)"
         if type(model.patch_embed) is not PatchEmbed:
             return f"patch embedding type {type(model.patch_embed).__name__}"
+        if (stem := stem_refusal(model.patch_embed)) is not None:
+            return stem
         entry = model.patch_embed.norm
         if not (isinstance(entry, StreamEntry) or is_norm_or_none(entry)):
             return f"norm type {type(entry).__name__} in the patch embedding"
@@ -47,7 +49,7 @@ class TimmSwin(SwinParts, TimmAdapter):
 
     def prepare(self, model: nn.Module) -> nn.Module:
         if hasattr(model, "dense_config"):
-            return model
+            return _prepare_head(model)
         model.dense_config = _config(model)
         first, entry = {"emb": _emb(0)}, model.patch_embed.norm
         model.patch_embed.norm = (
@@ -65,12 +67,9 @@ class TimmSwin(SwinParts, TimmAdapter):
             if block.attn_mask is not None and block.attn_mask.is_meta:
                 mask = block.get_attn_mask(device="cpu", dtype=torch.float32)
                 block.register_buffer("attn_mask", mask, persistent=False)
-        last, width = {"emb": _emb(len(model.layers) - 1)}, model.norm.weight.numel()
-        model.norm, fc = norm(model.norm, last), model.head.fc
-        if isinstance(fc, nn.Linear):
-            pooled = Layout((None, "emb"), (fc.in_features // width, width))  # twice the stream for `catavgmax`
-            model.head.fc = with_axes(last, Linear(fc, inputs=pooled), fc)
-        return model
+        last = {"emb": _emb(len(model.layers) - 1)}
+        model.norm = norm(model.norm, last)
+        return _prepare_head(model)
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         return [block for stage in model.layers for block in stage.blocks]
@@ -156,6 +155,15 @@ def _block_refusal(block: nn.Module, place: int) -> str | None:
     return None
 
 
+def _prepare_head(model: nn.Module) -> nn.Module:
+    """Make a plain linear classifier prunable; returns the model."""
+    fc, width = model.head.fc, model.norm.weight.numel()
+    if type(fc) is nn.Linear:
+        pooled = Layout((None, "emb"), (fc.in_features // width, width))  # twice the stream for `catavgmax`
+        model.head.fc = with_axes({"emb": _emb(len(model.layers) - 1)}, Linear(fc, inputs=pooled), fc)
+    return model
+
+
 def _prepare_merge(merge: PatchMerging, before: str, after: str) -> None:
     """Patch merging reads four neighbours of one stream and writes the next."""
     host = merge.reduction
@@ -170,11 +178,7 @@ def _config(model: nn.Module) -> dict[str, Any]:
     embed, firsts = model.patch_embed, [stage.blocks[0] for stage in model.layers]
     emb = [block.norm1.weight.numel() for block in firsts]
     config = {
-        "img_size": list(embed.img_size),
         "patch_size": list(embed.patch_size),
-        "in_chans": embed.proj.in_channels,
-        "num_classes": model.num_classes,
-        "global_pool": model.global_pool,
         "embed_dim": emb[0],
         "depths": [len(stage.blocks) for stage in model.layers],
         "num_heads": [block.attn.num_heads for block in firsts],

@@ -19,7 +19,7 @@ from .base import Logits
 from .declare import EMB, block_axes, with_axes
 from .timm_config import ACTIVATIONS, MLPS, NORMS, known, mlp_hidden, mlp_name, mlp_ratio, name_in, norm_layer
 from .timm_layers import inner_norm, is_norm, is_norm_or_none, mlp, mlp_refusal, stream_norm
-from .timm_plain import TimmPlain, embedding_config, norm_config, prepare_output
+from .timm_plain import TimmPlain, embedding_config, norm_config, prepare_heads, prepare_output
 
 
 class TimmViT(TimmPlain):
@@ -46,7 +46,7 @@ class TimmViT(TimmPlain):
 
     def prepare(self, model: nn.Module) -> nn.Module:
         if hasattr(model, "dense_config"):
-            return model
+            return prepare_heads(model)
         model.dense_config = _config(model)
         model.patch_embed.norm = stream_norm(model.patch_embed.norm, embedding=True)
         entry = model.norm_pre
@@ -59,8 +59,18 @@ class TimmViT(TimmPlain):
                 if isinstance(getattr(block, name), TimmLayerScale):
                     scale = getattr(block, name)
                     setattr(block, name, with_axes(EMB, LayerScale(scale.gamma), scale))
-        prepare_output(model, ("head", "head_dist") if isinstance(model, VisionTransformerDistilled) else ("head",))
+        prepare_output(model)
         return model
+
+    def settings(self, model: nn.Module) -> dict[str, Any]:
+        return super().settings(model) | {
+            "final_norm": is_norm(model.norm) or is_norm(model.fc_norm),
+            "fc_norm": is_norm(model.fc_norm),
+            "pool_include_prefix": model.pool_include_prefix,
+            "dynamic_img_size": model.dynamic_img_size,
+            "dynamic_img_pad": model.patch_embed.dynamic_img_pad,
+            "patch_drop_rate": getattr(model.patch_drop, "prob", 0.0),
+        }
 
     def build(self, spec: ViTSpec, device: str = "meta") -> nn.Module:
         config = dict(spec.config)
@@ -128,11 +138,6 @@ def _config(model: nn.Module) -> dict[str, Any]:
         "no_embed_class": model.no_embed_class,
         "reg_tokens": model.num_reg_tokens,
         "pre_norm": is_norm(model.norm_pre),
-        "final_norm": is_norm(model.norm) or is_norm(model.fc_norm),
-        "fc_norm": is_norm(model.fc_norm),
-        "pool_include_prefix": model.pool_include_prefix,
-        "dynamic_img_size": model.dynamic_img_size,
-        "dynamic_img_pad": embed.dynamic_img_pad,
         "act_layer": name_in(ACTIVATIONS, block.mlp.act),
         "mlp_layer": mlp_name(block.mlp),
     }

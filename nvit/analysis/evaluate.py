@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .. import adapters
 from ..serve import FixedBatch
 from ..structure.compact import meta_copy
-from ..training.batches import labelled
+from ..training.batches import known_length, labelled
 from ..utils.memory import LiveBytes
 from ..utils.modes import compiled
 from ..utils.progress import Progress, silent
@@ -39,7 +39,7 @@ def accuracy(
     top1 = top5 = seen = 0
     loss = busy = 0.0
     forward = partial(adapters.predict, model)
-    total = len(loader) if hasattr(loader, "__len__") else 0
+    total = known_length(loader) or 0
     for i, batch in enumerate(loader):
         images, labels = (t.to(device) for t in labelled(batch))
         with torch.autocast(device.type, dtype, enabled=amp != "no"):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..calibration.capture import Place
 from ..calibration.statistics import SiteStatistics
 from ..spec import Group
+from ..utils import devices
 from .gradients import gate_gradients
 
 Scores = dict[str, Tensor]
@@ -134,6 +135,15 @@ class Criterion(ABC):
             ValueError: nothing has been observed.
         """
 
+    def decided(self) -> None:
+        """A training run has decided on `finish`."""
+        self.mean.decided()
+
+    def replayed(self) -> None:
+        """A batch was observed by a captured step, which runs no Python."""
+        self.batches += 1
+        self.mean.count += 1
+
     def close(self) -> None:
         """Take captures off the model; what was observed stays. Again, it does nothing."""
         self.open = False
@@ -171,32 +181,64 @@ class BatchMean(Criterion):
 
 
 class RunningMean:
-    """Mean of scores over batches: plain, or exponential with its start-up bias corrected (`momentum`)."""
+    """Mean of scores over batches: of all of them or, with `momentum`, of those since the last decision, exponentially
+    averaged over decisions with the start-up bias corrected (the published runs: 0.9).
+
+    Off the CPU nothing is read back until `value`.
+
+    Attributes:
+        count: batches since the last decision.
+        sums: of what they said.
+        decisions: so far; `past` is their exponential average, biased toward 0.
+    """
 
     def __init__(self, momentum: float | None = None) -> None:
-        self.momentum, self.count, self.sums = momentum, 0, {}
+        self.momentum, self.count, self.decisions = momentum, 0, 0
+        self.sums: dict[str, Tensor] = {}
+        self.past: dict[str, Tensor] = {}
 
     def update(self, scores: Mapping[str, Tensor]) -> None:
         """Add one batch.
 
         Raises:
-            ValueError: a score is not finite; the mean is left as it was.
+            ValueError: a score on the CPU is not finite; the mean is left as it was.
         """
         for name, s in scores.items():
-            if not bool(torch.isfinite(s).all()):
+            if devices.reading_is_free(s.device) and not bool(torch.isfinite(s).all()):
                 raise ValueError(f"{name}: saliency is not finite after {self.count} good batches; the loss diverged")
-        keep, add = (1.0, 1.0) if self.momentum is None else (self.momentum, 1 - self.momentum)
         for name, s in scores.items():
-            self.sums[name] = self.sums[name].mul_(keep).add_(s, alpha=add) if name in self.sums else s * add
+            self.sums[name] = self.sums[name].add_(s) if name in self.sums else s.clone()
         self.count += 1
 
     def value(self) -> Scores:
         """The mean so far, by group.
 
         Raises:
-            ValueError: no batch was added.
+            ValueError: no batch was added, or a score was not finite.
         """
         if not self.count:
             raise ValueError("no batch has been scored yet; the loader gave none")
-        weight = self.count if self.momentum is None else 1 - self.momentum**self.count
-        return {name: s / weight for name, s in self.sums.items()}
+        found = {name: s / self.count for name, s in self.sums.items()}
+        if self.momentum is not None:
+            found = {name: self._blended(name, now) for name, now in found.items()}
+            unbias = 1 - self.momentum ** (self.decisions + 1)
+            found = {name: blended / unbias for name, blended in found.items()}
+        for name, s in found.items():
+            if not bool(torch.isfinite(s).all()):
+                raise ValueError(f"{name}: saliency is not finite within {self.count} batches; the loss diverged")
+        return found
+
+    def _blended(self, name: str, now: Tensor) -> Tensor:
+        before = self.past.get(name, 0.0)
+        return self.momentum * before + (1 - self.momentum) * now
+
+    def decided(self) -> None:
+        """A decision was taken on `value`: what comes from now on counts as a mean of its own. `sums` keep their
+        memory."""
+        if self.momentum is None or not self.count:
+            return
+        self.past = {name: self._blended(name, s / self.count) for name, s in self.sums.items()}
+        self.decisions += 1
+        self.count = 0
+        for s in self.sums.values():
+            s.zero_()

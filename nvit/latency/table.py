@@ -101,7 +101,7 @@ class LatencyTable:
 
     def to_json(self) -> str:
         parts = {
-            p.name: {"kinds": p.kinds, "pieces": p.pieces, "axes": g.axes, "values": g.values.round(6).tolist()}
+            p.name: {"kinds": p.kinds, "pieces": p.pieces, "axes": g.axes, "values": g.values.tolist()}
             for p, g in ((p, self.grids[p.name]) for p in self.parts)
         }
         setting = None if self.setting is None else asdict(self.setting)

@@ -320,10 +320,9 @@ def mlp(
     watch: Watch | None = None,
 ) -> Tensor:
     """fc1, activation, fc2 over kept hidden units: `(batch, tokens, kept emb)` to the same shape."""
-    if watch is None and norm is None and not dropout and _is_exact_gelu(act):
+    if watch is None and norm is None and not dropout and _is_exact_gelu(act) and (kernels := _kernels(x)):
         first, second = as_tensors(fc1), as_tensors(fc2)
-        kernels = _kernels(x) if first and second else None
-        if kernels and kernels.mlp_takes(x, x.shape[-1], first.shape[0], second.shape[0]):
+        if first and second and kernels.mlp_takes(x, x.shape[-1], first.shape[0], second.shape[0]):
 
             def plain(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
                 return F.linear(act(F.linear(x, w1, b1)), w2, b2)

@@ -79,15 +79,18 @@ class Projection:
         return take(self.weight, self.rows, self.cols), bias
 
 
+HOOKS = {
+    "forward hook": "_forward_hooks",
+    "forward pre-hook": "_forward_pre_hooks",
+    "backward hook": "_backward_hooks",
+    "backward pre-hook": "_backward_pre_hooks",
+}
+"""Where torch keeps the hooks of a module, by kind."""
+
+
 def hooks(module: nn.Module) -> list[tuple[str, Callable]]:
     """What a module's call runs besides its class's forward: kind and function."""
-    kinds = {
-        "forward hook": module._forward_hooks,
-        "forward pre-hook": module._forward_pre_hooks,
-        "backward hook": module._backward_hooks,
-        "backward pre-hook": module._backward_pre_hooks,
-    }
-    found = [(kind, hook) for kind, by_id in kinds.items() for hook in by_id.values()]
+    found = [(kind, hook) for kind, name in HOOKS.items() for hook in getattr(module, name).values()]
     return found + ([("forward of its own", module.forward)] if "forward" in vars(module) else [])
 
 

@@ -7,7 +7,7 @@ all ranks in the same order; whatever one of them decides alone (time, files, me
 from .collectives import agree, from_main, mean, same_weights_, share, sums, take
 from .failures import Ending, RankLost, watch
 from .process import join, launched, leave, main, own_device, rank, speaks, world
-from .shards import Call, fill_, finite, full, gathered, like, project_, shard, to_main
+from .shards import Call, fill_, finite, full, gathered, like, project_, projection, shard, to_main
 
 __all__ = [
     "Call",
@@ -27,6 +27,7 @@ __all__ = [
     "mean",
     "own_device",
     "project_",
+    "projection",
     "rank",
     "same_weights_",
     "shard",

@@ -89,16 +89,21 @@ def _rows(t: DTensor) -> tuple[int, int]:
     return min(rank() * each, t.shape[0]), min((rank() + 1) * each, t.shape[0])
 
 
-@torch.no_grad()
-def project_(params: Mapping[str, Tensor], weights: masks.WeightMasks) -> None:
-    """`masks.project_` where parameters may lie in shards."""
+def projection(params: Mapping[str, Tensor], weights: masks.WeightMasks) -> Callable[[], None]:
+    """`masks.Projection` of these parameters, which may lie in shards, as a function of nothing."""
     mine = {}
     for name, dims in weights.items():
         p = params[name]
         if isinstance(p, DTensor) and dims[0] is not None:
             dims = (dims[0][slice(*_rows(p))], *dims[1:])
         mine[name] = dims
-    masks.project_({name: _local(params[name]) for name in weights}, mine)
+    zero = masks.Projection({name: _local(params[name]) for name in weights}, mine)
+    return lambda: zero({name: _local(params[name].detach()) for name in weights})
+
+
+def project_(params: Mapping[str, Tensor], weights: masks.WeightMasks) -> None:
+    """`masks.project_` where parameters may lie in shards."""
+    projection(params, weights)()
 
 
 def _local(t: Tensor) -> Tensor:

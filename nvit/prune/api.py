@@ -107,7 +107,18 @@ def _prune_training(
     pruner: Pruner, loader, objective: Objective, folder: RunFolder, progress: Progress
 ) -> list[Pruned]:
     config = pruner.config
-    trainer = Trainer(pruner.model, objective, config, config.lr, folder.state_file)
+    trainer = Trainer(
+        pruner.model,
+        objective,
+        config,
+        config.lr,
+        folder.state_file,
+        observe=lambda grads: None if pruner.done else pruner.observe(grads),
+        constrain=lambda: pruner.project(),
+        replayed=lambda: pruner.criterion.replayed(),
+    )
+    if trainer.note:
+        progress(0, 0, trainer.note)
     pruner.work_in(trainer.call)
     snapshots: list[Pruned] = []
     if folder.resumable():
@@ -119,11 +130,16 @@ def _prune_training(
         return snapshots
     with trainer.surviving(pruner.state):
         for _, (images, labels) in endless(loader, config.seed, trainer.step):
-            loss = trainer.train_step(images, labels)
-            met = [] if trainer.skipped else pruner.step(trainer.grads())
+            trainer.train_step(images, labels)
+            deciding = pruner.deciding and not trainer.skipped
+            loss = trainer.look() if deciding or trainer.look_due else None
+            met = [] if trainer.skipped else pruner.advance()
+            if deciding:
+                trainer.masks_changed()
             trainer.after_step()
-            so_far = f"prune: {pruner.ratio:.3f}, loss {loss:.3f}"
-            progress(round(1000 * (1 - pruner.ratio)), round(1000 * (1 - last)), so_far)
+            if loss is not None:
+                so_far = f"prune: {pruner.ratio:.3f}, loss {loss:.3f}"
+                progress(round(1000 * (1 - pruner.ratio)), round(1000 * (1 - last)), so_far)
             for target in met:
                 small = pruner.compact(None if trainer.ema is None else trainer.weights())
                 snapshots.append(folder.take(pruner, target, small))

@@ -86,12 +86,20 @@ class Pruner(Scorer):
         Returns:
             Targets met by this step.
         """
-        parallel.project_(self.params, self.weight_masks)
+        self.project()
+        if not self.done:
+            self.observe(grads)
+        return self.advance()
+
+    @property
+    def deciding(self) -> bool:
+        """Whether the next `advance` takes a decision."""
+        return not self.done and (self.steps + 1) % self.config.interval == 0
+
+    def advance(self) -> list[float]:
+        """Count a step that was observed and projected, and decide when due; returns targets met by that."""
         self.steps += 1
-        if self.done:
-            return []
-        self.observe(grads)
-        return [] if self.steps % self.config.interval else self.decide()
+        return [] if self.done or self.steps % self.config.interval else self.decide()
 
     def decide(self) -> list[float]:
         """Remove the bundles of lowest saliency less latency credit (Eq. 7); returns targets met by that.
@@ -119,7 +127,9 @@ class Pruner(Scorer):
         """Mask what a decision chose, once every rank has decided alike; returns targets met by that."""
         found = {f"score of {n}": s for n, s in scores.items()} | {f"mask of {n}": m for n, m in masks.items()}
         parallel.agree(f"the decision at step {self.steps}", found)
-        if not self.config.train:
+        if self.config.train:
+            self.criterion.decided()
+        else:
             self._forget()
         self._set_masks(masks)
         now = self.ratio
@@ -139,7 +149,9 @@ class Pruner(Scorer):
         """Plain values and tensors from which `restore` goes on."""
         values = {"met": self.met, "history": self.history, "steps": self.steps, "scored": self.mean.count}
         tensors = {f"mask.{n}": m for n, m in self.masks.items()}
-        tensors |= {f"mean.{n}": s for n, s in self.mean.sums.items()}
+        values["decisions"] = self.mean.decisions
+        for part, held in (("mean", self.mean.sums), ("past", self.mean.past)):
+            tensors |= {f"{part}.{n}": s for n, s in held.items()}
         return {"pruner": values}, tensors
 
     def restore(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -148,8 +160,10 @@ class Pruner(Scorer):
         masks = {n.removeprefix("mask."): t for n, t in tensors.items() if n.startswith("mask.")}
         self._set_masks(masks)
         device = next(iter(self.params.values())).device
-        self.mean.sums = {n.removeprefix("mean."): t.to(device) for n, t in tensors.items() if n.startswith("mean.")}
-        self.mean.count, self.steps = mine["scored"], mine["steps"]
+        for part, held in (("mean.", self.mean.sums), ("past.", self.mean.past)):
+            held.clear()
+            held |= {n.removeprefix(part): t.to(device) for n, t in tensors.items() if n.startswith(part)}
+        self.mean.count, self.mean.decisions, self.steps = mine["scored"], mine["decisions"], mine["steps"]
         self.met, self.history = list(mine["met"]), list(mine["history"])
         if self.done:
             self.stop_recording()

@@ -16,9 +16,9 @@ from ..criteria.base import Context, Criterion, Evidence, RunningMean
 from ..criteria.registry import CRITERIA
 from ..layers import prunable_layers
 from ..structure.masks import Masks, apply_, full_masks
-from .budget import Plan
+from .backward import backward, wanting_gradients
 from .limits import prunable_groups
-from .scoring import backward, wanting_gradients
+from .plan import Plan
 
 
 class Scorer:
@@ -46,6 +46,7 @@ class Scorer:
     def _set_masks(self, masks: Masks) -> None:
         self.masks = masks
         self.weight_masks = apply_(self.call.model, self.groups, masks, parallel.project_)
+        self.project = parallel.projection(self.params, self.weight_masks)
         if self.criterion.open:
             self.criterion.begin(replace(self.criterion.context, model=self.call.model, masks=masks))
 

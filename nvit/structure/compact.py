@@ -43,4 +43,5 @@ def compact(
     weights = cut(params if weights is None else weights, weight_masks(params, groups, masks))
     twin = meta_copy(model)
     twin.sparse24 = ()  # neighbours are others now
+    twin.masks = None
     return adapters.find(twin).resize(twin, weights, masks)

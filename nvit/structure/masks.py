@@ -87,35 +87,65 @@ def weight_masks(params: Mapping[str, Tensor], groups: Sequence[Group], masks: M
     return {name: tuple(dims) for name, dims in found.items()}
 
 
-@torch.no_grad()
+class Projection:
+    """Zeroing what was pruned, with everything that can be known beforehand on the parameters' devices: applying it
+    reads nothing back.
+
+    Args:
+        params: of which only devices and shapes are read.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor], weights: WeightMasks) -> None:
+        self.rows: list[tuple[str, Tensor]] = []
+        self.columns: list[tuple[str, Tensor]] = []
+        for name, dims in weights.items():
+            p = params[name]
+            for dim, keep in enumerate(dims):
+                if keep is None:
+                    continue
+                if dim == 0:
+                    self.rows.append((name, (~keep).nonzero().squeeze(1).to(p.device)))
+                else:  # columns lie scattered: one pass over the parameter is faster than filling them
+                    shape = [-1 if d == dim else 1 for d in range(p.dim())]
+                    self.columns.append((name, keep.view(shape).to(p.device)))
+
+    @torch.no_grad()
+    def __call__(self, params: Mapping[str, Tensor]) -> None:
+        """Zero what was pruned, in place."""
+        for name, gone in self.rows:
+            params[name].index_fill_(0, gone, 0)
+        for name, keep in self.columns:
+            params[name].mul_(keep)
+
+
 def project_(params: Mapping[str, Tensor], weights: WeightMasks) -> None:
-    """Zero what was pruned, in place."""
-    for name, dims in weights.items():
-        p = params[name]
-        for dim, keep in enumerate(dims):
-            if keep is None:
-                continue
-            keep = keep.to(p.device)
-            if dim == 0:
-                p.index_fill_(0, (~keep).nonzero().squeeze(1), 0)
-            else:  # columns lie scattered: one pass over the parameter is faster than filling them
-                p.mul_(keep.view([-1 if d == dim else 1 for d in range(p.dim())]))
+    """Zero what was pruned, in place, once; see `Projection` for doing it after every step."""
+    Projection(params, weights)(params)
 
 
 def apply_(
     model: nn.Module, groups: Sequence[Group], masks: Mapping[str, Tensor], project: Callable = project_
 ) -> WeightMasks:
-    """Mask a prepared model in place: layers compute over kept units, pruned weights become zero (by `project`)."""
+    """Mask a prepared model in place: layers compute over kept units, pruned weights become zero (by `project`). The
+    model carries its masks as `masks`, so that whoever saves it knows (`masks_of`)."""
     check_masks(groups, masks)
     params = dict(model.named_parameters())
     weights = weight_masks(params, groups, masks)
     project(params, weights)
     keep_(model, masks)
+    model.masks = {name: keep.cpu() for name, keep in masks.items()}
     return weights
+
+
+def masks_of(model: nn.Module) -> Masks | None:
+    """What a masked model keeps, as `apply_` was told; None of a dense or compact one."""
+    masks = getattr(model, "masks", None)
+    return None if masks is None or all(bool(keep.all()) for keep in masks.values()) else masks
 
 
 def unmasked_(model: nn.Module) -> nn.Module:
     """Let a masked model compute over all units again, at the dense model's cost. What was pruned stays zero, so that
     its outputs are neither the dense model's nor the masked one's."""
     keep_(model, full_masks(adapters.find(model).groups(model)))
+    model.masks = None
     return model

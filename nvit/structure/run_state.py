@@ -1,8 +1,10 @@
-"""The state of a run as one file, enough to go on from."""
+"""The state of a run as one file, enough to go on from, and the sha256 of all that is in it."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..utils.tensors import write_tensors
+from ..utils.files import short
+from ..utils.tensors import bytes_of, read_header, write_tensors
 
 
 def save_run_state(path: str | Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -21,18 +24,35 @@ def save_run_state(path: str | Path, tensors: Mapping[str, Tensor], values: Mapp
         values: plain JSON values.
     """
     flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_tensors(Path(path), flat, {"values": json.dumps(values)})
+    said = json.dumps(values)
+    write_tensors(Path(path), flat, {"values": said, "sha256": _digest(flat, said)})
 
 
 def load_run_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_run_state` wrote.
+    """Read what `save_run_state` wrote. A state from before it was signed loads with a warning.
 
     Raises:
-        ValueError: the file is missing or damaged.
+        ValueError: the file is missing, damaged, or another than it was when it was written.
     """
     try:
+        read_header(Path(path))
         with safe_open(path, framework="pt") as f:
-            values = json.loads((f.metadata() or {})["values"])
-            return {name: f.get_tensor(name) for name in f.keys()}, values  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as e:
-        raise ValueError(f"{path} is not a run state ({e}); start the run without --resume") from None
+            metadata = f.metadata() or {}
+            said, values = metadata["values"], json.loads(metadata["values"])
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as e:
+        raise ValueError(f"{path} is not a run state ({short(e)}); start the run without --resume") from None
+    if "sha256" not in metadata:
+        warnings.warn(f"{path} is from before run states were signed: it is unchecked", stacklevel=2)
+    elif metadata["sha256"] != _digest(tensors, said):
+        raise ValueError(f"{path} is damaged: its sha256 is not its own; start the run without --resume")
+    return tensors, values
+
+
+def _digest(tensors: Mapping[str, Tensor], values: str) -> str:
+    """Of names, dtypes, shapes and bytes, whatever the order."""
+    found = hashlib.sha256(values.encode())
+    for name, t in sorted(tensors.items()):
+        found.update(f"\n{name} {t.dtype} {tuple(t.shape)}\n".encode())
+        found.update(bytes_of(t).numpy())
+    return found.hexdigest()

@@ -1,9 +1,11 @@
-"""A compact model on disk: `spec.json`, `weights.safetensors`, `metrics.json`. No pickle."""
+"""A compact model on disk: `spec.json`, `weights.safetensors`, `metrics.json`, and `manifest.json`, which says what the
+others were when they were saved. No pickle."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +18,14 @@ from torch import Tensor, nn
 
 from .. import adapters
 from ..layers import prunable_layers
-from ..spec import Group, ViTSpec
-from ..utils.files import write_atomically
-from ..utils.tensors import write_tensors
-from .compact import compact, cut
-from .masks import Masks, full_masks, weight_masks, widths
+from ..spec import ViTSpec
+from ..utils.files import part_of, read_json, replace_folder, settle, short, write_atomically
+from ..utils.tensors import read_header, write_tensors
+from .compact import compact
+from .manifest import MANIFEST, check_manifest, is_whole, write_manifest
+from .masks import full_masks, masks_of, widths
+from .skeleton import check_sizes, family_of, filled, kept, skeleton
+from .verify import check_bytes, check_function, check_tensors
 
 BUNDLED = Path(__file__).parents[1] / "bundled" / "digits_vit"
 """The snapshot of the small ViT that comes with the package."""
@@ -33,58 +38,76 @@ they are imported, as `nvit.sparse24` does (and `import nvit` imports that), so 
 
 
 def spec_of(model: nn.Module) -> ViTSpec:
-    """The spec of a prepared model as it stands: dense or compact, not masked."""
+    """The spec of a prepared model as it stands now, dense or compact; of a masked one, the dense model's.
+
+    Raises:
+        ValueError: it was changed in a way that a spec cannot say; names the place.
+    """
     adapter = adapters.find(model)
     groups = adapter.groups(model)
-    spec = adapter.spec(model, widths(groups, full_masks(groups)))
-    kept = {
+    places = {
         layer.axes[axis]: units for layer in prunable_layers(model).values() for axis, units in layer.places.items()
     }
-    return replace(spec, sparse=getattr(model, "sparse24", ()), kept=kept)
+    spec = adapter.spec(model, widths(groups, full_masks(groups)))
+    spec = replace(spec, sparse=tuple(getattr(model, "sparse24", ())), kept=places)
+    try:
+        built = skeleton(spec)
+    except ValueError as e:
+        raise ValueError(f"what this {spec.architecture} says of itself builds no model: {short(e, 200)}") from None
+    return replace(spec, changes=adapters.changes_of(model, built))
 
 
 def save(path: str | Path, model: nn.Module, metrics: Mapping[str, Any] | None = None) -> Path:
-    """Write a compact model as a snapshot folder. The folder appears whole or not at all.
+    """Write a model as a snapshot folder. The folder appears whole or not at all, and only where what is in it is the
+    model: it is rebuilt from what is about to be written, has to compute the same (`verify.check_function`), and the
+    written weights are read back. None of that needs a second copy of the weights.
 
     Args:
         path: the folder; an older snapshot there is replaced.
-        model: a prepared model (see `nvit.prune`), dense or compact.
+        model: a model of a supported family, dense or compact; a masked one is made compact first.
         metrics: plain values for `metrics.json`.
 
     Raises:
         OSError: the disk is full or the folder cannot be written.
-        ValueError: `path` exists and is no snapshot.
+        ValueError: `path` exists and is no snapshot, or the model is not what a snapshot of it would say.
     """
     path = Path(path)
+    settle(path, is_whole)
     if path.exists() and not (path.is_dir() and ((path / SPEC).exists() or not any(path.iterdir()))):
         raise ValueError(f"{path} exists and is not a snapshot; choose another folder")
-    part, old = (path.with_name(f".{path.name}.{end}") for end in ("part", "old"))
-    for folder in (part, old):
-        shutil.rmtree(folder, ignore_errors=True)
+    adapter = adapters.find(model)
+    adapter.prepare(model)
+    masks = masks_of(model)
+    small = model if masks is None else compact(model, adapter.groups(model), masks)
+    state = small.state_dict()
+    check_tensors(state)
+    spec = spec_of(small)
+    check_function(model, spec, state)
+    part = part_of(path)
+    shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-        write_tensors(part / WEIGHTS, state)
+        write_tensors(part / WEIGHTS, {name: t.detach().cpu().contiguous() for name, t in state.items()})
+        check_bytes(part / WEIGHTS, state)
         write_atomically(part / METRICS, (json.dumps(dict(metrics or {}), indent=2) + "\n").encode())
-        write_atomically(part / SPEC, spec_of(model).to_json().encode())
-        # Two renames, so that a kill in between leaves no folder rather than half of one.
-        if path.exists():
-            path.replace(old)
-        part.replace(path)
+        write_atomically(part / SPEC, spec.to_json().encode())
+        write_manifest(part)
+        replace_folder(part, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     return path
 
 
 def is_snapshot(path: str | Path) -> bool:
+    settle(Path(path), is_whole)
     return (Path(path) / SPEC).exists()
 
 
 def load(
     path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, *, sparse: bool = True
 ) -> nn.Module:
-    """The compact model of a snapshot folder, in eval mode, ready for inference.
+    """The compact model of a snapshot folder, in eval mode, ready for inference. Every file is checked against the
+    manifest; a snapshot from before there were manifests loads with a warning.
 
     Args:
         dtype: of the weights; as saved when None.
@@ -96,24 +119,32 @@ def load(
         ValueError: a file is missing, damaged, or does not fit the others; one line that names it.
     """
     path = Path(path)
+    settle(path, is_whole)
     for name in (SPEC, WEIGHTS):
         if not (path / name).is_file():
-            found = sorted(p.name for p in path.iterdir()) if path.is_dir() else "no such folder"
-            raise ValueError(f"{path} is not a snapshot: {name} is missing (found {found})")
-    spec = load_spec(path)
+            found = sorted(p.name for p in path.iterdir())[:5] if path.is_dir() else "no such folder"
+            raise ValueError(f"{path} is not a snapshot: {name} is missing (found {short(found)})")
+    if not check_manifest(path):
+        warnings.warn(
+            f"{path} has no {MANIFEST} (it is from before there were any): its files are unchecked; save it again",
+            stacklevel=2,
+        )
+    spec = _read_spec(path / SPEC)
     try:
-        model, masks, shapes = _skeleton(spec)
-    except (ValueError, TypeError, KeyError) as e:
-        raise ValueError(f"{path / SPEC} is damaged or from another version: {e}") from None
+        model = skeleton(spec)
+    except ModuleNotFoundError:
+        raise
+    except Exception as e:  # what unchecked numbers make of a host's constructor
+        raise _unreadable(path / SPEC, e) from None
+    _check_shapes(path, model)
     try:
         weights = load_file(path / WEIGHTS, device=str(device))
     except (SafetensorError, OSError) as e:
-        raise ValueError(f"{path / WEIGHTS} is damaged: {e}") from None
-    _check(path, shapes, weights, spec.sparse)
-    adapter = adapters.FAMILIES[spec.family]
-    adapter.resize(model, weights, masks)
-    model.sparse24 = spec.sparse
-    model = model.eval() if dtype is None else model.eval().to(dtype)
+        raise ValueError(f"{path / WEIGHTS} is damaged: {short(e)}") from None
+    _check_sparse(path, weights, spec.sparse)
+    model = filled(model, weights)
+    if dtype is not None:
+        model.to(dtype)
     for finish in FINISHERS if sparse else ():
         finish(model)
     return model
@@ -125,77 +156,75 @@ def load_spec(path: str | Path) -> ViTSpec:
     Raises:
         ValueError: it is missing or damaged.
     """
-    file = Path(path) / SPEC
-    if not file.is_file():
+    path = Path(path)
+    settle(path, is_whole)
+    if not (path / SPEC).is_file():
         raise ValueError(f"{path} is not a snapshot: {SPEC} is missing")
-    try:
-        return ViTSpec.from_json(file.read_text())
-    except (ValueError, UnicodeDecodeError, TypeError, KeyError) as e:
-        raise ValueError(f"{file} is damaged or from another version: {e}") from None
+    check_manifest(path, SPEC)
+    return _read_spec(path / SPEC)
 
 
 def load_metrics(path: str | Path) -> dict[str, Any]:
-    """The plain values a snapshot was saved with; empty where there are none."""
-    file = Path(path) / METRICS
+    """The plain values a snapshot was saved with; empty where there are none.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    path = Path(path)
+    settle(path, is_whole)
+    file = path / METRICS
+    if not file.exists():
+        return {}
+    check_manifest(path, METRICS)
     try:
-        return json.loads(file.read_text()) if file.exists() else {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        found = read_json(file)
+    except ValueError as e:
         raise ValueError(f"{file} is damaged: {e}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is damaged: it holds a {type(found).__name__}, expected an object")
+    return found
 
 
 def fresh(spec: ViTSpec) -> nn.Module:
     """A newly initialised model of these widths, to train from scratch."""
-    model = adapters.FAMILIES[spec.family].build(spec, "cpu")
-    groups, masks = _kept(spec, model)
-    return compact(model, groups, masks)
+    check_sizes(spec)
+    model = family_of(spec).build(spec, "cpu")
+    adapters.change_(model, spec.changes)
+    return compact(model, *kept(spec, model))
 
 
-def _kept(spec: ViTSpec, model: nn.Module) -> tuple[list[Group], Masks]:
-    """Masks on a spec's dense model that leave as many units of every group as the spec says: the ones it lists, or
-    the first."""
-    groups = adapters.FAMILIES[spec.family].groups(model)
-    depth = 1 + max(b for g in groups for b in g.blocks)
-    if len(spec.blocks) != depth:
-        raise ValueError(f"it lists {len(spec.blocks)} blocks for a model of {depth}")
-    masks = {}
-    for g in groups:
-        found = {getattr(spec.blocks[b], g.kind) for b in g.blocks}
-        if len(found) > 1 or max(found) > g.size:
-            raise ValueError(f"{g.name} has widths {sorted(found)}; one width of at most {g.size} was expected")
-        width = found.pop()
-        units = spec.kept.get(g.name, range(width))
-        if len(set(units)) != width or not all(type(u) is int and 0 <= u < g.size for u in units):
-            raise ValueError(f"{g.name} keeps the units {list(units)[:4]} …; {width} of {g.size} were expected")
-        masks[g.name] = torch.zeros(g.size, dtype=torch.bool).index_fill_(0, torch.tensor(units), True)
-    return groups, masks
+def _read_spec(file: Path) -> ViTSpec:
+    try:
+        return ViTSpec.from_json(file.read_text())
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise _unreadable(file, e) from None
 
 
-def _skeleton(spec: ViTSpec) -> tuple[nn.Module, Masks, dict[str, torch.Size]]:
-    """The dense meta model of a spec, what stays of it, and the shapes its parameters have after the cut."""
-    if spec.family not in adapters.FAMILIES:
-        raise ValueError(f"family {spec.family!r} is unknown; this version knows {', '.join(adapters.FAMILIES)}")
-    model = adapters.FAMILIES[spec.family].build(spec)
-    groups, masks = _kept(spec, model)
-    params = dict(model.named_parameters())
-    return model, masks, {n: t.shape for n, t in cut(params, weight_masks(params, groups, masks)).items()}
+def _unreadable(file: Path, error: Exception) -> ValueError:
+    return ValueError(f"{file} is damaged or from another version: {short(error)}")
 
 
-def _check(path: Path, shapes: Mapping[str, torch.Size], weights: Mapping[str, Tensor], sparse: Sequence[str]) -> None:
-    missing, unknown = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())
-    if missing or unknown:
-        raise ValueError(
-            f"{path / WEIGHTS} does not fit {SPEC}: "
-            + "; ".join(f"{what} {names[:3]}" for what, names in (("missing", missing), ("unknown", unknown)) if names)
-        )
-    for name, shape in shapes.items():
-        if weights[name].shape != shape:
-            raise ValueError(
-                f"{path / WEIGHTS} does not fit {SPEC}: {name} is {tuple(weights[name].shape)}, expected {tuple(shape)}"
-            )
+def _check_shapes(path: Path, model: nn.Module) -> None:
+    """Raise ValueError unless the weights file holds what the model of the spec has; none of it is read for that."""
+    try:
+        found = {name: entry.shape for name, entry in read_header(path / WEIGHTS).items()}
+    except ValueError as e:
+        raise ValueError(f"{path / WEIGHTS} is damaged: {e}") from None
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    said = [f"{what} {short(names[:3])}" for what, names in (("missing", missing), ("unknown", unknown)) if names]
+    wrong = next((name for name, shape in expected.items() if found.get(name, shape) != shape), None)
+    if wrong is not None and not said:
+        said = [f"{wrong} is {short(found[wrong], 40)}, expected {short(expected[wrong], 40)}"]
+    if said:
+        raise ValueError(f"{path / WEIGHTS} does not fit {SPEC}: {'; '.join(said)}")
+
+
+def _check_sparse(path: Path, weights: Mapping[str, Tensor], sparse: Sequence[str]) -> None:
     for name in sparse:
         w = weights.get(name)
         if w is None or w.dim() != 2 or w.shape[1] % 4 or int((w.unflatten(1, (-1, 4)) != 0).sum(-1).max()) > 2:
             raise ValueError(
-                f"{path / WEIGHTS} does not fit {SPEC}: {name} is listed as 2:4 sparse but keeps more than two of four "
-                "neighbours along its input; sparsify the dense snapshot again"
+                f"{path / WEIGHTS} does not fit {SPEC}: {short(name, 60)} is listed as 2:4 sparse but keeps more than "
+                "two of four neighbours along its input; sparsify the dense snapshot again"
             )

@@ -55,7 +55,14 @@ def length(loader: Any, why: str) -> int:
     Raises:
         ValueError: it does not say, as loaders of iterable data sets; `why` ends the line.
     """
+    if (found := known_length(loader)) is None:
+        raise ValueError(f"the loader ({type(loader).__name__}) has no length, which is needed {why}")
+    return found
+
+
+def known_length(loader: Any) -> int | None:
+    """How many batches a loader has, or None where it does not say."""
     try:
         return len(loader)
     except TypeError:
-        raise ValueError(f"the loader ({type(loader).__name__}) has no length, which is needed {why}") from None
+        return None

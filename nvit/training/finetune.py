@@ -13,7 +13,16 @@ from ..config import FinetuneConfig
 from ..utils.progress import Progress, silent
 from .data import endless
 from .distill import Objective
+from .optimizer import set_rates
 from .trainer import Trainer
+
+
+class Cosine(CosineLRScheduler):
+    """timm's, whose rates go into tensors where the optimiser holds tensors."""
+
+    def update_groups(self, values: float | list[float]) -> None:
+        groups = self.optimizer.param_groups
+        set_rates(self.optimizer, values if isinstance(values, (list, tuple)) else [values] * len(groups))
 
 
 def finetune(
@@ -45,11 +54,13 @@ def finetune(
     adapters.find(model).prepare(model)
     parallel.same_weights_(model)
     objective = Objective.of(config, teacher, cnn_teacher, renormalise)
-    trainer = Trainer(model, objective, config, config.lr, state_file)
+    trainer = Trainer(model, objective, config, config.lr, state_file, constrain=constrain)
+    if trainer.note:
+        progress(0, 0, trainer.note)
     if trainer.sharded and constrain is not None:
         raise ValueError("constrain works on whole weights; finetune under it without fsdp")
     total = max(1, round(config.epochs * len(loader)))
-    schedule = CosineLRScheduler(
+    schedule = Cosine(
         trainer.optimizer,
         t_initial=total,
         lr_min=config.min_lr * config.batch_size / 512,
@@ -63,11 +74,10 @@ def finetune(
         with trainer.surviving(lambda: ({}, {})):
             for step, (images, labels) in endless(loader, config.seed, trainer.step):
                 schedule.step_update(step)
-                loss = trainer.train_step(images, labels)
-                if constrain is not None:
-                    constrain()
+                trainer.train_step(images, labels)
                 trainer.after_step()
-                progress(trainer.step, total, f"finetune: loss {loss:.3f}")
+                if trainer.look_due or trainer.step >= total:
+                    progress(trainer.step, total, f"finetune: loss {trainer.look():.3f}")
                 if trainer.step >= total:
                     break
                 if trainer.due():

@@ -26,6 +26,11 @@ from ..config import FinetuneConfig, PruneConfig, TrainingConfig
 from ..structure.run_state import load_run_state, save_run_state
 from .data import seed_draws
 from .distill import Objective
+from .optimizer import decay_groups, fused_adamw
+from .step import AMP, GraphedStep, Step
+
+LOOK = 1.0
+"""Seconds on a GPU between two looks at the loss."""
 
 
 class Trainer:
@@ -34,14 +39,32 @@ class Trainer:
     Every draw of a step follows from the seed and the step's number, so a state on disk holds no random state. With
     several ranks each takes its share of the batch; gradients are those of the whole batch, the same on every rank.
 
+    One process with AdamW takes `step.Step`, which reads nothing back, on CUDA as a graph. Several ranks, fp16 and
+    other optimisers go by Accelerate, where the host looks at every step.
+
+    Args:
+        observe: gets gradients by parameter name after every backward pass, before they are clipped and weights move.
+        constrain: called after every update, to put back what must stay as it is.
+        replayed: called when a captured step was replayed, for what `observe` counts.
+
     Attributes:
         model: the module that is trained, in place; with `fsdp` hollow until `averaged` fills it again.
         call: the student's logits as a module; `call.model` is `model`, or with `fsdp` its twin in shards.
         step: steps taken.
+        note: why steps are not captured on this GPU, if so.
     """
 
     def __init__(
-        self, model: nn.Module, objective: Objective, config: TrainingConfig, lr: float, state_file: Path | None
+        self,
+        model: nn.Module,
+        objective: Objective,
+        config: TrainingConfig,
+        lr: float,
+        state_file: Path | None,
+        *,
+        observe: Callable[[Mapping[str, Tensor]], None] | None = None,
+        constrain: Callable[[], None] | None = None,
+        replayed: Callable[[], None] | None = None,
     ) -> None:
         AcceleratorState._reset_state(reset_partial_state=False)
         device = next(model.parameters()).device
@@ -50,6 +73,7 @@ class Trainer:
         if self.accelerator.num_processes != parallel.world():
             raise ValueError(f"Accelerate sees 1 process of {parallel.world()}; start them with torchrun")
         self.objective, self.config, self.state_file = objective, config, state_file
+        self.observe, self.constrain = observe, constrain
         self.base_lr = lr * config.batch_size / 512
         self.model, logits = model, adapters.find(model).logits
         self.ema = ModelEmaV3(model, decay=config.ema) if config.ema else None
@@ -57,55 +81,112 @@ class Trainer:
         self.call = parallel.shard(model, logits) if self.sharded else parallel.Call(model, logits)
         if self.sharded and self.ema is not None:
             self.ema.module = parallel.shard(self.ema.module, logits).model
-        decay = {"lr": self.base_lr, "weight_decay": config.weight_decay}
-        optimizer = create_optimizer_v2(self.call.model, opt=config.optimizer, **decay)
-        # Accelerate shards on GPUs alone; ours are shards already.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 has another word for broadcast_buffers
-            self.network = self.call if self.sharded else self.accelerator.prepare(self.call)
-        self.optimizer = self.accelerator.prepare(optimizer)
+        groups = decay_groups(self.call.model, config.weight_decay)
+        optimizer = create_optimizer_v2(groups, opt=config.optimizer, lr=self.base_lr, weight_decay=0.0)
+        self._stepper: Step | GraphedStep | None = None
+        self.note = ""
+        if parallel.world() == 1 and config.amp in AMP and fused_adamw(optimizer):
+            self.optimizer = optimizer
+            how = {"amp": config.amp, "clip": config.grad_clip, "observe": observe, "constrain": constrain}
+            self._stepper = Step(self.call, objective, optimizer, **how)
+            if device.type == "cuda" and config.graphs:
+                self._stepper = GraphedStep(self._stepper, replayed)
+        else:
+            self._by_accelerate(optimizer)
+            if device.type == "cuda":
+                why = f"optimizer {config.optimizer}" if config.amp in AMP else f"amp {config.amp}"
+                self.note = f"training steps are not captured in a graph: {why if parallel.world() == 1 else 'ranks'}"
         self._ending = parallel.Ending()
         self.mixup = None
         if config.mixup or config.cutmix:
             smoothing, classes = config.label_smoothing, adapters.classes(model)
             self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=smoothing, num_classes=classes)
         self.step, self._saved_at, self._due, self._whole = 0, time.monotonic(), False, True
+        self._loss, self._looked_at = 0.0, 0.0
 
-    def train_step(self, images: Tensor, labels: Tensor) -> float:
+    def _by_accelerate(self, optimizer: torch.optim.Optimizer) -> None:
+        """Steps that the host watches. Accelerate shards on GPUs alone; ours are shards already."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 has another word for broadcast_buffers
+            self.network = self.call if self.sharded else self.accelerator.prepare(self.call)
+        self.optimizer = self.accelerator.prepare(optimizer)
+
+    def train_step(self, images: Tensor, labels: Tensor) -> None:
         """Forward, backward, optimiser step. Gradients stay on the parameters until the next call.
 
         Raises:
-            FloatingPointError: the loss or a gradient is not finite; weights are left as they were.
+            FloatingPointError: where the host watches, the loss or a gradient is not finite; weights are left as they
+                were. Elsewhere `look` raises it.
         """
         self._ending.check()
         self._whole = True
         self.call.model.train(self.config.train_mode)
         seed_draws(self.config.seed, 2**31 + self.step)
-        device = self.accelerator.device
-        images, labels = images.to(device), labels.to(device)
+        if isinstance(self._stepper, GraphedStep):
+            images, labels = self._stepper.stage(images, labels)
+            torch.cuda.current_stream(images.device).wait_stream(self._stepper.copying)
+        else:
+            images, labels = (t.to(self.accelerator.device) for t in (images, labels))
         if self.mixup is not None:
             if len(images) % 2:
                 images, labels = images[:-1], labels[:-1]
             images, labels = self.mixup(images, labels)
+        if self._stepper is None:
+            self._watched_step(images, labels)
+        else:
+            late = time.monotonic() - self._saved_at >= self.config.save_every
+            self._due = self.state_file is not None and late
+            self._whole = False
+            self._stepper(images, labels)
+        self.step += 1
+        self._whole = self._stepper is not None
+
+    def _watched_step(self, images: Tensor, labels: Tensor) -> None:
         if parallel.world() > 1:  # mixup is one draw for all ranks, dropout and drop path are each rank's own
             seed_draws(self.config.seed, 2**31 + self.step, 1 + parallel.rank())
         self.optimizer.zero_grad()
         with self.accelerator.autocast():
             loss = self.objective.of_logits(self.network(images), images, labels)
-        value, weight = self._across(loss.detach(), len(images))
-        if not math.isfinite(value):
+        self._loss, weight = self._across(loss.detach(), len(images))
+        if not math.isfinite(self._loss):
             raise FloatingPointError(
-                f"the loss is {value} at step {self.step}; lower the learning rate or check the data"
+                f"the loss is {self._loss} at step {self.step}; lower the learning rate or check the data"
             )
         self.accelerator.backward(loss * weight)
-        if self.config.grad_clip:
-            self.accelerator.clip_grad_norm_(self.call.model.parameters(), self.config.grad_clip)
-        if self.config.amp != "fp16" and not parallel.finite(list(self.grads().values())):
+        self.accelerator.unscale_gradients()
+        finite = parallel.finite(list(self.grads().values()))
+        if not finite and self.config.amp != "fp16":
             raise FloatingPointError(f"a gradient is not finite at step {self.step}; the last good state is kept")
+        if finite and self.observe is not None:
+            self.observe(self.grads())
+        if self.config.grad_clip:
+            nn.utils.clip_grad_norm_(self.call.model.parameters(), self.config.grad_clip)
         self._whole = False
         self.optimizer.step()
-        self.step += 1
-        return value
+        if self.constrain is not None:
+            self.constrain()
+
+    def look(self) -> float:
+        """The last step's loss.
+
+        Raises:
+            FloatingPointError: a step was not finite; weights are those of the step before it.
+        """
+        if self._stepper is not None:
+            self._looked_at = time.monotonic()
+            self._loss = getattr(self._stepper, "step", self._stepper).look()
+        return self._loss
+
+    @property
+    def look_due(self) -> bool:
+        """Whether it is time to look: at once where that costs nothing, on a GPU every second."""
+        on_gpu = self._stepper is not None and self.accelerator.device.type == "cuda"
+        return not on_gpu or time.monotonic() - self._looked_at >= LOOK
+
+    def masks_changed(self) -> None:
+        """Shapes are others now: a captured step is captured again."""
+        if isinstance(self._stepper, GraphedStep):
+            self._stepper.reset()
 
     def _across(self, loss: Tensor, images: int) -> tuple[float, float]:
         """The whole batch's loss, and the factor of this rank's that makes a mean over ranks a mean over images.
@@ -121,7 +202,7 @@ class Trainer:
     @property
     def skipped(self) -> bool:
         """Whether fp16 scaling made the optimiser skip the last step (its gradients are not finite)."""
-        return self.accelerator.optimizer_step_was_skipped
+        return self._stepper is None and self.accelerator.optimizer_step_was_skipped
 
     def after_step(self) -> None:
         """Update the moving average, once pruned weights are zero again."""
@@ -170,6 +251,7 @@ class Trainer:
         """
         if self.state_file is None:
             return
+        self.look()
         state = self._state(values, tensors)
         parallel.from_main(lambda: save_run_state(self.state_file, *state))
         self._saved_at = time.monotonic()
@@ -194,7 +276,7 @@ class Trainer:
 
     def _recipe(self) -> dict[str, Any]:
         """What decides the course of a run, as JSON gives it back."""
-        names = {f.name for base in (PruneConfig, FinetuneConfig) for f in fields(base)} - {"save_every", "fsdp"}
+        names = {f.name for base in (PruneConfig, FinetuneConfig) for f in fields(base)} - WITHOUT_EFFECT
         return json.loads(json.dumps({k: v for k, v in asdict(self.config).items() if k in names}))
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -241,7 +323,13 @@ class Trainer:
         if own["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(own["scaler"])
         self.step = own["step"]
+        if self._stepper is not None:
+            getattr(self._stepper, "step", self._stepper).taken.fill_(self.step)
         return rest, values
+
+
+WITHOUT_EFFECT = {"save_every", "fsdp", "graphs"}
+"""Settings that do not change the course of a run."""
 
 
 def _copy(params: Mapping[str, Tensor], name: str, tensor: Tensor, source: Path | None) -> None:

@@ -1,4 +1,5 @@
-"""2:4 sparsity: compress, repack and decompress (`compress`), cuSPARSELt's form, channel orders, transposable masks."""
+"""2:4 sparsity: compress, repack, decompress (`compress`), the same for whole models again and again (`plan`),
+cuSPARSELt's form, channel orders, transposable masks."""
 
 from nvit_kernels.sparse24.compress import (
     Sparse24,
@@ -12,8 +13,11 @@ from nvit_kernels.sparse24.compress import (
     repack_2to4_many,
     unpack_bits,
 )
+from nvit_kernels.sparse24.plan import CompressPlan, RepackPlan
 
 __all__ = [
+    "CompressPlan",
+    "RepackPlan",
     "Sparse24",
     "compress_2to4",
     "compress_2to4_many",

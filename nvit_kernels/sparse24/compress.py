@@ -7,9 +7,10 @@ same bytes elsewhere. Formats and rules: docs/sparse24.md.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -172,7 +173,7 @@ def fits_2to4(shape: Sequence[int], dtype: torch.dtype) -> bool:
 
 
 def _call(name: str, *args):
-    """Run an operator; a refusal of the compiled code reaches the user as the one line it is."""
+    """Run an operator."""
     tensors = args[0]
     if len({t.device for t in (*args[0], *args[1])}) > 1:
         raise ValueError(
@@ -180,8 +181,15 @@ def _call(name: str, *args):
         )
     if not torch.compiler.is_compiling():
         _say_if_slow(tensors[0].device.type)
-    try:
+    with named_error(name):
         return getattr(torch.ops.nvit, name).default(*args)
+
+
+@contextlib.contextmanager
+def named_error(name: str) -> Iterator[None]:
+    """A refusal of compiled code reaches the user as the one line it is."""
+    try:
+        yield
     except RuntimeError as error:
         if str(error).startswith(f"{name}: "):
             raise ValueError(str(error).splitlines()[0]) from None

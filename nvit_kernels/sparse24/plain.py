@@ -57,7 +57,7 @@ def _magnitudes(x: Tensor) -> Tensor:
     """Bit patterns without the sign, ordered as the magnitudes are; int8's as int16, where 128 fits."""
     if x.dtype == torch.int8:
         return x.to(torch.int16).abs()
-    wide = torch.int32 if x.dtype == torch.float32 else torch.int16
+    wide = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize]
     return x.contiguous().view(wide) & torch.iinfo(wide).max
 
 

@@ -155,7 +155,8 @@ def test_a_folder_opens_with_its_weights_and_its_images(folder):
 
 def test_the_command_line_prunes_a_folder(folder, tmp_path, capsys):
     data = folder_of_images(tmp_path / "data", 5)
-    run = ["prune", "--model", str(folder), "--data", str(data), "--out", str(tmp_path / "run"), "--bundle-heads", "1"]
+    shown = ["--data", str(data), "--eval-data", str(data), "--accept-labels"]  # random weights know no labels
+    run = ["prune", "--model", str(folder), *shown, "--out", str(tmp_path / "run"), "--bundle-heads", "1"]
     assert cli.main([*run, "--no-train", "--finetune-epochs", "1", "--batch-size", "4", "--mixup", "0.2", *QUICK]) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     (row,) = result["snapshots"]

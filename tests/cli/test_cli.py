@@ -122,7 +122,11 @@ def test_every_recipe_is_valid(path):
     [
         (PruneCommand, 'criterion = "hesian"', "criterion: unknown value 'hesian' (did you mean 'hessian'?)"),
         (FinetuneCommand, 'amp = "fp8"', "amp: unknown value 'fp8'"),
-        (CorrelationCommand, 'criterion = ["abs", "remaining"]', "criterion: unknown value 'remaining'"),
+        (
+            CorrelationCommand,
+            'criterion = ["abs", "remains"]',
+            "criterion: unknown value 'remains' (did you mean 'remaining'?)",
+        ),
         (PruneCommand, 'latency-target = ["half"]', "latency_target is 'half', expected float"),
     ],
 )

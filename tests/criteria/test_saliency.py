@@ -222,13 +222,15 @@ def test_running_mean_is_unbiased_from_the_first_batch(momentum):
     rows = torch.rand(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     mean = RunningMean(momentum)
     for n, row in enumerate(rows, start=1):
-        mean.update({"a": row})
+        for batch in (row + 0.25, row - 0.25):  # the batches between two decisions count alike
+            mean.update({"a": batch})
         if momentum is None:
             expected = rows[:n].mean(0)
         else:
             weight = torch.tensor([momentum ** (n - 1 - i) for i in range(n)], dtype=torch.float64)
             expected = (weight[:, None] * rows[:n]).sum(0) / weight.sum()
         torch.testing.assert_close(mean.value()["a"], expected, rtol=1e-12, atol=0)
+        mean.decided()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

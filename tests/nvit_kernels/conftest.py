@@ -20,7 +20,8 @@ def pytest_ignore_collect(collection_path):
         return True
 
 
-def _run(command: list[str], **environment: str) -> subprocess.CompletedProcess:
+def run_apart(command: list[str], **environment: str) -> subprocess.CompletedProcess:
+    """Python in a process of its own, without the interpreter unless the environment says so."""
     base = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     paths = os.pathsep.join(p for p in (str(ROOT), base.get("PYTHONPATH")) if p)
     return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True,
@@ -32,7 +33,9 @@ def processes(request):
     """Results by file name or architecture, of those that the selected tests ask for; two at a time."""
     wanted = {getattr(item, "callspec", None) and item.callspec.params.get("process") for item in request.session.items}
     with ThreadPoolExecutor(2) as pool:
-        files = {name: pool.submit(_run, ["-m", "pytest", "-p", "no:cacheprovider", f"{HERE}/interpret/{name}"],
+        files = {name: pool.submit(run_apart, ["-m", "pytest", "-p", "no:cacheprovider", f"{HERE}/interpret/{name}"],
                                    TRITON_INTERPRET="1") for name in INTERPRETED if name in wanted}  # fmt: skip
-        archs = {arch: pool.submit(_run, ["-m", "nvit_kernels.aot", str(arch)]) for arch in ARCHS if arch in wanted}
+        archs = {
+            arch: pool.submit(run_apart, ["-m", "nvit_kernels.aot", str(arch)]) for arch in ARCHS if arch in wanted
+        }
         yield files | archs

@@ -22,7 +22,7 @@ def test_what_is_offered_spills_nothing_and_fits(arch):
                           capture_output=True, text=True, env=environment | {"PYTHONPATH": str(ROOT)})  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     reports = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(reports) >= 15, f"only {len(reports)} layouts were compiled"
+    assert len(reports) >= 14, f"only {len(reports)} layouts were compiled"
     for report in reports:
         assert report["spills"] == 0, f"spills registers: {report}"
         assert report["shared"] <= SHARED_BYTES[arch], f"over sm_{arch}'s shared memory: {report}"

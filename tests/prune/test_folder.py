@@ -2,11 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 import nvit
 from nvit import LatencyTable, snapshot
+from nvit.latency.grid import Grid
 from nvit.prune.api import finetune_snapshots
 from nvit.prune.folder import RunFolder
 from nvit.prune.result import Pruned
@@ -45,6 +47,36 @@ def test_a_resumed_run_decides_with_the_table_it_began_with(tmp_path):
     assert RunFolder(tmp_path, resume=True).table(make_table).dense == made[0].dense and len(made) == 1
     RunFolder(tmp_path).table(make_table)
     assert len(made) == 2, "a new run measures anew"
+
+
+def test_a_resumed_run_decides_by_the_same_bits(tmp_path):
+    """With milliseconds of many digits, as a clock gives them: the table comes back to the last bit, and with it the
+    history."""
+
+    def fresh():
+        model, data, settings, table = arguments(criterion="abs")
+        rng = np.random.default_rng(0)
+        grids = {
+            n: Grid(g.kinds, g.axes, g.values * (1 + 1e-6 * rng.random(g.values.shape)) / 3e3)
+            for n, g in table.grids.items()
+        }
+        return model, data, settings, LatencyTable(table.parts, grids, table.dense, None)
+
+    *rest, table = fresh()
+    table.save(tmp_path / "table.json")
+    again = LatencyTable.load(tmp_path / "table.json")
+    assert all(np.array_equal(again.grids[n].values, g.values) for n, g in table.grids.items())
+    assert again.dense_ms == table.dense_ms
+    whole = nvit.prune(*rest, table)
+
+    def run(resume, **more):
+        *given, made = fresh()
+        folder = RunFolder(tmp_path / "run", resume)
+        return nvit.prune(*given, folder.table(lambda: made), out=tmp_path / "run", resume=resume, **more)
+
+    with pytest.raises(Stop):
+        run(False, progress=stop_after(4))
+    assert run(True).history == whole.history
 
 
 def test_without_a_path_nothing_is_written(tmp_path, monkeypatch):

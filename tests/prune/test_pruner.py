@@ -14,8 +14,7 @@ import nvit
 from nvit import LatencyTable, PruneConfig, Pruner
 from nvit.criteria.gradients import unit_saliency
 from nvit.criteria.registry import CRITERIA
-from nvit.latency import clock
-from nvit.latency import measure as table_module
+from nvit.latency import clock, measure
 from nvit.layers import prunable_layers
 from nvit.structure import snapshot
 from nvit.structure.masks import full_masks, kept_counts, weight_masks, widths
@@ -248,10 +247,10 @@ def test_a_table_of_another_machine_is_refused():
 
 
 def test_without_a_table_one_is_measured(monkeypatch):
-    monkeypatch.setattr(table_module, "LEVELS", dict.fromkeys(nvit.spec.KINDS, 2))
-    measure = LatencyTable.measure.__func__
+    monkeypatch.setattr(measure, "LEVELS", dict.fromkeys(nvit.spec.KINDS, 2))
+    measured = LatencyTable.measure.__func__
     monkeypatch.setattr(
-        LatencyTable, "measure", classmethod(lambda cls, *a, **k: measure(cls, *a, **(k | {"seconds": 0.05})))
+        LatencyTable, "measure", classmethod(lambda cls, *a, **k: measured(cls, *a, **(k | {"seconds": 0.05})))
     )
     settings, model = (
         config(train=False, latency_target=(0.9,)),

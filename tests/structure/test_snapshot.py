@@ -1,10 +1,12 @@
 """Snapshots and run states: strict to read, whole or absent on disk, plain data."""
 
+import hashlib
 import json
+import random
 import resource
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from nvit import adapters, snapshot
 from nvit.spec import ViTSpec
 from nvit.structure import snapshot as finishing
 from nvit.structure.compact import compact
+from nvit.structure.manifest import write_manifest
 from nvit.structure.masks import widths
 from tests.hosts import images, make, masked
 
@@ -26,6 +29,7 @@ from pathlib import Path
 from nvit import snapshot
 root, event_count = Path(sys.argv[1]), 0
 new = snapshot.load(root / "new")
+snapshot.save(root / "new", new)  # what is imported or cached by then, every child has
 
 def die_at(n):
     def hook(event, args):
@@ -42,11 +46,9 @@ for n in range(400):
         snapshot.save(root / "s", new)
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.wait()[1])
-    seen = None
-    if (root / "s").exists():
-        model = snapshot.load(root / "s")
-        seen = model.blocks[0].mlp.fc1.out_features
-    print(n, code, seen)
+    gone = not (root / "s").exists()
+    seen = snapshot.load(root / "s").blocks[0].mlp.fc1.out_features
+    print(n, code, seen, gone, *(p.name for p in root.iterdir() if p.name.startswith(".")))
     if code == 0:
         break
     if seen != int(sys.argv[2]):
@@ -75,11 +77,19 @@ def saved(tmp_path):
 
 
 def one_line(error) -> bool:
-    return "\n" not in str(error.value)
+    return "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
-def test_a_snapshot_is_three_plain_files(saved):
-    assert sorted(p.name for p in saved.iterdir()) == ["metrics.json", "spec.json", "weights.safetensors"]
+def test_a_snapshot_is_plain_files_and_what_they_were(saved):
+    files = ["manifest.json", "metrics.json", "spec.json", "weights.safetensors"]
+    assert sorted(p.name for p in saved.iterdir()) == files
+    manifest = json.loads((saved / "manifest.json").read_text())
+    assert manifest["format"] == 1 and list(manifest["files"]) == files[1:]
+    for name, said in manifest["files"].items():
+        content = (saved / name).read_bytes()
+        assert said == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    *lines, last = (saved / "manifest.json").read_text().splitlines(keepends=True)
+    assert hashlib.sha256("".join(lines).encode()).hexdigest() == last.split('"')[3] == manifest["sha256"]
     assert [p.name for p in saved.parent.iterdir()] == ["s"]
     assert json.loads((saved / "metrics.json").read_text()) == {"top1": 81.5} == snapshot.load_metrics(saved)
     assert ViTSpec.from_json((saved / "spec.json").read_text()).blocks[0].emb == 29
@@ -97,7 +107,7 @@ def test_loaded_model_is_ready_for_inference(saved):
 
 def test_saving_what_was_loaded_gives_the_same_files(saved, tmp_path):
     again = snapshot.save(tmp_path / "again", snapshot.load(saved), snapshot.load_metrics(saved))
-    for name in ("spec.json", "weights.safetensors", "metrics.json"):
+    for name in ("spec.json", "weights.safetensors", "metrics.json", "manifest.json"):
         assert (again / name).read_bytes() == (saved / name).read_bytes(), name
 
 
@@ -146,6 +156,9 @@ def edit(change):
     return apply
 
 
+HUGE = 10**9
+
+
 DAMAGED_SPECS = {
     "not JSON": lambda p: (p / "spec.json").write_text('{"family": "timm_vit", '),
     "not text": lambda p: (p / "spec.json").write_bytes(b"\xff\xfe\x00\x01"),
@@ -168,15 +181,39 @@ DAMAGED_SPECS = {
     "width missing": edit(lambda r: r["blocks"][0].pop("qk_dim")),
     "wider than dense": edit(lambda r: r["blocks"][0].update(mlp=97)),
     "two widths of one stream": edit(lambda r: r["blocks"][0].update(emb=30)),
+    "nested too deep": lambda p: (p / "spec.json").write_text("[" * 100_000),
+    "long field names": edit(lambda r: r.update({"x" * 100_000: 1})),
+    "a billion blocks": edit(lambda r: r["config"].update(depth=HUGE)),
+    "a billion channels": edit(lambda r: r["config"].update(embed_dim=HUGE)),
+    "a billion pixels a side": edit(lambda r: r["config"].update(img_size=[HUGE, HUGE])),
+    "a number of 4000 digits": lambda p: (p / "spec.json").write_text(f'{{"depth": {"9" * 4000}}}'),
+    "infinitely wide": edit(lambda r: r["config"].update(mlp_ratio=float("inf"))),
+    "kept no table": edit(lambda r: r.update(kept=[1])),
+    "a change of nothing": edit(lambda r: r.update(changes={"blocks.7.attn": {"scale": 1.0}})),
+    "a change of what is no number": edit(lambda r: r.update(changes={"blocks.0.attn": {"kept": 1}})),
+    "a change to another layer": edit(lambda r: r.update(changes={"blocks.0.mlp": {"layer": "relu"}})),
 }
 
 
+@pytest.mark.parametrize("signed", [True, False], ids=["manifest", "no manifest"])
 @pytest.mark.parametrize("damage", DAMAGED_SPECS.values(), ids=DAMAGED_SPECS)
-def test_a_damaged_spec_gives_one_line(saved, damage):
+def test_a_damaged_spec_gives_one_line(saved, damage, signed):
+    """Also where nobody can tell that it is not as it was saved: it makes no model, and nothing large on the way."""
     damage(saved)
-    with pytest.raises(ValueError, match=r"spec\.json is damaged or from another version") as e:
+    if signed:
+        with pytest.raises(ValueError, match=r"spec\.json is damaged: .*manifest\.json"):
+            snapshot.load(saved)
+    (saved / "manifest.json").unlink()
+    if signed:
+        write_manifest(saved)
+    before, quiet = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, pytest.warns if not signed else nullcontext
+    with (
+        quiet(*() if signed else (UserWarning,)),
+        pytest.raises(ValueError, match=r"spec\.json is damaged or from another version") as e,
+    ):
         snapshot.load(saved)
     assert one_line(e)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "kB"
 
 
 def change_weights(change):
@@ -205,9 +242,12 @@ DAMAGED_WEIGHTS = {
 }
 
 
+@pytest.mark.parametrize("signed", [True, False], ids=["as saved", "signed anew"])
 @pytest.mark.parametrize("damage", DAMAGED_WEIGHTS.values(), ids=DAMAGED_WEIGHTS)
-def test_damaged_weights_give_one_line(saved, damage):
+def test_damaged_weights_give_one_line(saved, damage, signed):
     damage(saved / "weights.safetensors")
+    if not signed:
+        write_manifest(saved)
     with pytest.raises(ValueError, match=r"weights\.safetensors (is damaged|does not fit|is missing)") as e:
         snapshot.load(saved)
     assert one_line(e)
@@ -215,6 +255,7 @@ def test_damaged_weights_give_one_line(saved, damage):
 
 def test_damaged_metrics_give_one_line(saved):
     (saved / "metrics.json").write_text('{"top1": ')
+    write_manifest(saved)
     with pytest.raises(ValueError, match=r"metrics\.json is damaged"):
         snapshot.load_metrics(saved)
 
@@ -222,6 +263,9 @@ def test_damaged_metrics_give_one_line(saved):
 def test_weights_of_another_width_do_not_fit(saved, tmp_path):
     other = snapshot.save(tmp_path / "other", small(keep=0.5))
     (other / "weights.safetensors").replace(saved / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"weights\.safetensors is damaged: \d+ bytes, manifest\.json says \d+"):
+        snapshot.load(saved)
+    write_manifest(saved)
     with pytest.raises(ValueError, match=r"does not fit spec\.json: \S+ is \(.*\), expected \(.*\)"):
         snapshot.load(saved)
 
@@ -251,9 +295,8 @@ def test_an_older_snapshot_is_replaced(saved):
 
 
 def test_a_kill_at_any_moment_leaves_the_old_snapshot_or_the_new_one(tmp_path):
-    """A child is ended before every file system call of a save, one after another; what is there always loads.
-
-    Between two renames there may be no folder, and never half of one.
+    """A child is ended before every file system call of a save, one after another; what is there always loads, and then
+    nothing is left beside it. Between two renames there is no folder, until somebody looks.
     """
     old, new = small(keep=0.6), small(keep=0.4)
     for name, model in {"old": old, "new": new, "s": old}.items():
@@ -263,11 +306,12 @@ def test_a_kill_at_any_moment_leaves_the_old_snapshot_or_the_new_one(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
-    assert rows[-1][1:] == ["0", str(narrow)]
-    assert len(rows) > 10 and all(code == "9" for _, code, _ in rows[:-1])
-    seen = [found for *_, found in rows]
-    assert set(seen) <= {str(wide), str(narrow), "None"}
-    assert seen.count("None") <= 1, "the time without a snapshot is one rename long"
+    assert rows[-1][1:3] == ["0", str(narrow)]
+    assert len(rows) > 10 and all(code == "9" for _, code, *_ in rows[:-1])
+    assert {found for _, _, found, *_ in rows} == {str(wide), str(narrow)}
+    between = [found for _, _, found, gone, *_ in rows if gone == "True"]
+    assert between == [str(narrow)], "found missing once, between the renames; the new one was finished"
+    assert all(len(row) == 4 for row in rows), "nothing is left beside them"
 
 
 @pytest.mark.parametrize("size", [100, 20_000])
@@ -310,6 +354,26 @@ def test_damaged_run_states_give_one_line(tmp_path, content):
     with pytest.raises(ValueError, match=r"is not a run state .*start the run without --resume") as e:
         snapshot.load_run_state(file)
     assert one_line(e)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_changed_bit_of_a_run_state_is_seen(tmp_path, seed):
+    rng, file = random.Random(seed), tmp_path / "state"
+    tensors = {"a": torch.randn(30, 4), "n": torch.tensor(3), "none": torch.empty(0), "h": torch.ones(5).bfloat16()}
+    snapshot.save_run_state(file, tensors, {"step": 7})
+    assert torch.equal(snapshot.load_run_state(file)[0]["a"], tensors["a"])
+    content = bytearray(file.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="start the run without --resume") as e:
+        snapshot.load_run_state(file)
+    assert one_line(e)
+
+
+def test_a_run_state_from_before_they_were_signed_loads_with_one_line(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "state", metadata={"values": '{"step": 1}'})
+    with pytest.warns(UserWarning, match="is from before run states were signed: it is unchecked"):
+        assert snapshot.load_run_state(tmp_path / "state")[1] == {"step": 1}
 
 
 def test_a_snapshots_weights_are_no_run_state(saved):

@@ -21,12 +21,12 @@ from nvit_kernels.ops.attention.kernels import (
 
 @triton.jit
 def delta_kernel(
+    heads,  # (H,) int32, kept ones first; None: all are kept
+    heads_n,  # (1,) int32
     o,  # (B, N, H, V)
     do,  # (B, H, N, V)
     delta,  # out: (B, H, N) float32, Σ o·∂o of each row
     v_part,  # out: (B, H, tiles, V) float32, Σ o·∂o of each column of a tile; None: no scores are wanted
-    heads,  # (H,) int32, kept ones first; None: all are kept
-    heads_n,  # (1,) int32
     H,  # heads
     N,  # tokens
     V8,  # value dims / 8
@@ -54,19 +54,19 @@ def dkv_kernel(
     q,  # (B, H, N, QK)
     k,  # (B, H, N, QK), with q's strides
     v,  # (B, H, N, V)
-    do,  # (B, H, N, V)
-    stats,  # (B, H, 2, N) float32
-    delta,  # (B, H, N) float32
-    dk,  # out: (B, N, H, QK)
-    dv,  # out: (B, N, H, V)
     heads,  # (H,) int32, kept ones first; None: all are kept
     heads_n,  # (1,) int32
     qk_mask,  # (QK,) bool, True stays; None: all stay
     v_mask,  # (V,) bool
     bias,  # (H, N, N), rows filled up with -inf to a multiple of 8; None: no bias
     window,  # (windows, N, N), filled up alike; None: no mask
-    windows,  # sample i meets window i modulo this
+    do,  # (B, H, N, V)
+    stats,  # (B, H, 2, N) float32
+    delta,  # (B, H, N) float32
     scale,  # factor on the logits
+    dk,  # out: (B, N, H, QK)
+    dv,  # out: (B, N, H, V)
+    windows,  # sample i meets window i modulo this
     H,  # heads
     N,  # tokens
     QK8,  # query and key dims / 8
@@ -137,19 +137,19 @@ def dq_kernel(
     q,  # (B, H, N, QK)
     k,  # (B, H, N, QK), with q's strides
     v,  # (B, H, N, V)
-    do,  # (B, H, N, V)
-    stats,  # (B, H, 2, N) float32
-    delta,  # (B, H, N) float32
-    dq,  # out: (B, N, H, QK)
-    qk_part,  # out: (B, H, tiles, QK) float32, Σ q·∂q of each column of a tile; None: no scores are wanted
     heads,  # (H,) int32, kept ones first; None: all are kept
     heads_n,  # (1,) int32
     qk_mask,  # (QK,) bool, True stays; None: all stay
     v_mask,  # (V,) bool
     bias,  # (H, N, N), rows filled up with -inf to a multiple of 8; None: no bias
     window,  # (windows, N, N), filled up alike; None: no mask
-    windows,  # sample i meets window i modulo this
+    do,  # (B, H, N, V)
+    stats,  # (B, H, 2, N) float32
+    delta,  # (B, H, N) float32
     scale,  # factor on the logits
+    dq,  # out: (B, N, H, QK)
+    qk_part,  # out: (B, H, tiles, QK) float32, Σ q·∂q of each column of a tile; None: no scores are wanted
+    windows,  # sample i meets window i modulo this
     H,  # heads
     N,  # tokens
     QK8,  # query and key dims / 8
@@ -201,7 +201,8 @@ def dq_kernel(
         s = add_to_logits(s, bias, window, rm[:, None], n[None, :], N)
         p = tl.exp2(s - top[:, None]) * share[:, None]
         dp = tl.dot(dot, tl.trans(vt), input_precision=PRECISION)
-        ds = p * (dp - centre[:, None])  # keys past N: their k is zero, so they add nothing below
+        # Keys past N have logit 0, which may be far above a row's own: their p overflows, and inf · 0 is no number.
+        ds = tl.where((n < N)[None, :], p * (dp - centre[:, None]), 0.0)
         acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PRECISION)
     acc *= scale
     if qk_mask is not None:
@@ -218,18 +219,18 @@ def dbias_kernel(
     q,  # (B, H, N, QK)
     k,  # (B, H, N, QK), with q's strides
     v,  # (B, H, N, V)
-    do,  # (B, H, N, V)
-    stats,  # (B, H, 2, N) float32
-    delta,  # (B, H, N) float32
-    bias_part,  # out: (splits, H, N, N) float32
     heads,  # (H,) int32, kept ones first; None: all are kept
     heads_n,  # (1,) int32
     qk_mask,  # (QK,) bool, True stays; None: all stay
     v_mask,  # (V,) bool
-    bias,  # (H, N, N), rows filled up with -inf to a multiple of 8
+    bias,  # (H, N, N), rows filled up with -inf to a multiple of 8; None: no bias
     window,  # (windows, N, N), filled up alike; None: no mask
-    windows,  # sample i meets window i modulo this
+    do,  # (B, H, N, V)
+    stats,  # (B, H, 2, N) float32
+    delta,  # (B, H, N) float32
     scale,  # factor on the logits
+    bias_part,  # out: (splits, H, N, N) float32
+    windows,  # sample i meets window i modulo this
     B,  # samples
     H,  # heads
     N,  # tokens

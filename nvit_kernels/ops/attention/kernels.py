@@ -78,16 +78,16 @@ def forward_kernel(
     q,  # (B, H, N, QK)
     k,  # (B, H, N, QK), with q's strides
     v,  # (B, H, N, V)
-    o,  # out: (B, N, H, V)
-    stats,  # out: (B, H, 2, N) float32, row maximum of the logits in base 2, and 1 / row sum
     heads,  # (H,) int32, kept ones first; None: all are kept
     heads_n,  # (1,) int32, how many are kept; None with heads
     qk_mask,  # (QK,) bool, True stays; None: all stay
     v_mask,  # (V,) bool
     bias,  # (H, N, N), rows filled up with -inf to a multiple of 8; None: no bias
     window,  # (windows, N, N), filled up alike; None: no mask
-    windows,  # sample i meets window i modulo this; None with window
+    o,  # out: (B, N, H, V)
+    stats,  # out: (B, H, 2, N) float32, row maximum of the logits in base 2, and 1 / row sum
     scale_log2,  # factor on the logits times log2(e)
+    windows,  # sample i meets window i modulo this; None with window
     H,  # heads
     N,  # tokens
     QK8,  # query and key dims / 8

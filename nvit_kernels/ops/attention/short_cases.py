@@ -17,8 +17,8 @@ from nvit_kernels.launch import power_of_two
 from nvit_kernels.ops.attention import short_kernels as kernels
 from nvit_kernels.ops.attention import short_layouts as layouts
 
-SHAPES = ((197, 64, 64), (197, 24, 56), (197, 32, 32), (197, 8, 8), (160, 64, 32), (128, 64, 64), (50, 32, 32),
-          (49, 64, 64))  # tokens, qk, v  # fmt: skip
+# tokens, qk, v
+SHAPES = ((197, 64, 64), (197, 24, 56), (197, 8, 8), (160, 64, 32), (128, 64, 64), (50, 32, 32), (49, 64, 64))
 SHARED_PER_PROCESSOR = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10, 100: 228 << 10}
 WARPS_PER_PROCESSOR = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64}
 SUMS = ("lse", "head_part", "head_scores", "qk_scores", "v_scores")

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nvit_kernels.ops.attention.kernels import head_start
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -48,11 +50,9 @@ def forward_kernel(
     H,
     QK8,  # D / 8
     V8,  # E / 8
-    qk_b8,  # strides of samples, heads and tokens, divided by 8
-    qk_h8,
-    qk_n8,
-    v_b8,
-    v_h8,
+    qk_h8,  # strides of q and k, elements / 8: from head to head
+    qk_n8,  # from token to token
+    v_h8,  # of v
     v_n8,
     N: tl.constexpr,
     KEYS_A: tl.constexpr,  # pieces that hold N keys; 0 where there is none
@@ -70,9 +70,9 @@ def forward_kernel(
     """
     i = tl.program_id(0).to(tl.int64)
     b, h = i // H, i % H
-    q += b * (qk_b8 * 8) + h * (qk_h8 * 8)
-    k += b * (qk_b8 * 8) + h * (qk_h8 * 8)
-    v += b * (v_b8 * 8) + h * (v_h8 * 8)
+    q = head_start(q, b, h, H, N, qk_h8, qk_n8)
+    k = head_start(k, b, h, H, N, qk_h8, qk_n8)
+    v = head_start(v, b, h, H, N, v_h8, v_n8)
     o += (b * N * H + h) * (V8 * 8)
     ka = rows(k, 0, QK8, qk_n8, N, KEYS_A, BLOCK_QK)
     va = rows(v, 0, V8, v_n8, N, KEYS_A, BLOCK_V)
@@ -128,11 +128,9 @@ def backward_kernel(
     H,
     QK8,  # D / 8
     V8,  # E / 8
-    qk_b8,  # strides of samples, heads and tokens, divided by 8
-    qk_h8,
-    qk_n8,
-    v_b8,
-    v_h8,
+    qk_h8,  # strides of q and k, elements / 8: from head to head
+    qk_n8,  # from token to token
+    v_h8,  # of v
     v_n8,
     N: tl.constexpr,
     PACKED: tl.constexpr,
@@ -151,9 +149,9 @@ def backward_kernel(
     """
     i = tl.program_id(0).to(tl.int64)
     b, h = i // H, i % H
-    q += b * (qk_b8 * 8) + h * (qk_h8 * 8)
-    k += b * (qk_b8 * 8) + h * (qk_h8 * 8)
-    v += b * (v_b8 * 8) + h * (v_h8 * 8)
+    q = head_start(q, b, h, H, N, qk_h8, qk_n8)
+    k = head_start(k, b, h, H, N, qk_h8, qk_n8)
+    v = head_start(v, b, h, H, N, v_h8, v_n8)
     o += (b * N * H + h) * (V8 * 8)
     do += (b * N * H + h) * (V8 * 8)
     parts = 3 if PACKED else 1

@@ -44,10 +44,12 @@ def _shared_bytes(arch: int) -> int:
 
 
 def forward_config(arch: int, tokens: int) -> Config:
-    """The forward's layout on compute capability `arch`, as 90; 64 rows are where warp-group products start.
+    """The forward's layout on compute capability `arch`, as 90, or 0 in the interpreter; warp groups have 64 rows.
 
     A small shared memory holds one program of 128 keys or more, so that one has eight warps, of 16 rows each as always.
     """
+    if not arch:
+        return INTERPRETED
     if tokens <= 64:
         return Config(rows=64, warps=4, stages=1)
     if tokens > 128 and _shared_bytes(arch) < WIDEST_BACKWARD_BYTES:
@@ -60,6 +62,8 @@ def backward_config(arch: int, tokens: int, qk: int, v: int) -> Config | None:
 
     What is offered spills no register and fits in shared memory, which `cases` compiles and its test asserts.
     """
+    if not arch:
+        return INTERPRETED
     if tokens <= 64:
         return Config(rows=64, warps=4, stages=1)
     if _warp_groups(arch):

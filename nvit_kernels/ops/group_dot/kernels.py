@@ -41,24 +41,51 @@ def tiles_kernel(
 
 
 @triton.jit
+def add_columns(x, out, first, outer, units, ROWS: tl.constexpr, UNITS: tl.constexpr):
+    """out[u] = Σ over outer of x[outer, u]: neighbouring threads read neighbouring units."""
+    unit = first + tl.arange(0, UNITS)
+    total = tl.zeros([ROWS, UNITS], tl.float32)
+    for start in range(0, outer, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < outer)[:, None] & (unit < units)[None, :]
+        total += tl.load(x + row[:, None] * units + unit[None, :], mask=inside, other=0.0)
+    tl.store(out + unit, tl.sum(total, 0), mask=unit < units)
+
+
+@triton.jit
+def add_runs(x, out, first, outer, units, inner, UNITS: tl.constexpr, LANES: tl.constexpr):
+    """out[u] = Σ over outer and inner of x[outer, u, inner]: neighbouring threads read along inner."""
+    unit = first + tl.arange(0, UNITS)
+    total = tl.zeros([UNITS, LANES], tl.float32)
+    for start in range(0, outer * inner, LANES):
+        i = start + tl.arange(0, LANES)
+        at = (i // inner * units * inner + i % inner)[None, :] + unit[:, None] * inner
+        inside = (unit < units)[:, None] & (i < outer * inner)[None, :]
+        total += tl.load(x + at, mask=inside, other=0.0)
+    tl.store(out + unit, tl.sum(total, 1), mask=unit < units)
+
+
+@triton.jit
 def slices_kernel(
     workspace,  # (Tables.workspace,) float32
     reductions,  # (programs, 6) int64: workspace offset, outer, units, inner, place among the slice sums, first unit
     sums,  # out: (Tables.slice_sums,) float32
-    UNITS: tl.constexpr,
-    LANES: tl.constexpr,
+    MANY: tl.constexpr,
+    SHORT: tl.constexpr,
+    FEW: tl.constexpr,
+    LONG: tl.constexpr,
 ):
     """sums[place + u] = Σ over outer and inner of workspace[offset + (outer, u, inner)]."""
     entry = reductions + tl.program_id(0).to(tl.int64) * 6
-    offset, outer, units, inner = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
-    unit = tl.load(entry + 5) + tl.arange(0, UNITS)
-    total = tl.zeros([UNITS, LANES], tl.float32)
-    for i0 in range(0, outer * inner, LANES):
-        i = i0 + tl.arange(0, LANES)
-        at = (i // inner)[None, :] * (units * inner) + unit[:, None] * inner + (i % inner)[None, :]
-        inside = (unit < units)[:, None] & (i < outer * inner)[None, :]
-        total += tl.load(workspace + offset + at, mask=inside, other=0.0)
-    tl.store(sums + tl.load(entry + 4) + unit, tl.sum(total, 1), mask=unit < units)
+    x, out = workspace + tl.load(entry), sums + tl.load(entry + 4)
+    outer, units = tl.load(entry + 1).to(tl.int32), tl.load(entry + 2).to(tl.int32)
+    inner, first = tl.load(entry + 3).to(tl.int32), tl.load(entry + 5).to(tl.int32)
+    if inner == 1:
+        add_columns(x, out, first, outer, units, SHORT, MANY)
+    elif outer * inner <= SHORT:
+        add_runs(x, out, first, outer, units, inner, MANY, SHORT)
+    else:
+        add_runs(x, out, first, outer, units, inner, FEW, LONG)
 
 
 @triton.jit

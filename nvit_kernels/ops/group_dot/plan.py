@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 TILE_ROWS, TILE_COLUMNS = 64, 256  # of a parameter, per program of the first launch
+MANY, SHORT = 128, 16  # units of a program of the second launch, and partial sums of each at a time
+FEW, LONG = 16, 128  # the same where units have more partial sums, side by side
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,16 @@ class GroupDotPlan:
             if grads.get(name) is None:
                 raise KeyError(f"{name} has no gradient; it is frozen, or not used in the loss")
             for what, t in (("parameter", params[name]), ("gradient", grads[name])):
-                if tuple(t.shape) != shape:
+                if t.shape != shape:
                     raise ValueError(f"{what} {name} has shape {tuple(t.shape)}, the plan was made for {shape}")
 
-    def tables(self, device: torch.device, units: int = 32, block: int = 128) -> Tables:
-        """The launch tables on `device`, made at the first call, for programs of `units` and `block` units."""
+    def tables(self, device: torch.device, block: int = 128) -> Tables:
+        """The launch tables on `device`, made at the first call, for programs of `block` outputs."""
         if device not in self._tables:
-            self._tables[device] = lay_out(self, device, units, block)
+            made = lay_out(self, device, block)
+            if type(made.outputs) is not Tensor:  # a fake device's, which would be of no use to a real one
+                return made
+            self._tables[device] = made
         return self._tables[device]
 
 
@@ -103,8 +108,13 @@ class Tables:
     slice_sums: int
 
 
-def lay_out(plan: GroupDotPlan, device: torch.device, unit_step: int, output_step: int) -> Tables:
-    """Make the tables of `plan`; a program of the second launch has `unit_step` units, of the third `output_step`."""
+def units_at_once(outer: int, inner: int) -> int:
+    """Units of a program of the second launch, by their partial sums; `slices_kernel` has a case for each."""
+    return MANY if inner == 1 or outer * inner <= SHORT else FEW
+
+
+def lay_out(plan: GroupDotPlan, device: torch.device, output_step: int) -> Tables:
+    """Make the tables of `plan`; a program of the third launch has `output_step` units."""
     tiles: dict[int, list[tuple[int, ...]]] = {8: [], 1: []}
     base, places = 0, {}
     for number, name in enumerate(plan.names):
@@ -127,7 +137,8 @@ def lay_out(plan: GroupDotPlan, device: torch.device, unit_step: int, output_ste
     reductions, by_output, done = [], {}, 0
     for s in plan.slices:
         where = _reduction(s, plan.shapes[s.name], *places[s.name])
-        reductions += [(*where, done, u) for u in range(0, s.units, unit_step)]
+        _, outer, units, inner = where
+        reductions += [(*where, done, u) for u in range(0, units, units_at_once(outer, inner))]
         by_output.setdefault((s.offset, s.units), []).append(done)
         done += s.units
     _check_disjoint(sorted(by_output))

@@ -29,11 +29,10 @@ def forward_kernel(
     count,  # (1,) int32, how many stay; None with mask
     y,  # out: (rows, width)
     total,  # out: (rows, width), x + residual; None with residual
-    mean,  # out: (rows,) float32
-    rstd,  # out: (rows,) float32, 1 / standard deviation
+    stats,  # out: (2, rows) float32, mean and 1 / standard deviation
+    eps,  # added to the variance
     rows,  # tokens of all samples
     units,  # width / UNIT
-    eps,  # added to the variance
     UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -58,8 +57,8 @@ def forward_kernel(
         shift = tl.load(b + col, mask=keep, other=0.0).to(tl.float32)
         out = centred * r[:, None] * scale[None, :] + shift[None, :]
     tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
-    tl.store(mean + row, mu, mask=row < rows)
-    tl.store(rstd + row, r, mask=row < rows)
+    tl.store(stats + row, mu, mask=row < rows)
+    tl.store(stats + rows + row, r, mask=row < rows)
 
 
 @triton.jit
@@ -70,14 +69,15 @@ def backward_kernel(
     w,  # (width,)
     mask,  # (width,) bool; None: all stay
     count,  # (1,) int32; None with mask
-    mean,  # (samples · tokens,) float32
-    rstd,  # (samples · tokens,) float32
+    stats,  # (2, rows) float32, mean and 1 / standard deviation
     dx,  # out: (samples, tokens, width)
     part,  # out: (samples, tiles, 2, width) float32, ∂w and ∂b of CHUNK tokens
+    rows,  # tokens of all samples
     tokens,  # of a sample
     units,  # width / UNIT
     UNIT: tl.constexpr,
     CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
@@ -88,14 +88,14 @@ def backward_kernel(
     scale = tl.load(w + col, mask=keep, other=0.0).to(tl.float32)
     dw = tl.zeros([BLOCK_E], tl.float32)
     db = tl.zeros([BLOCK_E], tl.float32)
-    for start in range(tile * CHUNK, tl.minimum(tile * CHUNK + CHUNK, tokens), BLOCK_M):
+    for start in tl.range(tile * CHUNK, tl.minimum(tile * CHUNK + CHUNK, tokens), BLOCK_M, num_stages=STAGES):
         token = start + tl.arange(0, BLOCK_M)
         row = sample * tokens + token
         inside = (token < tokens)[:, None] & (col < width)[None, :]
         there = (token < tokens)[:, None] & keep[None, :]
         at = row[:, None] * width + col[None, :]
-        mu = tl.load(mean + row, mask=token < tokens, other=0.0)
-        r = tl.load(rstd + row, mask=token < tokens, other=0.0)
+        mu = tl.load(stats + row, mask=token < tokens, other=0.0)
+        r = tl.load(stats + rows + row, mask=token < tokens, other=0.0)
         normed = tl.load(total + at, mask=inside, other=0.0).to(tl.float32)
         normed = tl.where(there, (normed - mu[:, None]) * r[:, None], 0.0)
         grad = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)

@@ -5,27 +5,35 @@ Derivations and shapes: docs/kernels/kept_layer_norm.md.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 import triton
 from torch import Tensor
 
-from nvit_kernels.launch import FUSED_MULTIPLY_ADD, INTERPRET, on_device, power_of_two
+from nvit_kernels.launch import (
+    INTERPRET,
+    check_list,
+    describe,
+    differentiated_once,
+    on_device,
+    power_of_two,
+    remember,
+    stays_one_operator,
+)
+from nvit_kernels.ops.fold import chunk_rows, fold, in_units
 from nvit_kernels.ops.kept_layer_norm.kernels import backward_kernel, forward_kernel
+from nvit_kernels.tuning import Launch
 
-CHUNK = 64  # rows that one backward program folds into one partial sum of ∂w and ∂b
+LONGEST_CHUNK = 64
+BACKWARD_TILE = 2048  # elements: fewer registers, so that more programs share a processor
 
 
-def blocks(width: int) -> dict[str, int]:
-    """A tile of whole rows, 4096 elements where a row leaves room, and the warps to hold it."""
+def blocks(width: int, elements: int = 4096) -> dict[str, int]:
+    """A tile of whole rows, `elements` of them where a row leaves room, and the warps to hold it."""
     block = power_of_two(width)
-    rows = CHUNK if INTERPRET else max(1, 4096 // block)
-    return dict(BLOCK_M=min(rows, CHUNK), BLOCK_E=block, num_warps=min(16, max(4, block // 512)), **FUSED_MULTIPLY_ADD)
-
-
-def _in_units(width: int) -> dict[str, int]:
-    """A width as the kernels take it: divided by 8 where it can be, so that loads stay wide."""
-    unit = 1 if width % 8 else 8
-    return dict(units=width // unit, UNIT=unit)
+    rows = LONGEST_CHUNK if INTERPRET else max(1, elements // block)
+    return dict(BLOCK_M=min(rows, LONGEST_CHUNK), BLOCK_E=block, num_warps=min(16, max(4, block // 512)))
 
 
 def _check(x: Tensor, w: Tensor, b: Tensor | None, mask: Tensor | None, residual: Tensor | None) -> None:
@@ -36,84 +44,173 @@ def _check(x: Tensor, w: Tensor, b: Tensor | None, mask: Tensor | None, residual
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(f"residual is {residual.dtype} {tuple(residual.shape)}, x is {x.dtype} {tuple(x.shape)}; "
                          "they are added, so they must agree")  # fmt: skip
+    check_list(mask, width, x.device)
+
+
+@dataclass
+class Plan:
+    """What is worked out once for operands of one description.
+
+    Attributes:
+        contiguous: all of them are.
+        rows: of x, all but its last dim together.
+        backward: launches by what is asked, with the shape of the partial sums between them.
+    """
+
+    forward: Launch
+    contiguous: bool
+    rows: int
+    backward: dict[int | None, tuple[Launch, tuple[int, ...], Launch]] = field(default_factory=dict)
+
+
+_plans: dict[tuple, Plan] = {}
+
+
+def _plan(x: Tensor, w: Tensor, b: Tensor | None, mask: Tensor | None, residual: Tensor | None) -> Plan:
+    key = describe(x, w, b, mask, residual)
+    return _plans.get(key) or remember(_plans, key, _new_plan(x, w, b, mask, residual))
+
+
+def _new_plan(x: Tensor, w: Tensor, b: Tensor | None, mask: Tensor | None, residual: Tensor | None) -> Plan:
+    _check(x, w, b, mask, residual)
+    width = x.shape[-1]
+    rows, size = x.numel() // width, blocks(width)
+    contiguous = all(t is None or t.is_contiguous() for t in (x, w, b, residual))
+    grid = (triton.cdiv(rows, size["BLOCK_M"]),)
+    return Plan(Launch(forward_kernel, grid, dict(rows=rows, **in_units(width), **size)), contiguous, rows)
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [t if t is None else t.contiguous() for t in tensors]
+
+
+def launch(x, w, b, mask, count, eps, residual) -> tuple[Plan, Tensor, Tensor | None, Tensor]:
+    """The plan, and y, x + residual where there is one, mean and 1 / standard deviation of every row `(2, rows)`.
+
+    Arguments are checked once for each description of them.
+
+    Raises:
+        ValueError: shapes disagree.
+    """
+    plan = _plan(x, w, b, mask, residual)
+    if not plan.contiguous:
+        x, w, b, residual = contiguous(x, w, b, residual)
+    y, total = torch.empty_like(x), None if residual is None else torch.empty_like(x)
+    stats = x.new_empty(2, plan.rows, dtype=torch.float32)
+    with on_device(x):
+        plan.forward(x, residual, w, b, mask, count, y, total, stats, eps)
+    return plan, y, total, stats
+
+
+def launch_backward(plan, dy, dtotal, total, w, b, mask, count, stats, scores):
+    """∂x (of the residual too), ∂w, and ∂b where there is a bias; adds scores to the buffer given."""
+    if not (plan.contiguous and dy.is_contiguous() and (dtotal is None or dtotal.is_contiguous())):
+        dy, dtotal, total, w, b = contiguous(dy, dtotal, total, w, b)
+    samples = None if scores is None else total.shape[0] if scores.dim() == 2 else 1
+    runs = plan.backward.get(samples)
+    if runs is None:
+        runs = plan.backward[samples] = _backward_launches(plan.rows, samples or 1, total.shape[-1], scores)
+    run, shape, second = runs
+    dx, part = torch.empty_like(total), total.new_empty(shape, dtype=torch.float32)
+    dw, db = torch.empty_like(w), None if b is None else torch.empty_like(b)
+    with on_device(total):
+        run(dy, dtotal, total, w, mask, count, stats, dx, part)
+        # Σ y·∂y = w Σ x̂·∂y + b Σ ∂y; a pruned channel has neither sum
+        second(part, dw, db, w, b, scores)
+    return dx, dw, db
+
+
+def _backward_launches(rows: int, samples: int, width: int, scores: Tensor | None) -> tuple[Launch, tuple, Launch]:
+    tokens = rows // samples
+    chunk = chunk_rows(rows)
+    shape = (samples, triton.cdiv(tokens, chunk), 2, width)
+    size = blocks(width, BACKWARD_TILE)
+    size["BLOCK_M"] = min(size["BLOCK_M"], chunk)
+    fixed = dict(rows=rows, tokens=tokens, CHUNK=chunk, STAGES=3, **in_units(width), **size)
+    return (
+        Launch(backward_kernel, (shape[1], samples), fixed),
+        shape,
+        fold(*shape, scores is not None and scores.dim() == 2),
+    )
+
+
+class KeptLayerNorm(torch.autograd.Function):
+    """The eager path."""
+
+    @staticmethod
+    def forward(ctx, x, w, b, mask, count, eps, residual, scores):
+        ctx.plan, y, total, stats = launch(x, w, b, mask, count, eps, residual)
+        ctx.save_for_backward(x if total is None else total, w, b, mask, count, stats)
+        ctx.scores = scores  # written by the backward, so not guarded against writing
+        if total is None:
+            return y
+        ctx.set_materialize_grads(False)
+        return y, total
+
+    @staticmethod
+    @differentiated_once
+    def backward(ctx, dy, dtotal=None):
+        total, w, b, mask, count, stats = ctx.saved_tensors
+        dy = torch.zeros_like(total) if dy is None else dy  # only the sum was used
+        dx, dw, db = launch_backward(ctx.plan, dy, dtotal, total, w, b, mask, count, stats, ctx.scores)
+        return dx, dw, db, None, None, None, dx if ctx.needs_input_grad[6] else None, None
 
 
 @torch.library.custom_op("nvit::kept_layer_norm", mutates_args=())
-def _forward(x: Tensor, w: Tensor, b: Tensor | None, mask: Tensor | None, count: Tensor | None, eps: float,
-             residual: Tensor | None, scores: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    _check(x, w, b, mask, residual)
-    x, width = x.contiguous(), x.shape[-1]
-    rows = x.numel() // width
-    y, mean, rstd = torch.empty_like(x), *(x.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    total = x.new_empty(0) if residual is None else torch.empty_like(x)
-    size = blocks(width)
-    with on_device(x):
-        forward_kernel[(triton.cdiv(rows, size["BLOCK_M"]),)](
-            x=x, residual=None if residual is None else residual.contiguous(), w=w.contiguous(),
-            b=None if b is None else b.contiguous(), mask=mask, count=count, y=y,
-            total=None if residual is None else total, mean=mean, rstd=rstd, rows=rows, eps=eps, **_in_units(width),
-            **size,
-        )  # fmt: skip
-    return y, total, mean, rstd
+def operator(x: Tensor, w: Tensor, b: Tensor | None, mask: Tensor | None, count: Tensor | None, eps: float,
+             residual: Tensor | None, scores: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The same for torch.compile and export: y, x + residual (empty without one), statistics `(2, rows)`."""
+    _, y, total, stats = launch(x, w, b, mask, count, eps, residual)
+    return y, x.new_empty(0) if total is None else total, stats
 
 
-@_forward.register_fake
+@operator.register_fake
 def _(x, w, b, mask, count, eps, residual, scores):
     y, rows = torch.empty_like(x, memory_format=torch.contiguous_format), x.numel() // x.shape[-1]
-    total = x.new_empty(0) if residual is None else torch.empty_like(y)
-    return y, total, *(x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    return y, x.new_empty(0) if residual is None else torch.empty_like(y), x.new_empty(2, rows, dtype=torch.float32)
 
 
 @torch.library.custom_op("nvit::kept_layer_norm_backward", mutates_args=("scores",))
-def _backward(dy: Tensor, dtotal: Tensor | None, total: Tensor, w: Tensor, b: Tensor | None, mask: Tensor | None,
-              count: Tensor | None, mean: Tensor, rstd: Tensor,
-              scores: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dy, total, width = dy.contiguous(), total.contiguous(), total.shape[-1]
-    samples = total.shape[0] if scores is not None and scores.dim() == 2 else 1
-    tokens = total.numel() // width // samples
-    tiles = triton.cdiv(tokens, CHUNK)
-    dx, part = torch.empty_like(total), total.new_empty(samples, tiles, 2, width, dtype=torch.float32)
-    with on_device(total):
-        backward_kernel[(tiles, samples)](
-            dy=dy, dtotal=None if dtotal is None else dtotal.contiguous(), total=total, w=w.contiguous(), mask=mask,
-            count=count, mean=mean, rstd=rstd, dx=dx, part=part, tokens=tokens, CHUNK=CHUNK, **_in_units(width),
-            **blocks(width),
-        )  # fmt: skip
-    per_sample = part.sum(1)
-    if scores is not None:  # Σ y·∂y = w Σ x̂·∂y + b Σ ∂y; a pruned channel has neither sum
-        score = per_sample[:, 0] * w.float()
-        score = score if b is None else score + per_sample[:, 1] * b.float()
-        scores += score if scores.dim() == 2 else score[0]
-    db = w.new_empty(0) if b is None else per_sample[:, 1].sum(0).to(b.dtype)
-    return dx, per_sample[:, 0].sum(0).to(w.dtype), db
+def operator_backward(dy: Tensor, dtotal: Tensor | None, total: Tensor, w: Tensor, b: Tensor | None,
+                      mask: Tensor | None, count: Tensor | None, stats: Tensor,
+                      scores: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    plan = _plan(total, w, b, mask, None)
+    dx, dw, db = launch_backward(plan, dy, dtotal, total, w, b, mask, count, stats, scores)
+    return dx, dw, w.new_empty(0) if db is None else db
 
 
-@_backward.register_fake
-def _(dy, dtotal, total, w, b, mask, count, mean, rstd, scores):
-    db = w.new_empty(0) if b is None else torch.empty_like(b)
-    return torch.empty_like(total, memory_format=torch.contiguous_format), torch.empty_like(w), db
+@operator_backward.register_fake
+def _(dy, dtotal, total, w, b, mask, count, stats, scores):
+    like = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (total, w)]
+    return *like, w.new_empty(0) if b is None else torch.empty_like(b, memory_format=torch.contiguous_format)
 
 
 def _save(ctx, inputs, output):
     x, w, b, mask, count, _, residual, ctx.scores = inputs
-    _, total, mean, rstd = output
+    _, total, stats = output
     ctx.added = residual is not None
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(total if ctx.added else x, w, b, mask, count, mean, rstd)
+    ctx.save_for_backward(total if ctx.added else x, w, b, mask, count, stats)
 
 
-def _differentiate(ctx, dy, dtotal, _mean, _rstd):
-    total, w, b, mask, count, mean, rstd = ctx.saved_tensors
-    dy = torch.zeros_like(total) if dy is None else dy  # only the sum was used
-    dx, dw, db = _backward(dy, dtotal if ctx.added else None, total, w, b, mask, count, mean, rstd, ctx.scores)
+def _differentiate(ctx, dy, dtotal, _):
+    total, w, b, mask, count, stats = ctx.saved_tensors
+    dy = torch.zeros_like(total) if dy is None else dy
+    dtotal = dtotal if ctx.added else None
+    dx, dw, db = operator_backward(dy, dtotal, total, w, b, mask, count, stats, ctx.scores)
     return dx, dw, None if b is None else db, None, None, None, dx if ctx.added else None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+operator.register_autograd(_differentiate, setup_context=_save)
 
 
 def kept_layer_norm(x, w, b, keep=None, eps=1e-6, residual=None, scores=None):
     """Fused `reference.kept_layer_norm`, which says what the arguments are."""
     mask, count = (None, None) if keep is None else (keep.mask, keep.count)
-    y, total, _, _ = _forward(x, w, b, mask, count, eps, residual, scores)
+    if stays_one_operator(x, w):
+        y, total, _ = operator(x, w, b, mask, count, eps, residual, scores)
+        return y if residual is None else (y, total)
+    if torch.is_grad_enabled():
+        return KeptLayerNorm.apply(x, w, b, mask, count, eps, residual, scores)
+    _, y, total, _ = launch(x, w, b, mask, count, eps, residual)
     return y if residual is None else (y, total)

@@ -43,7 +43,6 @@ def tokens_kernel(
     bias,  # (N,); None: no bias
     out,  # out: (M, N), what the role says first
     out2,  # out: (M, N); None where the role has no second
-    out3,  # out: (M, N)
     aux,  # (M, N), read by the role's epilogue; None where it reads none
     aux2,  # (M, N)
     part,  # out: (row tiles + samples, N) float32, partial scores; None: none are wanted
@@ -105,22 +104,19 @@ def tokens_kernel(
         tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
         acc = rounded(acc, out) * gate / (1 + tl.exp(-gate))
         tl.store(out2 + at, acc.to(out2.dtype.element_ty), mask=inside)
-    elif ROLE == "gelu_backward":  # acc = ∂activation, aux = u, out = ∂u, out2 = the activation again
+    elif ROLE == "gelu_backward":  # acc = ∂activation, aux = u, out = ∂u
         u = tl.load(aux + at, mask=inside & exists[None, :], other=0.0).to(tl.float32)
         below = 0.5 * (1 + tl.erf(u * 0.7071067811865476))
         slope = below + u * tl.exp(-0.5 * u * u) * 0.3989422804014327
         tl.store(out + at, (acc * slope).to(out.dtype.element_ty), mask=inside)
-        activation = u * below
-        tl.store(out2 + at, activation.to(out2.dtype.element_ty), mask=inside)
-        acc *= activation
-    else:  # "swiglu_backward": aux = gate, aux2 = value, out = ∂gate, out2 = the activation, out3 = ∂value
+        acc *= u * below
+    else:  # "swiglu_backward": acc = ∂activation, aux = gate, aux2 = value, out = ∂gate, out2 = ∂value
         gate = tl.load(aux + at, mask=inside & exists[None, :], other=0.0).to(tl.float32)
         value = tl.load(aux2 + at, mask=inside & exists[None, :], other=0.0).to(tl.float32)
         open_ = 1 / (1 + tl.exp(-gate))
         silu = gate * open_
-        tl.store(out3 + at, (acc * silu).to(out3.dtype.element_ty), mask=inside)
+        tl.store(out2 + at, (acc * silu).to(out2.dtype.element_ty), mask=inside)
         tl.store(out + at, (acc * value * (open_ + silu * (1 - open_))).to(out.dtype.element_ty), mask=inside)
-        tl.store(out2 + at, (silu * value).to(out2.dtype.element_ty), mask=inside)
         acc *= silu * value
     if part is not None:  # this tile's part of each sample it touches; tile + sample is different for every such pair
         first = pm * BLOCK_M // TOKENS

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.accuracy import logit_refit
 from nvit import adapters
-from nvit.calibration.statistics import watch
+from nvit.calibration.statistics import gather_statistics
 from nvit.structure.masks import apply_, full_masks
 from tests.hosts import images, prepared
 
@@ -17,7 +17,7 @@ def test_logit_refit_brings_logits_nearer_turn_by_turn_and_changes_nothing_where
     model, groups = prepared(host)
     dense = copy.deepcopy(model)
     xs = [images(model, 6, seed=s) for s in range(5)]
-    seen = watch(dense, xs)
+    seen = gather_statistics(dense, xs)
     masks = full_masks(groups)
     errors = []
     for narrow, turns in ((False, 1), (True, 0), (True, 1), (True, 6)):

@@ -3,7 +3,7 @@ import torch
 
 from nvit_kernels import functional, reference
 from nvit_kernels.kept import Kept
-from nvit_kernels.ops.attention import op
+from nvit_kernels.ops.attention import op, operands
 
 WIDTHS = [(8, 8), (24, 56), (40, 104), (56, 24), (104, 200), (64, 64)]
 DTYPES = [torch.float32, torch.float16]
@@ -62,7 +62,7 @@ def test_what_is_pruned_is_never_used():
 def test_views_of_a_packed_projection_need_no_copy():
     packed = torch.randn(2, 50, 3, 4, 24)
     q, k, v = (t.transpose(1, 2) for t in packed.unbind(2))
-    assert op._readable(q) is q and op._readable(v) is v
+    assert operands.readable(q) is q and operands.readable(v) is v
     torch.testing.assert_close(functional.attention(q, k, v, 0.2), reference.attention(q, k, v, 0.2))
 
 
@@ -103,6 +103,18 @@ def test_any_layout_is_read_right(name, batch, heads, tokens):
         assert torch.equal(functional.attention(*leaves, 0.2), functional.attention(*copies, 0.2))
 
 
+def test_keys_past_the_last_weigh_nothing_however_negative_the_logits():
+    """Their k is zero, so their logit 0 is the largest of the row: its weight would be infinite in float16."""
+    q = torch.rand(1, 1, 50, 32).half() + 1
+    data = (q, -4 * q.flip(2), torch.randn(1, 1, 50, 32).half())
+    leaves = [t.detach().clone().requires_grad_() for t in data]
+    grads = torch.autograd.grad(functional.attention(*leaves, 32**-0.5).sum(), leaves)
+    exact = [t.detach().double().requires_grad_() for t in data]
+    expected = torch.autograd.grad(reference.attention(*exact, 32**-0.5).sum(), exact)
+    for ours, theirs in zip(grads, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=4e-3 * float(theirs.abs().max().clamp_min(1)))
+
+
 @pytest.mark.parametrize("wrong", ["shape", "width", "dtype", "list"])
 def test_what_a_caller_gets_wrong_is_named(wrong):
     q, k, v = tensors(1, 2, 8, 24, 56, torch.float32).values()
@@ -123,9 +135,9 @@ def test_opcheck():
     q, k, v = (t.requires_grad_() for t in tensors(1, 2, 8, 8, 16, torch.float32).values())
     heads, qk = Kept.from_mask(torch.tensor([True, False])), Kept.all(8)
     arguments = (q, k, v, 0.2, heads.index, heads.count, qk.mask, *[None] * 6)
-    torch.library.opcheck(op._forward, arguments)
+    torch.library.opcheck(op.operator, arguments)
     with torch.no_grad():
-        o, stats = op._forward(*arguments)
+        o, stats = op.operator(*arguments)
     scores = (torch.zeros(1, 2), torch.zeros(8), torch.zeros(1, 16))
     saved = (
         torch.randn_like(o),
@@ -139,4 +151,4 @@ def test_opcheck():
         None,
         False,
     )
-    torch.library.opcheck(op._backward, saved)
+    torch.library.opcheck(op.operator_backward, saved)

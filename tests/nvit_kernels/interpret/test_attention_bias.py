@@ -81,8 +81,8 @@ def test_a_bias_beyond_the_range_of_exp():
 
 def test_the_gradient_of_the_bias_has_its_dtype_and_is_made_on_demand(monkeypatch):
     launched = []
-    run = op.dbias_tuned.run
-    monkeypatch.setattr(op.dbias_tuned, "run", lambda *a, **k: launched.append(1) or run(*a, **k))
+    run = op.dbias_kernel.run
+    monkeypatch.setattr(op.dbias_kernel, "run", lambda *a, **k: launched.append(1) or run(*a, **k))
     for bias, wanted in ((torch.float16, True), (torch.float32, True), (torch.float32, False)):
         launched.clear()
         *qkv, b = (t.requires_grad_() for t in tensors(1, 1, 9, torch.float16, bias).values())
@@ -117,9 +117,9 @@ def test_what_a_caller_gets_wrong_is_named(wrong, match):
 def test_opcheck():
     q, k, v, bias = (t.requires_grad_() for t in tensors(2, 2, 9, torch.float32, qk=8, v=16).values())
     arguments = (q, k, v, 0.2, *[None] * 7, bias, shifted(2, 9))
-    torch.library.opcheck(op._forward, arguments)
+    torch.library.opcheck(op.operator, arguments)
     with torch.no_grad():
-        o, stats = op._forward(*arguments)
+        o, stats = op.operator(*arguments)
     saved = (torch.randn_like(o), *(t.detach() for t in (q, k, v)), o, stats, 0.2, *[None] * 7, bias.detach(),
              shifted(2, 9))  # fmt: skip
-    torch.library.opcheck(op._backward, (*saved, True))
+    torch.library.opcheck(op.operator_backward, (*saved, True))

@@ -83,8 +83,8 @@ def test_mixed_dtypes_are_refused():
 def test_opcheck():
     params, grads = data()
     plan = GroupDotPlan(SLICES, SHAPES)
-    t = plan.tables(torch.device("cpu"), op.UNITS, op.BLOCK)
+    t = plan.tables(torch.device("cpu"), op.BLOCK)
     tensors = [[each[name] for name in plan.names] for each in (params, grads)]
-    torch.library.opcheck(op._group_dot, (*tensors, t.tiles[8], t.tiles[1],
+    torch.library.opcheck(op.operator, (*tensors, t.tiles[8], t.tiles[1],
                                           t.reductions, t.outputs, t.contributions, torch.ones(1), t.workspace,
                                           t.slice_sums, plan.outputs))  # fmt: skip

@@ -74,10 +74,11 @@ def test_opcheck(residual):
     keep, scores = Kept.from_mask(torch.arange(8) % 3 > 0), torch.zeros(2, 8)
     x, w, b, r = data["x"], data["w"], data["b"], data.get("residual")
     arguments = (x, w, b, keep.mask, keep.count, 1e-6, r, None)
-    torch.library.opcheck(op._forward, arguments)
+    torch.library.opcheck(op.operator, arguments)
     with torch.no_grad():
-        y, total, mean, rstd = op._forward(*arguments)
+        y, total, stats = op.operator(*arguments)
     x, w, b = (t.detach() for t in (x, w, b))
     g = torch.randn_like(y)
-    torch.library.opcheck(op._backward, (g, g.clone() if residual else None, total if residual else x, w, b, keep.mask,
-                                         keep.count, mean, rstd, scores))  # fmt: skip
+    of_total = (g.clone(), total) if residual else (None, x)
+    arguments = (g, *of_total, w, b, keep.mask, keep.count, stats, scores)
+    torch.library.opcheck(op.operator_backward, arguments)

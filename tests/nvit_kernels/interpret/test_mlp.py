@@ -11,14 +11,13 @@ WIDTHS = [(8, 24, 8), (24, 104, 40), (56, 200, 56), (40, 496, 24)]
 OPS = ["mlp", "swiglu"]
 
 
-@pytest.fixture(params=["fused", "gather"])
+@pytest.fixture(params=ways.WAYS)
 def way(request):
     """Each way an op can take; on a GPU a measurement chooses."""
-    names = ("mlp", "mlp_backward", "swiglu", "swiglu_backward")
-    for name in names:
+    for name in ways.OPS:
         ways.prefer(name, request.param)
     yield request.param
-    for name in names:
+    for name in ways.OPS:
         ways.prefer(name, None)
 
 
@@ -85,17 +84,60 @@ def test_scoring_needs_no_weight_gradients(way, name):
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("forward", "backward"), [("gather", "fused"), ("fused", "gather")])
+@pytest.mark.parametrize("forward", ways.WAYS)
+@pytest.mark.parametrize("backward", ways.WAYS)
 @pytest.mark.parametrize("name", OPS)
-def test_each_way_reads_what_the_other_saved(compare, keeping, name, forward, backward):
+def test_a_step_goes_one_way_forward_and_backward(compare, keeping, name, forward, backward):
+    """Whatever is preferred without gradients, and changed between the passes: a backward reads what its own left."""
+    hidden, data = keeping(104, "two thirds"), tensors(name, 2, 50, 24, 104, 40, torch.float32)
     ways.prefer(name, forward)
     ways.prefer(f"{name}_backward", backward)
     try:
-        data = tensors(name, 2, 50, 24, 104, 40, torch.float32)
-        check(compare, name, data, keeping(104, "two thirds"), (2, 104))
+        check(compare, name, data, hidden, (2, 104))
+        leaves = {k: t.clone().requires_grad_() for k, t in data.items()}
+        out = getattr(functional, name)(hidden=hidden, **leaves)
+        ways.prefer(f"{name}_backward", forward)
+        out.sum().backward()
+        expected = {k: t.clone().requires_grad_() for k, t in data.items()}
+        getattr(reference, name)(hidden=hidden, **expected).sum().backward()
+        for k, leaf in leaves.items():
+            torch.testing.assert_close(leaf.grad, expected[k].grad, rtol=1e-4, atol=1e-4)
     finally:
         ways.prefer(name, None)
         ways.prefer(f"{name}_backward", None)
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("scores", [None, (2, 104), (104,)])
+def test_scores_and_gradients_of_some_operands_alone(compare, way, name, scores):
+    """Each gradient by itself equals that of all together: nothing else is needed for it."""
+    data, hidden = tensors(name, 2, 9, 24, 104, 40, torch.float32), Kept.from_mask(torch.arange(104) % 3 != 1)
+
+    def step(wanted):
+        leaves = {k: t.clone().requires_grad_(k in wanted) for k, t in data.items()}
+        buffer = None if scores is None else torch.zeros(scores)
+        getattr(functional, name)(hidden=hidden, scores=buffer, **leaves).square().sum().backward()
+        return {k: leaves[k].grad for k in wanted}, buffer
+
+    everything, total = step(data)
+    for k in data:
+        alone, buffer = step([k])
+        assert torch.equal(alone[k], everything[k]), k
+        assert k in ("w2", "b2") or scores is None or torch.equal(buffer, total)
+
+
+def test_without_gradients_the_product_becomes_the_activation(monkeypatch):
+    """Nothing of the hidden width is allocated but the product itself."""
+    data, places = tensors("mlp", 2, 9, 24, 40, 24, torch.float32), []
+    ways.prefer("mlp", "whole")
+    run = op.whole.gelu_kernel.run
+    monkeypatch.setattr(op.whole.gelu_kernel, "run", lambda *a, **k: places.append(a) or run(*a, **k))
+    with torch.no_grad():
+        out = functional.mlp(**data)
+    ways.prefer("mlp", None)
+    u, _, _, a, *_ = places[0]
+    assert u is a
+    torch.testing.assert_close(out, reference.mlp(**data), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -116,17 +158,17 @@ def test_errors_say_what_is_wrong():
         ways.prefer("mlp", "fast")
 
 
+@pytest.mark.parametrize("way", ["whole", "fused"], indirect=True)
 @pytest.mark.parametrize("module", [op, gated])
-def test_opcheck(module):
+def test_opcheck(module, way):
     name = module.__name__.split(".")[-2]
     data = [t.requires_grad_() for t in tensors(name, 2, 4, 8, 16, 8, torch.float32).values()]
     hidden, scores = Kept.from_mask(torch.arange(16) % 3 > 0), torch.zeros(2, 16)
-    arguments = (*data, hidden.index, hidden.count, None)
-    torch.library.opcheck(module._forward, arguments)
+    lists = (hidden.index, hidden.count, hidden.mask)
+    arguments = (*data, *lists, None)
+    torch.library.opcheck(module.operator, arguments)
     with torch.no_grad():
-        y, *saved = module._forward(*arguments)
+        y, *saved = module.operator(*arguments)
     x, *weights = (t.detach() for t in data)
-    matrices = [t for t in weights if t.dim() == 2]
     wants = [True] * len(data)
-    torch.library.opcheck(module._backward, (torch.randn_like(y), x, *saved, *matrices, hidden.index, hidden.count,
-                                             scores, wants))  # fmt: skip
+    torch.library.opcheck(module.operator_backward, (torch.randn_like(y), x, *saved, *weights, *lists, scores, wants))

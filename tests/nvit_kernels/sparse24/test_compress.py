@@ -270,3 +270,9 @@ def test_cuda_equals_cpu(dtype, kind):
                 sparse24.compress_2to4(x, dtype=narrow), sparse24.compress_2to4(dense[1], dtype=narrow), strict=True
             ):
                 assert_same_bytes(a.cpu(), b)
+
+
+def test_a_double_has_the_mask_of_its_magnitudes():
+    weight = torch.randn(6, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mask = sparse24.mask_2to4(weight)
+    assert mask.shape == weight.shape and torch.equal(mask, sparse24.mask_2to4(weight.float()))

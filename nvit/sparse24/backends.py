@@ -1,12 +1,8 @@
-"""2:4 sparsity of a compact model's projections (the paper's Sec. 3.2.3): masks, channel order, sparse tensors on GPUs.
-
-Weights keep their dense shape with zeros where the mask is not, so that a snapshot runs anywhere. On a GPU with sparse
-tensor cores `accelerate_` replaces them by compressed ones, layer by layer, where that was measured to be faster.
-"""
+"""Which sparse backend runs a 2:4 projection on this device, if any is faster than the dense one: measured, layer by
+layer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,99 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import adapters
-from .latency.clock import time_each
-from .layers import Prunable, prunable_layers
-from .structure import snapshot
-from .utils.progress import Progress, silent
+from .. import adapters
+from ..latency.clock import time_each
+from ..structure import snapshot
+from ..utils.progress import Progress, silent
+from .kernels import CUSPARSELT, CUTLASS, compressed
+from .masks import projections, refusal
 
-MULTIPLE = 16
-"""Both sides of a projection must be multiples of this for any sparse backend."""
-
-CUTLASS, CUSPARSELT, MASKED, DENSE = "CUTLASS", "cuSPARSELt", "masked", "dense"
-
-
-def native() -> dict[str, str]:
-    """Whether the compiled library's halves are loaded, or why not."""
-    from nvit_kernels import _native
-
-    found = _native.load()
-    return {"CPU": "there" if found.cpu else found.why_not_cpu, "CUDA": "there" if found.cuda else found.why_not_cuda}
-
-
-def projections(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every linear projection of the blocks of a prepared model, by the name of its weight."""
-    return {
-        f"{name}.{part.name}.weight": part.module
-        for name, layer in prunable_layers(model).items()
-        if layer.reorderable() is not None
-        for part in layer.linears()
-    }
-
-
-def refusal(weight: Tensor) -> str | None:
-    """Why no sparse backend takes a weight of this shape, or None."""
-    if any(n % MULTIPLE for n in weight.shape):
-        return f"shape {tuple(weight.shape)} is not in multiples of {MULTIPLE}"
-    return None
-
-
-def masks_2to4(model: nn.Module) -> dict[str, Tensor]:
-    """The two largest of each four neighbours along the input, for every projection that a backend takes.
-
-    Returns:
-        Bool masks of the weights' shapes, by weight name.
-    """
-    from nvit_kernels.sparse24 import mask_2to4
-
-    return {n: mask_2to4(p.weight.detach()) for n, p in projections(model).items() if refusal(p.weight) is None}
-
-
-@torch.no_grad()
-def apply_masks_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Zero what the masks leave out, in place."""
-    found = projections(model)
-    for name, mask in masks.items():
-        found[name].weight.mul_(mask)
-
-
-def _reorder_(layer: Prunable, axis: str, order: Tensor) -> None:
-    """Reorder the units of `mlp`, or the dims of `v_dim` head by head, wherever the layer's parameters hold them."""
-    for inner in prunable_layers(layer).values():
-        params = dict(inner.named_parameters())
-        for mine, s in inner.slices():
-            if mine == axis:
-                part = s.of(params[s.name])
-                first = s.axis - (axis == "v_dim")  # the head stands before its dim
-                part.copy_(part.flatten(first, s.axis).index_select(first, order).view(part.shape))
-
-
-@torch.no_grad()
-def permute_(model: nn.Module, seconds: float = 60.0, progress: Progress = silent) -> list[dict[str, float | str]]:
-    """Reorder MLP hidden units, and V dims inside each head, so that 2:4 keeps more magnitude. The function of the
-    model is unchanged.
-
-    Args:
-        seconds: bound on the time for all layers together.
-
-    Returns:
-        A row per reader: `weight, kept_before, kept_after` (fractions of the sum of magnitudes).
-    """
-    from nvit_kernels.sparse24.permute import search_channel_order
-
-    layers = {n: m for n, m in prunable_layers(model).items() if m.reorderable() is not None}
-    rows = []
-    for done, (name, layer) in enumerate(layers.items(), start=1):
-        part, axis, span = layer.reorderable()
-        reader = part.module
-        if reader.in_features % 4 or (span or 4) % 4:
-            continue
-        found = search_channel_order(reader.weight.detach().cpu(), span=span, seconds=seconds / len(layers))
-        _reorder_(layer, axis, found.order.to(reader.weight.device))
-        kept = {"kept_before": found.kept_before, "kept_after": found.kept_after}
-        rows.append({"weight": f"{name}.{part.name}.weight"} | kept)
-        progress(done, len(layers), f"permute: {name} keeps {found.kept_after:.4f} of its magnitude")
-    return rows
+MASKED, DENSE = "masked", "dense"
 
 
 @dataclass(frozen=True)
@@ -146,24 +57,6 @@ def backends(device: torch.device, dtype: torch.dtype) -> tuple[tuple[str, ...],
         why = f"compute capability {major}.{minor}" if lt else "this torch comes without cuSPARSELt"
         return lt, why
     return (), f"compute capability {major}.{minor} has no sparse tensor cores"
-
-
-def compressed(weight: Tensor, backend: str) -> Tensor:
-    """A 2:4 weight `(out, in)` on CUDA as torch's sparse semi-structured tensor, packed by our compressor.
-
-    Raises:
-        ValueError: the shape does not fit the backend.
-    """
-    from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
-
-    from nvit_kernels.sparse24 import compress_2to4
-    from nvit_kernels.sparse24.cusparselt import compress_cusparselt
-
-    if backend == CUTLASS:
-        packed = compress_2to4(weight)
-        return SparseSemiStructuredTensorCUTLASS(weight.shape, packed.values, packed.meta, None, None, None)
-    buffer = compress_cusparselt(weight)
-    return SparseSemiStructuredTensorCUSPARSELT(weight.shape, buffer, None, None, None, None)
 
 
 @torch.inference_mode()

@@ -1,0 +1,53 @@
+"""How much the rows that a layer reads count: by the energy of Gauss-Newton gradients there. No labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .. import adapters
+from ..calibration.capture import Place, capture
+from ..calibration.gauss_newton import probe
+from ..layers import prunable_layers
+from ..refit.entries import refittable
+
+
+def row_profiles(model: nn.Module, batches: Iterable[Tensor], seed: int = 0) -> dict[Place, Tensor]:
+    """Σ |g|² by row of an image `(rows per image,)` at the places that the blocks' linear layers read, g the gradient
+    that a probe of the logits causes.
+
+    Weights get no gradient; the model is left as it was.
+
+    Raises:
+        FloatingPointError: a logit is not finite.
+    """
+    layers = prunable_layers(model)
+    places = [(name, site) for name, layer in layers.items() if refittable(layer) for site in ("in", "out")]
+    profiles: dict[Place, Tensor] = {}
+    wanted = {p: p.requires_grad for p in model.parameters()}
+    generator = torch.Generator().manual_seed(seed)
+    images = 0
+
+    def sink(place: Place, _, gradient: Tensor) -> None:
+        rows = layers[place[0]].sites()[place[1]].rows(gradient).float()
+        energy = rows.square().sum(1).view(images, -1).sum(0, dtype=torch.float64)
+        profiles[place] = profiles.get(place, 0.0) + energy
+
+    device = next(model.parameters()).device
+    try:
+        model.requires_grad_(False)
+        with capture(model, places, sink), torch.enable_grad():
+            for batch, x in enumerate(batches, start=1):
+                images = len(x)
+                logits = adapters.find(model).logits(model, x.to(device)).mean
+                if not bool(logits.isfinite().all()):
+                    raise FloatingPointError(
+                        f"a logit is not finite on calibration batch {batch}; check weights and data"
+                    )
+                logits.backward(probe(logits, generator))
+    finally:
+        for p, was in wanted.items():
+            p.requires_grad_(was)
+    return profiles

@@ -1,0 +1,88 @@
+"""Bind and compile, for sm_90 and without a GPU, what eager calls on edge shapes would launch; one line a kernel.
+
+The interpreter takes what the compiler refuses (a number that is 1 becomes a constant, branches of two types), and the
+cases compiled ahead of time are of common shapes. Run in a process of its own: Triton's driver is replaced.
+"""
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from nvit_kernels import Kept, functional, ways
+from nvit_kernels.functional import DotSlice, GroupDotPlan
+
+
+class NoDevice:
+    """What Triton asks of a driver before it launches."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+def bind_only():
+    """Let CPU tensors take the fused path, where every launch stops when its kernel is compiled."""
+    run = JITFunction.run
+
+    def compiled(self, *arguments, warmup, **options):
+        kernel = run(self, *arguments, warmup=True, **options)
+        print(self.fn.__name__, kernel.metadata.name, flush=True)
+
+    driver.set_active(NoDevice())
+    JITFunction.run = compiled
+    functional.INTERPRET = True
+
+
+def half(*shape):
+    return torch.randn(shape).half().requires_grad_()
+
+
+def kept(width):
+    return Kept.from_mask(torch.arange(width) % 3 != 1)
+
+
+def attention():
+    functional.attention(half(1, 1, 1, 8), half(1, 1, 1, 8), half(1, 1, 1, 8), 0.2).sum().backward()
+    lists, scores = (kept(2), kept(8), kept(24)), (torch.zeros(2, 2), torch.zeros(8), torch.zeros(2, 24))
+    added = dict(bias=half(2, 17, 17), mask=torch.randn(1, 17, 17))
+    out = functional.attention(half(2, 2, 17, 8), half(2, 2, 17, 8), half(2, 2, 17, 24), 0.2, *lists, *scores, **added)
+    out.sum().backward()
+
+
+def layer_norm():
+    functional.kept_layer_norm(half(1, 1, 8), half(8), None).sum().backward()
+    both = functional.kept_layer_norm(half(2, 9, 7), half(7), half(7), kept(7), residual=half(2, 9, 7),
+                                      scores=torch.zeros(2, 7))  # fmt: skip
+    sum(both).sum().backward()
+
+
+def mlps():
+    for name, inner in (("mlp", 1), ("swiglu", 2)):
+        op = getattr(functional, name)
+        for way in ways.WAYS:
+            for each in ways.OPS:
+                ways.prefer(each, way)
+            smallest = (half(1, 1, 8), *(half(8, 8), half(8)) * inner, half(8, 8), half(8))
+            op(*smallest).sum().backward()
+            x, weights = half(2, 9, 24), [half(104, 24), None] * inner
+            op(x, *weights, half(40, 104), None, kept(104), torch.zeros(2, 104)).sum().backward()
+        with torch.no_grad():
+            op(*smallest)
+
+
+def group_dot():
+    for shape in ((1, 8), (300, 7)):
+        plan = GroupDotPlan([DotSlice("w", 0, None, shape, axis, 300 * axis) for axis in (0, 1)], {"w": shape})
+        functional.group_dot({"w": torch.randn(shape)}, {"w": torch.randn(shape)}, plan)
+
+
+if __name__ == "__main__":
+    bind_only()
+    for part in (attention, layer_norm, mlps, group_dot):
+        part()
