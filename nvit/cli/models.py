@@ -31,7 +31,7 @@ def open_model(name: str, flags: ModelFlags, device: torch.device, *, scratch: b
         name = str(snapshot.BUNDLED)
     if snapshot.is_snapshot(name):
         own = f"{name} is a snapshot, which has its own"
-        _refuse(flags, own, "checkpoint", *(() if scratch else ("pretrained",)))
+        _refuse(flags, own, "checkpoint")
         # Plain weights on every device: what is opened here may be trained, pruned or saved.
         model = snapshot.fresh(snapshot.load_spec(name)) if scratch else _load(name)
         if flags.num_classes != adapters.classes(model):
@@ -75,7 +75,7 @@ def _refuse(flags: ModelFlags, because: str, *names: str) -> None:
     default = ModelFlags()
     for name in names:
         if (value := getattr(flags, name)) != getattr(default, name):
-            flag = "--no-pretrained" if value is False else f"--{name.replace('_', '-')} {value}"
+            flag = f"--{name.replace('_', '-')} {value}"
             raise ValueError(f"{flag} goes with a timm name; {because}; leave it out")
 
 

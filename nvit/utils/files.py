@@ -73,6 +73,8 @@ def replace_folder(part: Path, path: Path) -> None:
 def settle(path: Path, whole: Callable[[Path], bool]) -> None:
     """Finish what a killed process had begun with the folder `path`: put the new copy in its place if it is `whole`,
     else the old one back; remove what is left beside it. Where nothing was begun nothing happens."""
+    if not path.name:  # the folder one stands in
+        return
     found, old = _parts(path), _old_of(path)
     if not path.exists():
         ready = next((part for part in found if whole(part)), old if old.exists() else None)

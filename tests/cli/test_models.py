@@ -112,7 +112,6 @@ SNAPSHOT, TIMM = "digits", NAME
 NOT_FOR_THEM = {
     "classes of a snapshot": (SNAPSHOT, {"num_classes": 7}, "--num-classes 7 goes with a timm name; .* is a snapshot"),
     "checkpoint of a snapshot": (SNAPSHOT, {"checkpoint": "w.pth"}, r"--checkpoint w\.pth goes with a timm name"),
-    "no weights of a snapshot": (SNAPSHOT, {"pretrained": False}, "--no-pretrained goes with a timm name"),
     "size of a snapshot": (SNAPSHOT, {"img_size": 16}, "takes images of 8 × 8; leave out --img-size 16"),
     "size of Hugging Face's": ("hf", {"img_size": 32}, "--img-size 32 goes with a timm name; .* is a Hugging Face"),
     "classes of Hugging Face's": ("hf", {"num_classes": 7}, "--num-classes 7 goes with a timm name"),
