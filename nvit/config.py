@@ -97,7 +97,7 @@ class PruneConfig(TrainingConfig):
     bundle_mlp: Annotated[int, _help("hidden units that leave together")] = BUNDLE_SIZES["mlp"]
     finetune_epochs: Annotated[float, _help("epochs of finetuning of each snapshot; 0 for none")] = 0.0
     finetune_lr: Annotated[float, _help("at batch 512, scaled linearly, cosine to min_lr")] = 2e-4
-    min_lr: Annotated[float, _help("where the finetuning schedule ends, at batch 512")] = 1e-5
+    min_lr: Annotated[float, _help("where the finetuning schedule ends, whatever the batch")] = 1e-5
     finetune_tau: Annotated[float, _help("temperature of L_full while finetuning")] = 20.0
 
     def __post_init__(self) -> None:
@@ -180,8 +180,9 @@ class FinetuneConfig(TrainingConfig):
 
     epochs: Annotated[float, _help("passes over the data")] = 300.0
     lr: Annotated[float, _help("at batch 512, scaled linearly")] = 2e-4
-    min_lr: Annotated[float, _help("where the cosine ends, at batch 512")] = 1e-5
+    min_lr: Annotated[float, _help("where the cosine ends, whatever the batch")] = 1e-5
     warmup_epochs: Annotated[float, _help("of linear warm-up")] = 0.0
+    warmup_lr: Annotated[float, _help("where the warm-up begins, whatever the batch")] = 1e-6
     distill_tau: Annotated[float, _help("temperature of L_full")] = 20.0
 
 

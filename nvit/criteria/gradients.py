@@ -20,27 +20,36 @@ def gate_gradients(
 ) -> dict[str, Tensor]:
     """Gradient of the loss with respect to every unit's gate, from weights (arXiv:2110.04869, Eq. 4).
 
+    Parameters without a gradient (frozen, or unused in the loss) do not count.
+
     Args:
         params: parameters by name, unsharded.
-        grads: loss gradients with the same keys and shapes, mean over the batch.
+        grads: loss gradients with the same shapes, mean over the batch.
         slices: which slices of a group count.
 
     Returns:
         By group, `(group.size,)` in loss, fp32 (fp64 for fp64 parameters).
 
     Raises:
-        KeyError: a slice names a parameter without a gradient (frozen, or unused in the loss).
+        ValueError: no slice of a group has a gradient.
     """
+    counted = {g.name: [s for s in slices(g) if s.name in grads] for g in groups}
+    if silent := next((g for g in groups if not counted[g.name]), None):
+        names = ", ".join(dict.fromkeys(s.name for s in slices(silent)))
+        raise ValueError(
+            f"{silent.name}: nothing scores it, no gradient reached {names}; train them, or leave the group alone with "
+            "freeze"
+        )
     sizes = [g.size for g in groups]
     starts = dict(zip((g.name for g in groups), [0, *itertools.accumulate(sizes)], strict=False))
-    every = [(s.name, *(s.rows or (0, None)), s.view, s.axis, starts[g.name]) for g in groups for s in slices(g)]
+    every = [(s.name, *(s.rows or (0, None)), s.view, s.axis, starts[g.name]) for g in groups for s in counted[g.name]]
     # Fused, it holds every parameter at once: not where they are gathered one at a time.
     if isinstance(params, dict) and (fused := functional.group_dot(params, grads, every)) is not None:
         return dict(zip(starts, fused.split(sizes), strict=True))
     totals, last = {}, (None, None, None)
     for g in groups:
         total = None
-        for s in slices(g):
+        for s in counted[g.name]:
             # Neighbouring groups read the same rows of the same parameter (heads and v_dim share proj).
             if last[:2] != (s.name, s.rows):
                 span = slice(None) if s.rows is None else slice(*s.rows)

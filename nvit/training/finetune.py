@@ -60,11 +60,13 @@ def finetune(
     if trainer.sharded and constrain is not None:
         raise ValueError("constrain works on whole weights; finetune under it without fsdp")
     total = max(1, round(config.epochs * len(loader)))
+    warm = min(total - 1, round(config.warmup_epochs * len(loader)))
     schedule = Cosine(
         trainer.optimizer,
-        t_initial=total,
-        lr_min=config.min_lr * config.batch_size / 512,
-        warmup_t=round(config.warmup_epochs * len(loader)),
+        t_initial=total - warm,  # after the warm-up, so that it ends at min_lr
+        lr_min=config.min_lr,
+        warmup_t=warm,
+        warmup_lr_init=config.warmup_lr if warm else 0.0,
         warmup_prefix=True,
         t_in_epochs=False,
     )

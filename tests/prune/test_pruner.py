@@ -548,3 +548,18 @@ def test_an_interrupted_run_leaves_no_taps_on_the_model(tmp_path):
     with pytest.raises(Stop):
         nvit.prune(model, *rest, progress=stop_after(3))
     assert all(not layer._watches for layer in prunable_layers(model).values())
+
+
+def test_frozen_weights_do_not_score_and_nothing_else_is_lost():
+    """What is frozen gives no evidence; a group is refused only where nothing is left to score it."""
+    settings = config(latency_target=(0.8,), only=("mlp", "emb"), interval=2, criterion="nvit")
+    model = make("plain")
+    model.patch_embed.proj.weight.requires_grad_(False)
+    model.blocks[0].mlp.fc1.bias.requires_grad_(False)
+    result = nvit.prune(model, loader(settings), settings, table(model, settings))
+    assert len(result.history) and result.snapshots[0].predicted_ratio <= 0.8
+    model = make("plain")
+    for p in model.blocks[0].mlp.parameters():
+        p.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"blocks\.0\.mlp: nothing scores it"):
+        nvit.prune(model, loader(settings), settings, table(model, settings))

@@ -71,10 +71,28 @@ def test_the_rate_follows_a_cosine_scaled_by_the_batch(monkeypatch):
 
     monkeypatch.setattr(Trainer, "train_step", spy)
     finetune(*arguments(epochs=4.0))
-    high, low, total = 0.1 * 8 / 512, 0.001 * 8 / 512, 20
+    high, low, total = 0.1 * 8 / 512, 0.001, 20
     assert len(rates) == total
     expected = [low + (high - low) * (1 + math.cos(math.pi * t / total)) / 2 for t in range(total)]
     assert rates == pytest.approx(expected)
+
+
+def test_a_warm_up_comes_before_a_whole_cosine(monkeypatch):
+    rates = []
+    step = Trainer.train_step
+
+    def spy(self, *batch):
+        rates.append(float(self.optimizer.param_groups[0]["lr"]))
+        return step(self, *batch)
+
+    monkeypatch.setattr(Trainer, "train_step", spy)
+    finetune(*arguments(epochs=4.0, warmup_epochs=1.0, warmup_lr=1e-5, min_lr=1e-4))
+    high, warm, total = 0.1 * 8 / 512, 5, 20
+    expected = [1e-5 + (high - 1e-5) * t / warm for t in range(warm)]
+    rest = total - warm
+    expected += [1e-4 + (high - 1e-4) * (1 + math.cos(math.pi * t / rest)) / 2 for t in range(rest)]
+    assert rates == pytest.approx(expected, rel=1e-5)
+    assert rates[-1] < 1.2e-4, "the schedule ends at min_lr, not half-way"
 
 
 def test_the_average_is_what_comes_back():
