@@ -3,6 +3,7 @@
 from .structure.run_state import load_run_state, save_run_state
 from .structure.snapshot import (
     BUNDLED,
+    MANIFEST,
     METRICS,
     SPEC,
     WEIGHTS,
@@ -17,6 +18,7 @@ from .structure.snapshot import (
 
 __all__ = [
     "BUNDLED",
+    "MANIFEST",
     "METRICS",
     "SPEC",
     "WEIGHTS",

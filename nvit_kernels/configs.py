@@ -49,7 +49,7 @@ WITH_ADDED = {  # in place of the above where a bias or a window mask takes regi
         WIDEST: [_config(8, 1, M=64, N=16)],
     },
     "attention_dkv": {
-        NARROW: [_config(4, 1, M=32, N=64), _config(8, 2, M=32, N=128)],
+        NARROW: [_config(4, 1, M=32, N=64), _config(8, 1, M=32, N=128)],
         WIDEST: [_config(8, 1, M=16, N=16)],
     },
     "attention_dq": {NARROW: [_config(4, 1, N=32), _config(4, 2, N=32)]},

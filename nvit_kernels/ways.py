@@ -70,16 +70,16 @@ def choose(
         run: does all that is to be timed of a way, and changes nothing.
     """
     way = _preferred.get(op) or remembered.get(op)
+    if way in (None, "gather") and x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return without_waiting(op, x, listed)  # a captured graph can neither be timed nor read the count on the host
     if way is None:
         way = remembered[op] = _choose(op, x, hidden, listed, run)
-    if way == "gather" and x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return without_waiting(op, x, listed)  # a captured graph cannot read the count on the host
     return way
 
 
 def _choose(op: str, x: Tensor, hidden: int, listed: bool, run: Callable[[str], object]) -> str:
     ways = offered(x, listed)
-    if not x.is_cuda or len(ways) == 1 or torch.cuda.is_current_stream_capturing():
+    if not x.is_cuda or len(ways) == 1:
         return without_waiting(op, x, listed)
     width = x.shape[-1]
     key = (op, torch.cuda.get_device_name(x.device), str(x.dtype), about(x.numel() // width), width, hidden, listed)

@@ -4,9 +4,9 @@
 
 `nvit.prune` on DeiT-B (distilled) with its unpruned self as teacher: augmented batches aside, all that a run does, a
 decision every `--interval` steps with so many bundles that a few of them reach `--target`. Each row is the time between
-two decisions, the decision and what follows from it (a new graph, new shapes) included; `settled` leaves out the first
-half of that. The peer is timm's two models in plain PyTorch: same losses, optimiser and autocast, eager. Batches lie on
-the device for both. Writes <GPU>_pruning_loop.csv.
+two decisions, the decision and what follows from it (a new graph, new shapes) included; `settled` is its middle half,
+without either. The peer is timm's two models in plain PyTorch: same losses, optimiser and autocast, eager. Batches lie
+on the device for both. Writes <GPU>_pruning_loop.csv.
 """
 
 from __future__ import annotations
@@ -87,17 +87,18 @@ def plain_step(setting: Setting, batches: Sequence[Batch]) -> Callable[[], objec
 
 
 def segments(marks: Sequence[float], decisions: Sequence[tuple[int, float]], interval: int) -> list[dict[str, float]]:
-    """Rows between decisions: ratio of dense latency, seconds a step over the whole interval and over its second half.
+    """Rows between decisions: ratio of dense latency, seconds a step over the whole interval, the decision at its end
+    included, and over its second and third quarter, where a captured step is replayed and nothing is decided.
 
     Args:
-        marks: times at every half interval.
+        marks: times at every quarter of an interval.
         decisions: `(step, ratio after it)`.
     """
     found, half = [], interval // 2
-    for k in range((len(marks) - 1) // 2):
-        start, middle, end = marks[2 * k : 2 * k + 3]
+    for k in range((len(marks) - 1) // 4):
+        start, first, _, third, end = marks[4 * k : 4 * k + 5]
         ratio = next((r for step, r in reversed(decisions) if step <= k * interval), 1.0)
-        found.append({"ratio": ratio, "step_s": (end - start) / interval, "settled_s": (end - middle) / half})
+        found.append({"ratio": ratio, "step_s": (end - start) / interval, "settled_s": (third - first) / half})
     return found
 
 
@@ -123,7 +124,7 @@ def prune(setting: Setting, loader: MarkedLoader, target: float, bundles: int, i
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--interval", type=int, default=20, help="steps between two decisions, even")
+    parser.add_argument("--interval", type=int, default=20, help="steps between two decisions, a multiple of 4")
     parser.add_argument("--bundles", type=int, default=400, help="that leave at a decision; DeiT-B has 2,616")
     parser.add_argument("--target", type=float, default=0.35, help="of dense latency, where the run ends")
     parser.add_argument("--seconds", type=float, default=2.0, help="of the plain loop")
@@ -147,7 +148,7 @@ def main() -> int:
 
     plain_ms = back_to_back(plain_step(setting, batches), args.seconds)[0]
     add("timm dense, eager", 1.0, plain_ms / 1e3, plain_ms / 1e3)
-    loader = MarkedLoader(batches, args.interval // 2, setting.device)
+    loader = MarkedLoader(batches, args.interval // 4, setting.device)
     reason = ""
     try:
         rows = prune(setting, loader, args.target, args.bundles, args.interval)

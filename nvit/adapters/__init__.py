@@ -47,13 +47,15 @@ SUPPORTED = (
     "alike) and Beit; Hugging Face's ViT, DeiT and DINOv2 for image classification; docs/models.md lists them."
 )
 
+UNKNOWN = "no adapter knows its class"
+
 
 def refusal(model: nn.Module) -> str | None:
     """Why no adapter takes `model`, or None."""
     family = _family(model)
     if family is None:
-        bases = tuple(cls for a in FAMILIES.values() for cls in a.classes())
-        return way_in(model, lambda m: _family(m) is not None, bases) or "no adapter knows its class"
+        hosts = tuple(cls for a in FAMILIES.values() for cls in a.hosts())
+        return way_in(model, lambda m: _family(m) is not None, hosts) or UNKNOWN
     return tied(model) or family.refusal(model)
 
 
@@ -68,7 +70,8 @@ def find(model: nn.Module) -> Adapter:
         ValueError: no adapter takes it; names the reason and the supported families.
     """
     if (reason := refusal(model)) is not None:
-        known = "" if "give" in reason else f". Supported families: {SUPPORTED}"
+        elsewhere = _family(model) is None and reason != UNKNOWN  # there is a way in
+        known = "" if elsewhere else f". Supported families: {SUPPORTED}"
         raise ValueError(f"{type(model).__module__}.{type(model).__name__} is not supported: {reason}{known}")
     return of(model)
 

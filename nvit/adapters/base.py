@@ -53,8 +53,8 @@ class Adapter(ABC):
     def knows(self, model: nn.Module) -> bool:
         """Whether the model is of this family at all; a subclass of a host may compute something else."""
 
-    def classes(self) -> tuple[type, ...]:
-        """The hosts' classes that it knows, those that can be had without an import."""
+    def hosts(self) -> tuple[type, ...]:
+        """The classes of models that it knows, those that can be had without an import."""
         return ()
 
     @abstractmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +26,7 @@ class TimmAdapter(Adapter):
     def knows(self, model: nn.Module) -> bool:
         return type(model) in self.architectures.values()
 
-    def classes(self) -> tuple[type, ...]:
+    def hosts(self) -> tuple[type, ...]:
         return tuple(self.architectures.values())
 
     def settings(self, model: nn.Module) -> dict[str, Any]:
@@ -43,7 +43,7 @@ class TimmAdapter(Adapter):
 
     def extent(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
         depths = config.get("depths") or [config.get("depth", 0)]
-        tokens = math.prod(config.get("img_size") or [0]) // max(1, math.prod(config["patch_size"]))
+        tokens = _area(config.get("img_size") or 0) // max(1, _area(config.get("patch_size", 1)))
         return sum(depths), tokens, config.get("embed_dim", 0)
 
     def name(self, model: nn.Module) -> str:
@@ -76,3 +76,8 @@ class TimmAdapter(Adapter):
         model.pretrained_cfg = data | {"architecture": spec.name, "num_classes": model.num_classes}
         model.default_cfg = model.pretrained_cfg
         return model
+
+
+def _area(size: int | Sequence[int]) -> int:
+    """Of a rectangle given by its sides, or of a square by one."""
+    return size**2 if isinstance(size, int) else math.prod(size)

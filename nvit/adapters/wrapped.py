@@ -14,12 +14,12 @@ TOOK_OVER = {
 """Wrappers of torch, and when to use them."""
 
 
-def way_in(model: nn.Module, knows: Callable[[nn.Module], bool], bases: tuple[type, ...]) -> str | None:
+def way_in(model: nn.Module, knows: Callable[[nn.Module], bool], hosts: tuple[type, ...]) -> str | None:
     """How to get from `model`, whose class no adapter knows, to one that nvit takes; None where there is no way.
 
     Args:
         knows: whether some adapter knows the class of a model.
-        bases: the classes that adapters know.
+        hosts: the classes that adapters know.
     """
     inside = next(((name, m) for name, m in model.named_modules() if name and knows(m)), None)
     if inside is not None:
@@ -28,11 +28,11 @@ def way_in(model: nn.Module, knows: Callable[[nn.Module], bool], bases: tuple[ty
             return f"it holds a {type(found).__name__} with adapters; give nvit model.merge_and_unload() instead"
         said = TOOK_OVER.get(type(model).__name__, "put the pruned one back in its place")
         return f"it holds a {type(found).__name__}; give nvit model.{name} instead ({said})"
-    base = next((cls for cls in type(model).__mro__ if cls in bases), None)
+    base = next((cls for cls in type(model).__mro__ if cls in hosts), None)
     if base is not None:
         return (
             f"it is a subclass of {base.__name__}, which may compute something else; give nvit a plain "
-            f"{base.__name__} with its weights, or write an adapter (docs/extend.md)"
+            f"{base.__name__} with its weights, or write an adapter (nvit/adapters)"
         )
     if type(model).__module__.startswith("torchvision."):
         return "it is torchvision's; take the timm model of that name and weights (timm.list_models('vit*'))"

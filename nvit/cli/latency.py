@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from ..config import _help
 from ..latency.table import LatencyTable
 from ..spec import BUNDLE_SIZES, KINDS
+from ..structure import snapshot
 from ..utils.progress import Progress
 from ..utils.report import write_result
 from .command import Command
@@ -36,8 +37,9 @@ def run_latency(command: LatencyCommand, progress: Progress) -> tuple[LatencyTab
     if command.latency.table not in ("", "analytic"):
         table = LatencyTable.load(command.latency.table)
     else:
-        # Latency does not depend on the weights: none are fetched.
-        opening = dataclasses.replace(command.opening, pretrained=False)
+        # Latency does not depend on the weights: none are fetched. A snapshot has its own.
+        own = command.model == DIGITS or snapshot.is_snapshot(command.model)
+        opening = command.opening if own else dataclasses.replace(command.opening, pretrained=False)
         model = open_model(command.model, opening, command.machine.pick())
         table = open_table(model, command.latency, BUNDLE_SIZES, progress)
     setting = None if table.setting is None else dataclasses.asdict(table.setting)

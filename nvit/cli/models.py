@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 import timm
 import torch
-from safetensors import SafetensorError
 from timm.data import resolve_data_config
-from timm.models import load_checkpoint
 from torch import nn
 
-from .. import adapters
+from .. import adapters, parallel
 from ..adapters import hf_folder
 from ..structure import snapshot
 from ..training.distill import frozen, renormalisation
+from ..utils.files import short
+from .checkpoint import load_weights_
 from .flags import DIGITS, ModelFlags
 
 
@@ -29,8 +30,12 @@ def open_model(name: str, flags: ModelFlags, device: torch.device, *, scratch: b
     if name == DIGITS:
         name = str(snapshot.BUNDLED)
     if snapshot.is_snapshot(name):
+        own = f"{name} is a snapshot, which has its own"
+        _refuse(flags, own, "checkpoint")
         # Plain weights on every device: what is opened here may be trained, pruned or saved.
-        model = snapshot.fresh(snapshot.load_spec(name)) if scratch else snapshot.load(name, sparse=False)
+        model = snapshot.fresh(snapshot.load_spec(name)) if scratch else _load(name)
+        if flags.num_classes != adapters.classes(model):
+            _refuse(flags, f"{own}, {adapters.classes(model)}", "num_classes")
         size = adapters.preprocess(model)["input_size"]
         if flags.img_size not in (0, size[-1]):
             raise ValueError(f"{name} takes images of {size[-2]} × {size[-1]}; leave out --img-size {flags.img_size}")
@@ -46,37 +51,57 @@ def open_model(name: str, flags: ModelFlags, device: torch.device, *, scratch: b
     return model.to(device)
 
 
+def _load(folder: str) -> nn.Module:
+    """A snapshot, with what it warns of as a line of the command's own."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        model = snapshot.load(folder, sparse=False)
+    for warning in said if parallel.speaks() else ():
+        print(f"nvit: {warning.message}", file=sys.stderr)
+    return model
+
+
 def _hf_model(folder: str, flags: ModelFlags, scratch: bool) -> nn.Module:
     if not hf_folder.is_folder(folder):
         raise ValueError(
             f"{folder} is a folder but not a snapshot (no spec.json) nor a Hugging Face model (no config.json)"
         )
-    for flag, value in (("--checkpoint", flags.checkpoint), ("--num-classes", flags.num_classes)):
-        if value:
-            raise ValueError(f"{flag} goes with a timm name; {folder} is a Hugging Face model with its own")
+    _refuse(flags, f"{folder} is a Hugging Face model with its own", "checkpoint", "num_classes", "img_size")
     return hf_folder.open_folder(folder, weights=flags.pretrained and not scratch)
 
 
+def _refuse(flags: ModelFlags, because: str, *names: str) -> None:
+    """Raise ValueError where a flag is given that would change nothing."""
+    default = ModelFlags()
+    for name in names:
+        if (value := getattr(flags, name)) != getattr(default, name):
+            flag = f"--{name.replace('_', '-')} {value}"
+            raise ValueError(f"{flag} goes with a timm name; {because}; leave it out")
+
+
 def _timm_model(name: str, flags: ModelFlags, scratch: bool) -> nn.Module:
+    for flag, least in (("num_classes", 0), ("img_size", 0)):
+        if getattr(flags, flag) < least:
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(flags, flag)} is negative")
+    if scratch:
+        _refuse(flags, "--scratch starts from random weights", "checkpoint")
+    if flags.checkpoint and not Path(flags.checkpoint).is_file():
+        raise ValueError(f"checkpoint {flags.checkpoint} does not exist")
     asked = {key: value for key in ("num_classes", "img_size") if (value := getattr(flags, key))}
     pretrained = flags.pretrained and not flags.checkpoint and not scratch
     try:
         model = timm.create_model(name, pretrained=pretrained, **asked)
     except Exception as e:
         if not pretrained:
-            raise
-        raise ValueError(f"{name}: pretrained weights cannot be had ({e}); give --checkpoint or --no-pretrained") from e
-    if flags.checkpoint and not scratch:
-        if not Path(flags.checkpoint).is_file():
-            raise ValueError(f"checkpoint {flags.checkpoint} does not exist")
+            said = f" with {asked}" if asked else ""
+            raise ValueError(f"{name} cannot be made{said}: {short(e)}") from e
+        why = f"{name}: pretrained weights cannot be had ({short(e, 300)}); give --checkpoint or --no-pretrained"
+        raise ValueError(why) from e
+    _check_size(name, model, flags.img_size)
+    if flags.checkpoint:
         # timm's own filter brings position embeddings to another image size.
         resampled = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        filter_fn = resampled if flags.img_size else None
-        try:
-            load_checkpoint(model, flags.checkpoint, use_ema=False, weights_only=True, filter_fn=filter_fn)
-        except (RuntimeError, KeyError, OSError, SafetensorError, EOFError, ValueError) as e:
-            first = str(e).strip().splitlines()[0]
-            raise ValueError(f"checkpoint {flags.checkpoint} does not fit {name}: {first}") from None
+        load_weights_(model, flags.checkpoint, name, resampled if flags.img_size else None)
     return model
 
 
@@ -84,6 +109,15 @@ def untrained(name: str, flags: ModelFlags, *, scratch: bool = False) -> bool:
     """Whether a model's weights are new, so that there is nothing to ask it."""
     kept = flags.pretrained or flags.checkpoint or name == DIGITS or snapshot.is_snapshot(name)
     return scratch or not kept
+
+
+def _check_size(name: str, model: nn.Module, side: int) -> None:
+    """Raise ValueError where patches do not fill images of `side` pixels, 0 if none was asked for."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if side and patch and side % max(patch):
+        below = side - side % max(patch)
+        near = f"{below} or {below + max(patch)}" if below else f"{max(patch)}"
+        raise ValueError(f"--img-size {side}: {name} has patches of {max(patch)} pixels a side; take {near}")
 
 
 def open_teacher(name: str, checkpoint: str, device: torch.device) -> nn.Module | None:

@@ -96,28 +96,36 @@ def _open(command: PruneCommand, folder: RunFolder, progress: Progress) -> Opene
     config = command.config
     torch.manual_seed(config.seed)  # of a model without weights of its own
     model = open_model(command.model, command.opening, command.machine.pick())
+    command.latency.deployed(next(model.parameters()).device)  # a mode that is not here is refused before all else
     images = open_images(
         model, command.images, witness="never" if untrained(command.model, command.opening) else "always"
     )
     loader = images.training(config, augment=config.train)
     meter = Meter(next(model.parameters()).device) if config.budget else None
-    command.latency.deployed(next(model.parameters()).device)  # a mode that is not here is refused at once
-    table = folder.table(lambda: open_table(model, command.latency, config.bundle_sizes, progress))
+    batch_size = _evaluation_batch(model, command, meter) if meter else config.batch_size
+
+    def measured() -> LatencyTable:
+        table = open_table(model, command.latency, config.bundle_sizes, progress)
+        command.with_targets(model, table)  # what cannot be met is refused before anything is written
+        return table
+
+    table = folder.table(measured)
     config = command.with_targets(model, table)
-    batch_size = _evaluation_batch(model, config, command.latency.latency_batch, meter) if meter else config.batch_size
     evaluation = images.evaluation(batch_size, command.images.eval_images)
     teacher = open_cnn_teacher(config.cnn_teacher, model)
     return Opened(model, images, loader, evaluation, meter, table, config, *teacher)
 
 
-def _evaluation_batch(model: nn.Module, config: PruneConfig, latency_batch: int, meter: Meter) -> int:
+def _evaluation_batch(model: nn.Module, command: PruneCommand, meter: Meter) -> int:
     """Images a forward pass while evaluating under a budget: as many as fit in it beside compact models.
 
     Raises:
         ValueError: the batch of the latency measurement does not fit.
     """
+    config, latency_batch = command.config, command.latency.latency_batch
     fits = Budget(config.budget, meter.device, meter).forward_images
-    size, targets = adapters.preprocess(model)["input_size"], sum(config.latency_target)
+    absolute = len(command.latency_ms) + len(command.images_per_second)  # nobody knows yet how small: less than dense
+    size, targets = adapters.preprocess(model)["input_size"], absolute or sum(config.latency_target)
     if (most := fits(model, size, latency_batch, targets)) < latency_batch:
         raise ValueError(
             f"budget {config.budget} does not hold {latency_batch} images while latency is measured; give "

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -160,8 +161,16 @@ class Prunable(nn.Module):
 
         return leave
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy: one of a layer under observation (a twin in shards, a moving average) is not under observation."""
+        state = self.__dict__ | {"_watches": {}}
+        for kind in ("_forward_pre_hooks", "_forward_hooks"):
+            hooks = state[kind]
+            state[kind] = type(hooks)((key, hook) for key, hook in hooks.items() if hook not in CAPTURES)
+        return state
+
     def unwatch_(self) -> None:
-        """Forget whoever watches: a copy of a layer under observation is not under observation."""
+        """Forget whoever watches."""
         for site in list(self._watches):
             self._drop(site)
 

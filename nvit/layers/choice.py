@@ -109,9 +109,11 @@ def _differentiated(tensors: Sequence[Tensor | None]) -> bool:
 
 def _measurable(tensors: Sequence[Tensor | None]) -> bool:
     """Whether calls would run now and for nobody else: no fake tensors, nobody who counts calls, no capture."""
-    plain = all(t is None or type(t) in (Tensor, nn.Parameter) for t in tensors)
-    capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
-    return plain and not capturing and _get_current_dispatch_mode() is None
+    if not all(t is None or type(t) in (Tensor, nn.Parameter) for t in tensors):
+        return False
+    if _get_current_dispatch_mode() is not None:
+        return False
+    return not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _read(file: Path) -> dict[str, Times]:

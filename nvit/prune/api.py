@@ -132,13 +132,14 @@ def _prune_training(
         for _, (images, labels) in endless(loader, config.seed, trainer.step):
             trainer.train_step(images, labels)
             deciding = pruner.deciding and not trainer.skipped
-            if deciding or trainer.look_due:
-                so_far = f"prune: {pruner.ratio:.3f}, loss {trainer.look():.3f}"
-                progress(round(1000 * (1 - pruner.ratio)), round(1000 * (1 - last)), so_far)
+            loss = trainer.look() if deciding or trainer.look_due else None
             met = [] if trainer.skipped else pruner.advance()
             if deciding:
                 trainer.masks_changed()
             trainer.after_step()
+            if loss is not None:
+                so_far = f"prune: {pruner.ratio:.3f}, loss {loss:.3f}"
+                progress(round(1000 * (1 - pruner.ratio)), round(1000 * (1 - last)), so_far)
             for target in met:
                 small = pruner.compact(None if trainer.ema is None else trainer.weights())
                 snapshots.append(folder.take(pruner, target, small))

@@ -45,7 +45,7 @@ def fractions(
     asked += [(1e3 * batch / rate, f"images_per_second {rate:g}") for rate in images_per_second]
     found = []
     for ms, what in asked:
-        fraction = math.floor(1e4 * ms / dense) / 1e4
+        fraction = math.floor(1e4 * ms / dense + 1e-6) / 1e4  # 0.7 × dense is 0.7
         if fraction >= 1:
             raise ValueError(
                 f"{what} is met without pruning: the dense model takes {dense:.3g} ms for {batch} images, "

@@ -127,20 +127,22 @@ def apply_(
     model: nn.Module, groups: Sequence[Group], masks: Mapping[str, Tensor], project: Callable = project_
 ) -> WeightMasks:
     """Mask a prepared model in place: layers compute over kept units, pruned weights become zero (by `project`). The
-    model carries its masks as `masks`, so that whoever saves it knows (`masks_of`)."""
+    model carries its masks as `masks`, so that whoever saves it knows (`masks_of`); as bytes, since they are no tensors
+    of its own that a copy or a rehearsal of it would have to deal with."""
     check_masks(groups, masks)
     params = dict(model.named_parameters())
     weights = weight_masks(params, groups, masks)
     project(params, weights)
     keep_(model, masks)
-    model.masks = {name: keep.cpu() for name, keep in masks.items()}
+    model.masks = {name: keep.cpu().numpy().tobytes() for name, keep in masks.items()}
     return weights
 
 
 def masks_of(model: nn.Module) -> Masks | None:
     """What a masked model keeps, as `apply_` was told; None of a dense or compact one."""
-    masks = getattr(model, "masks", None)
-    return None if masks is None or all(bool(keep.all()) for keep in masks.values()) else masks
+    said = getattr(model, "masks", None) or {}
+    masks = {name: torch.frombuffer(bytearray(keep), dtype=torch.bool) for name, keep in said.items()}
+    return None if all(bool(keep.all()) for keep in masks.values()) else masks
 
 
 def unmasked_(model: nn.Module) -> nn.Module:

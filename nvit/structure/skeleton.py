@@ -29,7 +29,7 @@ def skeleton(spec: ViTSpec) -> nn.Module:
             beyond any model's; nothing was allocated for these.
     """
     adapter = family_of(spec)
-    _check_sizes(spec)
+    check_sizes(spec)
     model = adapter.build(spec)
     adapters.change_(model, spec.changes)
     groups, masks = kept(spec, model)
@@ -83,7 +83,7 @@ def kept(spec: ViTSpec, model: nn.Module) -> tuple[list[Group], Masks]:
     return groups, masks
 
 
-def _check_sizes(spec: ViTSpec) -> None:
+def check_sizes(spec: ViTSpec) -> None:
     """Raise ValueError where a spec asks for a model larger than any, before any of it is built."""
     count = 0
     todo: list[Any] = [dict(spec.config), dict(spec.preprocess)]

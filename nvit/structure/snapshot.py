@@ -24,7 +24,7 @@ from ..utils.tensors import read_header, write_tensors
 from .compact import compact
 from .manifest import MANIFEST, check_manifest, is_whole, write_manifest
 from .masks import full_masks, masks_of, widths
-from .skeleton import family_of, filled, kept, skeleton
+from .skeleton import check_sizes, family_of, filled, kept, skeleton
 from .verify import check_bytes, check_function, check_tensors
 
 BUNDLED = Path(__file__).parents[1] / "bundled" / "digits_vit"
@@ -187,6 +187,7 @@ def load_metrics(path: str | Path) -> dict[str, Any]:
 
 def fresh(spec: ViTSpec) -> nn.Module:
     """A newly initialised model of these widths, to train from scratch."""
+    check_sizes(spec)
     model = family_of(spec).build(spec, "cpu")
     adapters.change_(model, spec.changes)
     return compact(model, *kept(spec, model))

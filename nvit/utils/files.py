@@ -3,6 +3,7 @@ nothing beside it; reading JSON so that whatever is wrong is one short line."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -72,11 +73,14 @@ def replace_folder(part: Path, path: Path) -> None:
 def settle(path: Path, whole: Callable[[Path], bool]) -> None:
     """Finish what a killed process had begun with the folder `path`: put the new copy in its place if it is `whole`,
     else the old one back; remove what is left beside it. Where nothing was begun nothing happens."""
+    if not path.name:  # the folder one stands in
+        return
     found, old = _parts(path), _old_of(path)
     if not path.exists():
         ready = next((part for part in found if whole(part)), old if old.exists() else None)
         if ready is not None:
-            ready.replace(path)
+            with contextlib.suppress(FileNotFoundError):  # another process settled it meanwhile
+                ready.replace(path)
     if path.exists() and old.exists():
         shutil.rmtree(old, ignore_errors=True)
     if found:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -38,21 +38,17 @@ def captured(function: Function, inputs: tuple[Tensor, ...], memory: Any = None)
             function(*inputs)
             function(*inputs)
             torch.cuda.synchronize()
-            # A weight that autocast casts is cast by the graph too: a cached copy is gone when autocast ends.
-            cached = torch.is_autocast_cache_enabled()
-            torch.set_autocast_cache_enabled(False)
             # Only this thread is watched: others, as a data loader's, may call CUDA meanwhile.
             graph.capture_begin(memory, capture_error_mode="thread_local")
             try:
-                out = function(*inputs)
+                with _no_autocast_cache():
+                    out = function(*inputs)
                 if memory is not None:
                     out = None
             except BaseException:
                 with contextlib.suppress(RuntimeError):
                     graph.capture_end()
                 raise
-            finally:
-                torch.set_autocast_cache_enabled(cached)
             graph.capture_end()
         current.wait_stream(stream)
 
@@ -61,6 +57,17 @@ def captured(function: Function, inputs: tuple[Tensor, ...], memory: Any = None)
         return out
 
     return replay
+
+
+@contextlib.contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """A weight that autocast casts is cast by the graph itself: a copy it keeps is gone when autocast ends."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 @cache

@@ -12,6 +12,7 @@ from nvit.spec import ViTSpec
 from nvit.structure import snapshot
 from nvit.structure.compact import compact
 from nvit.structure.masks import apply_
+from nvit.structure.skeleton import filled, skeleton
 from tests.families import beit, eva
 from tests.hosts import random_masks, randomise_
 from tests.references import masked_host
@@ -86,8 +87,7 @@ def test_a_spec_says_which_pairs_and_heads_are_left_where_it_matters(make, kind,
     size = adapters.preprocess(small)["input_size"][1:]
     exact, params = small(images(*size)), {n: p.detach() for n, p in small.named_parameters()}
     for kept, same in ((spec.kept, True), ({}, False)):
-        skeleton, first, _ = snapshot._skeleton(replace(spec, kept=kept))
-        again = adapters.find(skeleton).resize(skeleton, params, first).double().eval()
+        again = filled(skeleton(replace(spec, kept=kept)), params).double()
         assert torch.allclose(again(images(*size)), exact, atol=1e-5) is same
 
 

@@ -223,7 +223,7 @@ def test_a_folder_with_something_wrong_is_one_line(what, says, folder, tmp_path,
 
 def test_flags_of_timm_models_do_not_fit_a_folder(folder, capsys):
     assert cli.main(["evaluate", str(folder), "--num-classes", "3"]) == 1
-    assert "--num-classes goes with a timm name" in capsys.readouterr().err
+    assert "--num-classes 3 goes with a timm name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

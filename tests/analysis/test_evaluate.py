@@ -1,11 +1,15 @@
 """Accuracy, parameters and memory against counts by hand."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from nvit.analysis import evaluate
 from nvit.analysis.evaluate import accuracy, macs, parameters, peak_memory
+from nvit.cli import main as cli
 from nvit.structure.compact import compact
 from tests.hosts import images, make, masked
 
@@ -52,6 +56,35 @@ def test_progress_is_told():
     seen = []
     accuracy(Lookup(torch.eye(3)), loader(torch.arange(3), 1), progress=lambda *a: seen.append(a))
     assert [s[:2] for s in seen] == [(1, 3), (2, 3), (3, 3)] and "100.00 %" in seen[-1][2]
+
+
+def test_compiled_once_with_the_last_batch_padded_and_equal_counts(monkeypatch):
+    model, shapes = make("plain"), []
+
+    def backend(graph, inputs):
+        shapes.append([t.shape[0] for t in inputs if t.dim() == 4 and t.shape[1:] == (3, 16, 16)])
+        return graph
+
+    monkeypatch.setattr(evaluate, "compiled", partial(evaluate.compiled, backend=backend))
+    data = DataLoader(TensorDataset(images(model, 11), torch.arange(11) % 7), 4)
+    eager, fast = accuracy(model, data), accuracy(model, data, compile=True)
+    assert shapes == [[4]], "the batch of three was compiled for itself"
+    assert fast["images"] == 11 and (fast["top1"], fast["top5"]) == (eager["top1"], eager["top5"])
+    assert fast["loss"] == pytest.approx(eager["loss"], rel=1e-5)
+
+
+def test_the_command_compiles_where_it_is_told_to(monkeypatch, capsys):
+    asked = []
+
+    def compiled(function, **options):
+        asked.append(options)
+        return function
+
+    monkeypatch.setattr(evaluate, "compiled", compiled)
+    args = ["evaluate", "digits", "--eval-images", "20", "--batch-size", "8", "--device", "cpu"]
+    assert cli.main(args) == 0 and not asked
+    assert cli.main([*args, "--compile"]) == 0 and len(asked) == 1
+    assert "images/s" in capsys.readouterr().out
 
 
 def test_parameters_and_macs_of_a_model_by_hand():

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
-from nvit import functional as engine
+from nvit.layers import functional as engine
 from nvit_kernels import Kept, functional, reference
 
 CASES = {  # dtype, qk dim, v dim, batch: whether a GPU runs it fused

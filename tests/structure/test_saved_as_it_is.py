@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 import transformers
 from timm.layers import DropPath
@@ -239,7 +240,7 @@ def test_a_model_masked_by_other_means_is_refused(tmp_path):
     model.masks = None
     assert_refused(tmp_path / "s", model, r"blocks\.0\.attn\.kept: found \(2, 10, 10\), .* has \(3, 16, 16\) there")
     keep_(model, random_masks(groups, 0.3, seed=9))
-    model.masks = masks
+    model.masks = {name: keep.numpy().tobytes() for name, keep in masks.items()}
     assert_refused(tmp_path / "t", model, "computes something else|does not run")
 
 
@@ -306,3 +307,31 @@ def test_compressed_weights_are_refused(tmp_path):
     adapters.find(model).prepare(model)
     model.head.weight = nn.Parameter(torch.zeros(7, 48, device="meta"))
     assert_refused(tmp_path / "s", model, "head.weight is a torch.float32 tensor on meta, which cannot be saved")
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": 32, "depth": 2, "drop_path_rate": 0.1}),
+        ("deit_tiny_distilled_patch16_224", {"img_size": 32, "depth": 1, "drop_rate": 0.1}),
+        ("swin_tiny_patch4_window7_224", {"img_size": 56, "depths": (1, 1)}),
+        ("eva02_tiny_patch14_224", {"img_size": 28, "depth": 2, "drop_path_rate": 0.2}),
+        ("vit_small_patch16_dinov3", {"img_size": 32, "depth": 1, "num_classes": 3}),
+        ("beit_base_patch16_224", {"img_size": 32, "depth": 1, "proj_drop_rate": 0.1}),
+    ],
+)
+def test_models_from_timms_factory_are_saved(name, more, tmp_path):
+    model = randomise_(timm.create_model(name, **more)).eval()
+    adapters.find(model).prepare(model)
+    again = assert_saved_as_it_is(tmp_path / "s", model)
+    assert training_only(again) == training_only(model)
+
+
+def test_a_model_from_transformers_folder_is_saved(tmp_path):
+    host = HOSTS["hf_dinov2_registers"]()
+    host.save_pretrained(tmp_path / "hf")
+    model = type(host).from_pretrained(tmp_path / "hf").eval()
+    model.gradient_checkpointing_enable()
+    adapters.find(model).prepare(model)
+    again = snapshot.load(snapshot.save(tmp_path / "s", model))
+    torch.testing.assert_close(outputs(again), outputs(host), rtol=0, atol=1e-5)

@@ -201,7 +201,8 @@ def dq_kernel(
         s = add_to_logits(s, bias, window, rm[:, None], n[None, :], N)
         p = tl.exp2(s - top[:, None]) * share[:, None]
         dp = tl.dot(dot, tl.trans(vt), input_precision=PRECISION)
-        ds = p * (dp - centre[:, None])  # keys past N: their k is zero, so they add nothing below
+        # Keys past N have logit 0, which may be far above a row's own: their p overflows, and inf · 0 is no number.
+        ds = tl.where((n < N)[None, :], p * (dp - centre[:, None]), 0.0)
         acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PRECISION)
     acc *= scale
     if qk_mask is not None:

@@ -87,10 +87,10 @@ def test_a_run_that_breaks_after_a_decision_keeps_what_came_before(rows, monkeyp
 
 
 def test_segments_lie_between_decisions():
-    marks = [0.0, 1.0, 3.0, 4.0, 5.0, 6.0]
-    assert pruning_loop.segments(marks, [(10, 0.8), (20, 0.5)], 10) == [
-        {"ratio": 1.0, "step_s": 0.3, "settled_s": 0.4},
-        {"ratio": 0.8, "step_s": 0.2, "settled_s": 0.2},
+    marks = [0.0, 1.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0]
+    assert pruning_loop.segments(marks, [(8, 0.8), (16, 0.5)], 8) == [
+        {"ratio": 1.0, "step_s": 0.625, "settled_s": 0.75},
+        {"ratio": 0.8, "step_s": 0.5, "settled_s": 0.5},
     ]
 
 

@@ -103,6 +103,18 @@ def test_any_layout_is_read_right(name, batch, heads, tokens):
         assert torch.equal(functional.attention(*leaves, 0.2), functional.attention(*copies, 0.2))
 
 
+def test_keys_past_the_last_weigh_nothing_however_negative_the_logits():
+    """Their k is zero, so their logit 0 is the largest of the row: its weight would be infinite in float16."""
+    q = torch.rand(1, 1, 50, 32).half() + 1
+    data = (q, -4 * q.flip(2), torch.randn(1, 1, 50, 32).half())
+    leaves = [t.detach().clone().requires_grad_() for t in data]
+    grads = torch.autograd.grad(functional.attention(*leaves, 32**-0.5).sum(), leaves)
+    exact = [t.detach().double().requires_grad_() for t in data]
+    expected = torch.autograd.grad(reference.attention(*exact, 32**-0.5).sum(), exact)
+    for ours, theirs in zip(grads, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=4e-3 * float(theirs.abs().max().clamp_min(1)))
+
+
 @pytest.mark.parametrize("wrong", ["shape", "width", "dtype", "list"])
 def test_what_a_caller_gets_wrong_is_named(wrong):
     q, k, v = tensors(1, 2, 8, 24, 56, torch.float32).values()
