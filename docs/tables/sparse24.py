@@ -1,4 +1,4 @@
-"""2:4 compression on a CPU beside torch's conversion."""
+"""2:4 compression on a CPU beside torch's conversion; what the choice of two of four costs in accuracy."""
 
 from __future__ import annotations
 
@@ -31,4 +31,23 @@ def cpu() -> str:
     return table(["", "torch", "ours", "times"], lines)
 
 
-TABLES = {"cpu": cpu}
+MODELS = {"deit_tiny_patch16_224": "DeiT-Ti", "vit_tiny_patch16_224": "ViT-Ti (AugReg)"}
+
+
+def choice() -> str:
+    """Top-1 by model, choice and channel order, whole and by halves."""
+    lines = []
+    for r in rows("sparse24_choice_cpu"):
+        if r["half"] != "all":
+            continue
+        what = "dense" if r["choice"] == "dense" else f"{r['choice']}, {r['order']} order"
+        numbers = [f"{float(r[key]):.2f}" for key in ("top1", "top1_even", "top1_odd")]
+        divergence = f"{float(r['kl']):.3f}" if r["kl"] else ""
+        gain = f"{float(r['gain']):+.1f} [{float(r['low']):.1f}, {float(r['high']):.1f}]" if r["gain"] else ""
+        seconds = f"{float(r['seconds']):.0f}" if r["seconds"] else ""
+        lines.append([MODELS[r["model"]], what, *numbers, gain, divergence, seconds])
+    head = ["", "2:4 by", "top-1 %", "even places", "odd places", "gain, points", "KL, nats", "CPU s"]
+    return table(head, lines)
+
+
+TABLES = {"cpu": cpu, "choice": choice}
