@@ -90,8 +90,6 @@ def dkv_kernel(
     rn = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     dc, vc = tl.arange(0, BLOCK_QK), tl.arange(0, BLOCK_V)
     d_in, v_in = (dc < QK8 * 8), (vc < V8 * 8)
-    dk_ptrs = dk + ((b * N + rn[:, None]) * H + h) * (QK8 * 8) + dc[None, :]
-    dv_ptrs = dv + ((b * N + rn[:, None]) * H + h) * (V8 * 8) + vc[None, :]
     dk_acc = tl.zeros([BLOCK_N, BLOCK_QK], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     q = head_start(q, b, h, H, N, qk_h8, qk_n8)
@@ -128,6 +126,8 @@ def dkv_kernel(
         dk_acc = tl.where(kept_columns(qk_mask, QK8 * 8, BLOCK_QK)[None, :], dk_acc, 0.0)
     if v_mask is not None:
         dv_acc = tl.where(kept_columns(v_mask, V8 * 8, BLOCK_V)[None, :], dv_acc, 0.0)
+    dk_ptrs = dk + ((b * N + rn[:, None]) * H + h) * (QK8 * 8) + dc[None, :]
+    dv_ptrs = dv + ((b * N + rn[:, None]) * H + h) * (V8 * 8) + vc[None, :]
     tl.store(dk_ptrs, (dk_acc * scale).to(dk.dtype.element_ty), mask=(rn < N)[:, None] & d_in[None, :])
     tl.store(dv_ptrs, dv_acc.to(dv.dtype.element_ty), mask=(rn < N)[:, None] & v_in[None, :])
 

@@ -48,7 +48,8 @@ def head_start(x, b, h, H, N, h8, n8):
 
     A sample is as long as all its tokens or all its heads, whichever lies outside; the launcher copies what is neither.
     """
-    return x + tl.maximum(b * N * n8, b * H * h8) * 8 + h * (h8 * 8)
+    sample8 = tl.maximum(tl.cast(N * n8, tl.int32), tl.cast(H * h8, tl.int32))
+    return x + b * sample8 * 8 + h * (h8 * 8)
 
 
 @triton.jit
