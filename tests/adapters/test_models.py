@@ -8,9 +8,9 @@ from docs import fill_tables
 from docs.tables import models as models_page
 from nvit import adapters
 from nvit.spec import KINDS, ViTSpec
-from nvit.structure import snapshot
 from nvit.structure.compact import compact
 from nvit.structure.masks import full_masks, widths
+from nvit.structure.skeleton import skeleton
 
 ENTRYPOINTS = models_page.entrypoints()
 FOUND: dict[str, str | None] = {}
@@ -45,9 +45,9 @@ def test_an_entrypoint_is_pruned_or_refused(name):
     narrow, wide = (m.to("meta").eval()(images) for m in (small, model))
     assert narrow.shape == wide.shape or model.num_classes == 0
     spec = ViTSpec.from_json(adapter.spec(model, widths(groups, masks)).to_json())
-    rebuilt, _, shapes = snapshot._skeleton(spec)
-    assert {n: p.shape for n, p in rebuilt.state_dict().items()} == before
-    assert shapes == {n: p.shape for n, p in small.named_parameters()}
+    rebuilt = skeleton(spec)
+    assert {n: p.shape for n, p in rebuilt.state_dict().items()} == {n: p.shape for n, p in small.state_dict().items()}
+    adapters.changes_of(small, rebuilt)
 
 
 def test_the_page_is_current():
