@@ -87,7 +87,7 @@ def test_what_a_section_says_works(title, copy):
 
 
 def test_the_page_has_all_its_sections():
-    assert list(SECTIONS) == ["An analysis", "A kernel"]
+    assert list(SECTIONS) == ["An analysis", "A criterion", "A command", "A model family", "A kernel"]
 
 
 def test_examples_are_in_the_house_style(copy):
