@@ -56,7 +56,7 @@ def _load(folder: str) -> nn.Module:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
         model = snapshot.load(folder, sparse=False)
-    for warning in said if parallel.speaks() else ():
+    for warning in said if parallel.main() else ():
         print(f"nvit: {warning.message}", file=sys.stderr)
     return model
 
