@@ -27,7 +27,7 @@ from ..utils.progress import Progress, silent
 from .pairs import best_pairs, best_values
 from .profile import row_profiles
 
-DAMPING = 0.01
+DAMPING = 0.1
 """Added to the diagonal of the inputs' covariance, as a share of its mean; also the strength of the ridge."""
 
 _UNIFORM = 0.2
