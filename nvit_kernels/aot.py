@@ -118,6 +118,8 @@ def matmul_cases() -> Iterator[Case]:
         ("linear", "n", "k", False, True), ("linear", "k", "k", True, False),
         ("gelu_backward", "k", "n", False, False), ("swiglu_backward", "k", "n", False, False),
     )):  # fmt: skip
+        if "swiglu" in role and not listed:
+            continue  # the list takes nothing that gelu does not show
         backward = "backward" in role
         constants = dict(ROLE=role, B_BY=b_by, KEPT=kept, GATHER=gather, PRECISION="ieee", BLOCK_M=ROWS)
         constants |= absent(*outs[role], *(() if bias else ("bias",)), *(() if backward else ("part",)))
@@ -174,7 +176,7 @@ def cases() -> Iterator[Case]:
     yield from matmul_cases()
     yield from mlp_cases()
     for width in (192, 768, 1280):
-        for kept in (False, True):
+        for kept in (False, True) if width == 768 else (False,):
             yield from layer_norm_cases(width, kept)
     for planes, samples, tiles in ((2, 1, 64), (2, 8, 8), (3, 1, 64), (3, 8, 8)):
         weights = absent("weight0", "weight1") if planes == 3 else {}
