@@ -79,7 +79,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Report:
-    """What one compiled kernel takes: registers a thread, bytes spilled, shared memory a block, and its size."""
+    """What one compiled kernel takes of a GPU.
+
+    Attributes:
+        registers: of a thread.
+        spills: bytes of stack a thread.
+        shared: bytes a block.
+        loop_spills: instructions inside loops that store or load what was spilled. A value that waits on the stack
+            while a loop runs costs next to nothing; one that moves in the loop costs each time round.
+    """
 
     case: str
     arch: int
@@ -88,6 +96,7 @@ class Report:
     spills: int
     shared: int
     cubin_bytes: int
+    loop_spills: int = 0
 
 
 def absent(*names: str) -> dict[str, None]:
@@ -215,22 +224,36 @@ def compile_case(case: Case, arch: int, config: triton.Config) -> Report:
                        constexprs={(names.index(n),): v for n, v in constants.items() if n in names})  # fmt: skip
     options = dict(num_warps=config.num_warps, num_stages=config.num_stages, **FUSED_MULTIPLY_ADD)
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    registers, spills = _resources(built.asm["cubin"])
+    registers, spills, loop_spills = _resources(built.asm["cubin"])
     blocks = " ".join(f"{k[6:]}{v}" for k, v in config.kwargs.items())
     return Report(case.name, arch, f"{blocks} warps{config.num_warps} stages{config.num_stages}".strip(), registers,
-                  spills, built.metadata.shared, len(built.asm["cubin"]))  # fmt: skip
+                  spills, built.metadata.shared, len(built.asm["cubin"]), loop_spills)  # fmt: skip
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """(registers a thread, bytes of stack and local memory) that a cubin asks for."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+def _resources(cubin: bytes) -> tuple[int, int, int]:
+    """(registers a thread, bytes of stack and local memory, spilled values that move inside loops) of a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said.stdout)
-    assert found, said.stdout
-    return int(found[1]), int(found[2]) + int(found[3])
+        usage = _dump("--dump-resource-usage", file.name)
+        found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+        assert found, usage
+        spills = int(found[2]) + int(found[3])
+        return int(found[1]), spills, spills_in_loops(_dump("-sass", file.name)) if spills else 0
+
+
+def _dump(*arguments: str) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def spills_in_loops(sass: str) -> int:
+    """Instructions of a listing that store or load local memory between a backward branch and its target."""
+    lines = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^/]+?)\s*/\*", sass)]
+    branches = ((at, int(to[1], 16)) for at, what in lines if (to := re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", what)))
+    loops = [(target, at) for at, target in branches if target < at]
+    moved = [at for at, what in lines if re.search(r"\b(STL|LDL)\b", what)]
+    return sum(any(start <= at <= end for start, end in loops) for at in moved)
 
 
 def main(arch: int) -> None:
