@@ -42,9 +42,9 @@ def choice() -> str:
             continue
         what = "dense" if r["choice"] == "dense" else f"{r['choice']}, {r['order']} order"
         numbers = [f"{float(r[key]):.2f}" for key in ("top1", "top1_even", "top1_odd")]
-        divergence = f"{float(r['kl']):.3f}" if r["kl"] else ""
-        gain = f"{float(r['gain']):+.1f} [{float(r['low']):.1f}, {float(r['high']):.1f}]" if r["gain"] else ""
-        seconds = f"{float(r['seconds']):.0f}" if r["seconds"] else ""
+        divergence = f"{float(r['kl']):.3f}" if r.get("kl") else ""
+        gain = f"{float(r['gain']):+.1f} [{float(r['low']):.1f}, {float(r['high']):.1f}]" if r.get("gain") else ""
+        seconds = f"{float(r['seconds']):.0f}" if r.get("seconds") else ""
         lines.append([MODELS[r["model"]], what, *numbers, gain, divergence, seconds])
     head = ["", "2:4 by", "top-1 %", "even places", "odd places", "gain, points", "KL, nats", "CPU s"]
     return table(head, lines)
