@@ -8,11 +8,10 @@ from nvit_kernels.sparse24.compress import (
     decompress_2to4,
     fits_2to4,
     mask_2to4,
-    pack_bits,
     repack_2to4,
     repack_2to4_many,
-    unpack_bits,
 )
+from nvit_kernels.sparse24.plain import pack_bits, unpack_bits
 from nvit_kernels.sparse24.plan import CompressPlan, RepackPlan
 
 __all__ = [

@@ -18,20 +18,6 @@ from torch import Tensor
 
 from nvit_kernels import _native
 from nvit_kernels.sparse24 import plain
-from nvit_kernels.sparse24.plain import pack_bits, unpack_bits
-
-__all__ = [
-    "Sparse24",
-    "compress_2to4",
-    "compress_2to4_many",
-    "decompress_2to4",
-    "fits_2to4",
-    "mask_2to4",
-    "pack_bits",
-    "repack_2to4",
-    "repack_2to4_many",
-    "unpack_bits",
-]
 
 
 class Sparse24(NamedTuple):
