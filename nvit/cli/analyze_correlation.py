@@ -17,7 +17,7 @@ from ..spec import KINDS
 from ..utils.progress import Progress
 from ..utils.report import show, write_csv, write_result
 from .command import Command
-from .flags import DataFlags, Flat, MachineFlags, ModelFlags
+from .flags import DataFlags, DebugFlags, Flat, MachineFlags, ModelFlags
 from .inputs import open_images
 from .models import open_model, untrained
 from .progress import shown
@@ -41,6 +41,7 @@ class CorrelationCommand:
     opening: Flat[ModelFlags] = field(default_factory=ModelFlags)
     machine: Flat[MachineFlags] = field(default_factory=MachineFlags)
     images: Flat[DataFlags] = field(default_factory=DataFlags)
+    errors: Flat[DebugFlags] = field(default_factory=DebugFlags)
 
     def check(self) -> None:
         """Raise ValueError where a value makes no sense."""

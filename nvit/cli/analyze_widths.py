@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +12,7 @@ from ..config import _help
 from ..structure import snapshot
 from ..utils.report import write_csv, write_result
 from .command import Command
-from .flags import DIGITS
+from .flags import DIGITS, DebugFlags, Flat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,7 @@ class WidthsCommand:
     """Widths of every block of one or several snapshots, as a CSV and a figure (the paper's Fig. 4)."""
 
     out: Annotated[str, _help("folder for widths.csv, widths.png and result.json")] = "nvit-widths"
+    errors: Flat[DebugFlags] = field(default_factory=DebugFlags)
 
 
 def run_widths(names: Sequence[str], command: WidthsCommand) -> dict[str, Any]:

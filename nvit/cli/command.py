@@ -44,3 +44,8 @@ def flat(command: Any) -> dict[str, Any]:
     for part in inside.values():
         own |= dataclasses.asdict(part)
     return own
+
+
+def resumable(command: Any) -> bool:
+    """Whether an interrupted run left something to go on from, where the command can."""
+    return any(file.exists() for file in getattr(command, "states", list)())

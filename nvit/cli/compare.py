@@ -15,7 +15,7 @@ from ..latency.clock import in_dtype
 from ..utils.progress import Progress
 from ..utils.report import show, write_csv, write_result
 from .command import Command
-from .flags import DataFlags, Flat, LatencyFlags, MachineFlags, ModelFlags
+from .flags import DataFlags, DebugFlags, Flat, LatencyFlags, MachineFlags, ModelFlags
 from .inputs import open_evaluation_data, sample_images
 from .models import open_model
 from .progress import shown
@@ -33,6 +33,7 @@ class CompareCommand:
     machine: Flat[MachineFlags] = field(default_factory=MachineFlags)
     images: Flat[DataFlags] = field(default_factory=DataFlags)
     latency: Flat[LatencyFlags] = field(default_factory=LatencyFlags)
+    errors: Flat[DebugFlags] = field(default_factory=DebugFlags)
 
 
 def run_compare(names: Sequence[str], command: CompareCommand, progress: Progress) -> dict[str, Any]:

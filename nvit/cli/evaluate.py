@@ -11,7 +11,7 @@ from ..config import _help
 from ..utils.progress import Progress
 from ..utils.report import show, write_result
 from .command import Command
-from .flags import DataFlags, Flat, MachineFlags, ModelFlags
+from .flags import DataFlags, DebugFlags, Flat, MachineFlags, ModelFlags
 from .inputs import NO_DATA, open_evaluation_data
 from .models import open_model
 from .progress import shown
@@ -28,6 +28,7 @@ class EvaluateCommand:
     opening: Flat[ModelFlags] = field(default_factory=ModelFlags)
     machine: Flat[MachineFlags] = field(default_factory=MachineFlags)
     images: Flat[DataFlags] = field(default_factory=DataFlags)
+    errors: Flat[DebugFlags] = field(default_factory=DebugFlags)
 
 
 def run_evaluate(name: str, command: EvaluateCommand, progress: Progress) -> dict[str, Any]:

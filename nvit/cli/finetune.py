@@ -19,7 +19,7 @@ from ..training.finetune import finetune
 from ..utils.progress import Progress
 from ..utils.report import show, write_result
 from .command import Command
-from .flags import DataFlags, Flat, MachineFlags, ModelFlags
+from .flags import DataFlags, DebugFlags, Flat, MachineFlags, ModelFlags
 from .inputs import open_images
 from .models import open_cnn_teacher, open_model, open_teacher, untrained
 from .progress import shown
@@ -38,6 +38,16 @@ class FinetuneCommand:
     machine: Flat[MachineFlags] = field(default_factory=MachineFlags)
     images: Flat[DataFlags] = field(default_factory=DataFlags)
     config: Flat[FinetuneConfig] = field(default_factory=FinetuneConfig)
+    errors: Flat[DebugFlags] = field(default_factory=DebugFlags)
+
+    @property
+    def state_file(self) -> Path:
+        """Beside the snapshot, which appears whole."""
+        return Path(f"{Path(self.out)}_state.safetensors")
+
+    def states(self) -> list[Path]:
+        """What `--resume` would go on from."""
+        return [self.state_file]
 
 
 def run_finetune(name: str, command: FinetuneCommand, progress: Progress) -> dict[str, Any]:
@@ -59,7 +69,6 @@ def run_finetune(name: str, command: FinetuneCommand, progress: Progress) -> dic
         return None if evaluation is None else accuracy(model, evaluation, progress=progress)["top1"]
 
     before = top1() if parallel.main() else None
-    state_file = out.with_name(f"{out.name}_state.safetensors")  # beside the snapshot, which appears whole
     model = finetune(
         model,
         loader,
@@ -67,7 +76,7 @@ def run_finetune(name: str, command: FinetuneCommand, progress: Progress) -> dic
         teacher=teacher,
         cnn_teacher=cnn,
         renormalise=renormalise,
-        state_file=state_file,
+        state_file=command.state_file,
         resume=command.resume,
         progress=progress,
     )
@@ -78,7 +87,7 @@ def run_finetune(name: str, command: FinetuneCommand, progress: Progress) -> dic
     snapshot.save(out, model, found)
     found |= {"path": str(out), "seconds": time.monotonic() - start}
     write_result(out, found)
-    state_file.unlink(missing_ok=True)
+    command.state_file.unlink(missing_ok=True)
     return found
 
 

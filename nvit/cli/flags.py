@@ -25,6 +25,13 @@ Flat = Annotated[T, tyro.conf.arg(name="")]
 
 
 @dataclass(frozen=True, kw_only=True)
+class DebugFlags:
+    """What is shown of errors."""
+
+    debug: Annotated[bool, _help("print the traceback of an error; else one nobody foresaw is kept in a file")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelFlags:
     """What a named model is opened with."""
 

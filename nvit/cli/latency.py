@@ -15,7 +15,7 @@ from ..structure import snapshot
 from ..utils.progress import Progress
 from ..utils.report import write_result
 from .command import Command
-from .flags import DIGITS, Flat, LatencyFlags, MachineFlags, ModelFlags
+from .flags import DIGITS, DebugFlags, Flat, LatencyFlags, MachineFlags, ModelFlags
 from .models import open_model
 from .progress import shown
 from .tables import open_table
@@ -30,6 +30,7 @@ class LatencyCommand:
     opening: Flat[ModelFlags] = field(default_factory=ModelFlags)
     machine: Flat[MachineFlags] = field(default_factory=MachineFlags)
     latency: Flat[LatencyFlags] = field(default_factory=LatencyFlags)
+    errors: Flat[DebugFlags] = field(default_factory=DebugFlags)
 
 
 def run_latency(command: LatencyCommand, progress: Progress) -> tuple[LatencyTable, dict[str, Any]]:

@@ -11,8 +11,8 @@ from typing import Any
 import tyro
 
 from .. import __version__, parallel
-from . import analyze_correlation, analyze_widths, compare, evaluate, finetune, latency, prune, sparsify
-from .command import Command
+from . import analyze_correlation, analyze_widths, compare, evaluate, failures, finetune, latency, prune, sparsify
+from .command import Command, flat, resumable
 from .flags import DIGITS
 from .recipe import from_toml
 
@@ -55,14 +55,18 @@ def main(args: Sequence[str] | None = None) -> int:
             COMMANDS[name].run(config, words)
         parallel.leave()
     except UsageError as e:
-        return _say(e, BAD_USAGE)
+        failures.say(e)
+        return BAD_USAGE
     except BrokenPipeError:
         return FAILED
-    except (ValueError, FloatingPointError, OSError, ModuleNotFoundError) as e:
-        return _say(e, FAILED)
     except KeyboardInterrupt:
-        again = "; the same command with --resume goes on" if hasattr(config, "resume") else ""
-        return _say(f"interrupted{again}", INTERRUPTED)
+        again = "; the same command with --resume goes on" if config is not None and resumable(config) else ""
+        failures.say(f"interrupted{again}")
+        return INTERRUPTED
+    except Exception as e:
+        known = {} if config is None else flat(config)
+        failures.explain(e, args, known.get("out", ""), debug=known.get("debug", "--debug" in args))
+        return FAILED
     return 0
 
 
@@ -123,13 +127,6 @@ def _one_voice() -> Iterator[None]:
             stack.enter_context(contextlib.redirect_stdout(nothing))
             stack.enter_context(contextlib.redirect_stderr(nothing))
         yield
-
-
-def _say(error: object, code: int) -> int:
-    if not parallel.speaks():
-        return code
-    print(f"nvit: {' '.join(str(error).split())}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

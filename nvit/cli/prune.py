@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -32,7 +33,7 @@ from ..utils.memory import Meter
 from ..utils.progress import Progress
 from ..utils.report import show
 from .command import Command, flat
-from .flags import DIGITS, DataFlags, Flat, LatencyFlags, MachineFlags, ModelFlags
+from .flags import DIGITS, DataFlags, DebugFlags, Flat, LatencyFlags, MachineFlags, ModelFlags
 from .inputs import open_images, sample_images
 from .models import open_cnn_teacher, open_model, untrained
 from .progress import shown
@@ -53,6 +54,7 @@ class PruneCommand:
     images: Flat[DataFlags] = field(default_factory=DataFlags)
     latency: Flat[LatencyFlags] = field(default_factory=LatencyFlags)
     config: Flat[PruneConfig] = field(default_factory=PruneConfig)
+    errors: Flat[DebugFlags] = field(default_factory=DebugFlags)
 
     def check(self) -> None:
         """Raise ValueError where a value makes no sense."""
@@ -63,6 +65,10 @@ class PruneCommand:
                     raise ValueError(f"{name} {value:g} is not a positive number")
             if getattr(self, name) and self.config.latency_target != PruneConfig().latency_target:
                 raise ValueError(f"{name} stands in place of latency_target; give one of them")
+
+    def states(self) -> list[Path]:
+        """What `--resume` would go on from."""
+        return RunFolder(self.out).states()
 
     def with_targets(self, model: nn.Module, table: LatencyTable) -> PruneConfig:
         """The config, with `latency_target` in fractions where it was asked for in ms or images per second.

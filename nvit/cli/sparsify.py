@@ -27,7 +27,7 @@ from ..utils.progress import Progress
 from ..utils.report import show, write_csv, write_result
 from .command import Command
 from .finetune import refuse_snapshot
-from .flags import DataFlags, Flat, MachineFlags, ModelFlags
+from .flags import DataFlags, DebugFlags, Flat, MachineFlags, ModelFlags
 from .inputs import NO_DATA, has_images, open_images, sample_images
 from .models import open_model, open_teacher
 from .progress import shown
@@ -75,6 +75,7 @@ class SparsifyCommand:
     machine: Flat[MachineFlags] = field(default_factory=MachineFlags)
     where: Flat[DataFlags] = field(default_factory=DataFlags)
     config: Flat[MaskedFinetuning] = field(default_factory=MaskedFinetuning)
+    errors: Flat[DebugFlags] = field(default_factory=DebugFlags)
 
 
 @dataclass(frozen=True)

@@ -103,10 +103,17 @@ class RunFolder:
         if self.path is not None:
             parallel.from_main(lambda: write_csv(self.path / "history.csv", rows))
 
+    def states(self) -> list[Path]:
+        """The files from which an interrupted run goes on, of those that are there."""
+        if self.path is None:
+            return []
+        every = (self.state_file, *sorted(self.path.glob("finetune_state_*.safetensors")))
+        return [file for file in every if file.exists()]
+
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write `result.json`, and remove the states, which nobody will need again; on rank 0 alone."""
         if self.path is None:
             return
         write_result(self.path, result)
-        for state in (self.state_file, *self.path.glob("finetune_state_*.safetensors")):
-            state.unlink(missing_ok=True)
+        for state in self.states():
+            state.unlink()

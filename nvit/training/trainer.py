@@ -118,8 +118,8 @@ class Trainer:
             FloatingPointError: where the host watches, the loss or a gradient is not finite; weights are left as they
                 were. Elsewhere `look` raises it.
         """
-        self._ending.check()
         self._whole = True
+        self._ending.check()
         self.call.model.train(self.config.train_mode)
         seed_draws(self.config.seed, 2**31 + self.step)
         if isinstance(self._stepper, GraphedStep):
@@ -231,7 +231,8 @@ class Trainer:
 
     @contextmanager
     def surviving(self, state: Callable[[], tuple[Mapping[str, Any], Mapping[str, Tensor]]]) -> Iterator[None]:
-        """Training inside ends with RankLost when another rank is lost.
+        """Training inside ends with KeyboardInterrupt after the step in which a person asks for it, and with RankLost
+        when another rank is lost.
 
         Where rank 0 survives and has the whole model, it writes the run state of the last complete step first.
         """
@@ -239,10 +240,18 @@ class Trainer:
             try:
                 with parallel.watch():
                     yield
-            except parallel.RankLost:
-                if self._whole and self.state_file is not None and parallel.main() and not self.sharded:
+                self._whole = True
+                self._ending.check()
+            except (parallel.RankLost, KeyboardInterrupt, RuntimeError) as e:
+                # A loader's processes may get the signal as well, and fail before anyone looks at it here.
+                cause = self._ending.asked if isinstance(e, RuntimeError) else e
+                if cause is None:
+                    raise
+                saving = cause is self._ending.asked or isinstance(cause, parallel.RankLost)
+                if saving and self._whole and self.state_file is not None and parallel.main() and not self.sharded:
+                    self.look()
                     save_run_state(self.state_file, *self._state(*state()))
-                raise
+                raise cause from None
 
     def save(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Write the run state: model, optimiser, average, step, and what the caller adds.
