@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 
 demo: $(READY)
 	rm -rf nvit-demo
-	$(RUN) -m nvit prune
+	$(RUN) -m nvit demo
 
 test: $(READY)
 	$(RUN) -m pytest --durations=15

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from ..analysis import widths
-from ..config import _help
 from ..structure import snapshot
 from ..utils.report import write_csv, write_result
-from .command import Command
-from .flags import DIGITS, DebugFlags, Flat
-
-
-@dataclass(frozen=True, kw_only=True)
-class WidthsCommand:
-    """Widths of every block of one or several snapshots, as a CSV and a figure (the paper's Fig. 4)."""
-
-    out: Annotated[str, _help("folder for widths.csv, widths.png and result.json")] = "nvit-widths"
-    errors: Flat[DebugFlags] = field(default_factory=DebugFlags)
+from .flags.widths import WidthsCommand
+from .models import snapshot_of
 
 
 def run_widths(names: Sequence[str], command: WidthsCommand) -> dict[str, Any]:
     """What goes into result.json."""
-    models = {name: snapshot.load_spec(snapshot.BUNDLED if name == DIGITS else name).blocks for name in names}
+    models = {name: snapshot.load_spec(snapshot_of(name, command.target)).blocks for name in names}
     rows = widths.width_rows(models)
     out = Path(command.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -36,9 +26,6 @@ def run_widths(names: Sequence[str], command: WidthsCommand) -> dict[str, Any]:
     return result
 
 
-def run(command: WidthsCommand, words: Sequence[str]) -> None:
-    found = run_widths(words, command)
+def run(command: WidthsCommand) -> None:
+    found = run_widths(command.models, command)
     print(f"{found['csv']}\n{found['figure']}")
-
-
-COMMAND = Command(WidthsCommand, "SNAPSHOT …", run, 1, None)

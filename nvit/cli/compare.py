@@ -3,37 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from .. import adapters
 from ..analysis.compare import side_by_side, smallest_bundles
 from ..analysis.evaluate import accuracy, peak_memory
-from ..config import _help
 from ..latency.clock import in_dtype
 from ..utils.progress import Progress
 from ..utils.report import show, write_csv, write_result
-from .command import Command
-from .flags import DataFlags, DebugFlags, Flat, LatencyFlags, MachineFlags, ModelFlags
+from .flags.compare import CompareCommand
 from .inputs import open_evaluation_data, sample_images
 from .models import open_model
 from .progress import shown
 from .tables import in_words, measured_on, open_table
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareCommand:
-    """Parameters, MACs, latency, memory and accuracy of several models, side by side; the first is the reference."""
-
-    batch_size: Annotated[int, _help("images a batch while evaluating")] = 64
-    seconds: Annotated[float, _help("time for measuring latency, all models in turn")] = 20.0
-    out: Annotated[str, _help("folder for result.json and compare.csv; none if empty")] = ""
-    opening: Flat[ModelFlags] = field(default_factory=ModelFlags)
-    machine: Flat[MachineFlags] = field(default_factory=MachineFlags)
-    images: Flat[DataFlags] = field(default_factory=DataFlags)
-    latency: Flat[LatencyFlags] = field(default_factory=LatencyFlags)
-    errors: Flat[DebugFlags] = field(default_factory=DebugFlags)
 
 
 def run_compare(names: Sequence[str], command: CompareCommand, progress: Progress) -> dict[str, Any]:
@@ -66,10 +49,7 @@ def run_compare(names: Sequence[str], command: CompareCommand, progress: Progres
     return result
 
 
-def run(command: CompareCommand, words: Sequence[str]) -> None:
+def run(command: CompareCommand) -> None:
     with command.machine.running(), shown() as progress:
-        found = run_compare(words, command, progress)
+        found = run_compare(command.models, command, progress)
     show(in_words(found), found["models"])
-
-
-COMMAND = Command(CompareCommand, "MODEL MODEL … [RECIPE.toml]", run, 1, None)

@@ -10,8 +10,9 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from .. import __version__, parallel
+from .. import __version__
 from ..utils.files import short, write_atomically
+from ..utils.launch import launched
 
 PACKAGE = Path(__file__).parents[1]
 TRACEBACK = "nvit-traceback.txt"
@@ -19,7 +20,8 @@ TRACEBACK = "nvit-traceback.txt"
 
 def say(error: object) -> None:
     """An error's one line; of several processes, by the first that has one."""
-    if parallel.speaks():
+    process = sys.modules.get("nvit.parallel.process")  # not there before a command's work has begun
+    if process.speaks() if process else launched()[0] == 0:
         print(f"nvit: {' '.join(str(error).split())}", file=sys.stderr)
 
 
@@ -55,7 +57,8 @@ def _keep(error: Exception, args: Sequence[str], out: str) -> str:
     """Where the traceback lies now, in words; empty where no folder can be written."""
     head = f"nvit {__version__}, python {platform.python_version()}, {platform.platform()}\nnvit {shlex.join(args)}\n\n"
     text = head + "".join(traceback.format_exception(error))
-    name = TRACEBACK if not parallel.rank() else f"rank{parallel.rank()}-{TRACEBACK}"
+    rank = launched()[0]
+    name = f"rank{rank}-{TRACEBACK}" if rank else TRACEBACK
     for folder in (out or ".", ".", tempfile.gettempdir()):
         try:
             write_atomically(Path(folder) / name, text.encode())

@@ -3,51 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 
 from .. import parallel
 from ..analysis import compare
 from ..analysis.evaluate import accuracy
-from ..config import FinetuneConfig, _help
 from ..structure import snapshot
 from ..training.finetune import finetune
 from ..utils.progress import Progress
 from ..utils.report import show, write_result
-from .command import Command
-from .flags import DataFlags, DebugFlags, Flat, MachineFlags, ModelFlags
+from .flags.finetune import FinetuneCommand
 from .inputs import open_images
 from .models import open_cnn_teacher, open_model, open_teacher, untrained
 from .progress import shown
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneCommand:
-    """Finetune a compact model; with --scratch, train a new one."""
-
-    out: Annotated[str, _help("folder for the snapshot and result.json")] = "nvit-finetuned"
-    teacher: Annotated[str, _help("the unpruned model for L_full, named as MODEL is; none if empty")] = ""
-    teacher_checkpoint: Annotated[str, _help("its weights")] = ""
-    scratch: Annotated[bool, _help("start from random weights")] = False
-    resume: Annotated[bool, _help("go on where an interrupted run in --out stopped")] = False
-    opening: Flat[ModelFlags] = field(default_factory=ModelFlags)
-    machine: Flat[MachineFlags] = field(default_factory=MachineFlags)
-    images: Flat[DataFlags] = field(default_factory=DataFlags)
-    config: Flat[FinetuneConfig] = field(default_factory=FinetuneConfig)
-    errors: Flat[DebugFlags] = field(default_factory=DebugFlags)
-
-    @property
-    def state_file(self) -> Path:
-        """Beside the snapshot, which appears whole."""
-        return Path(f"{Path(self.out)}_state.safetensors")
-
-    def states(self) -> list[Path]:
-        """What `--resume` would go on from."""
-        return [self.state_file]
 
 
 def run_finetune(name: str, command: FinetuneCommand, progress: Progress) -> dict[str, Any]:
@@ -97,14 +68,11 @@ def refuse_snapshot(out: Path, resume: bool = False) -> None:
         raise ValueError(f"{out} holds a snapshot already; choose another --out or remove it")
 
 
-def run(command: FinetuneCommand, words: Sequence[str]) -> None:
+def run(command: FinetuneCommand) -> None:
     with command.machine.running(), shown() as progress:
-        found = run_finetune(words[0], command, progress)
+        found = run_finetune(command.model, command, progress)
     if not found:
         return
     before = {"name": "before", "top1": found["top1_before"]}
-    show(f"{words[0]}: {found['epochs']:g} epochs", [before, {"name": "after"} | found])
+    show(f"{command.model}: {found['epochs']:g} epochs", [before, {"name": "after"} | found])
     print(f"{found['path']}: nvit.load({found['path']!r})")
-
-
-COMMAND = Command(FinetuneCommand, "MODEL [RECIPE.toml]", run, 1, 1, ranks=True)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,69 +13,25 @@ from torch.utils.data import DataLoader
 from .. import adapters, parallel
 from ..analysis import compare
 from ..analysis.evaluate import accuracy
-from ..config import PruneConfig, _help
+from ..config import PruneConfig
 from ..latency.table import LatencyTable
 from ..prune.api import finetune_snapshots, prune
 from ..prune.budget import Budget
 from ..prune.budget import show as show_bytes
 from ..prune.folder import RunFolder
 from ..prune.result import PruneResult
-from ..prune.targets import fractions
 from ..structure.masks import unmasked_
-from ..structure.snapshot import BUNDLED
 from ..training.data import TrainingData
 from ..training.images import DigitImages, Images
 from ..utils.memory import Meter
 from ..utils.progress import Progress
 from ..utils.report import show
-from .command import Command, flat
-from .flags import DIGITS, DataFlags, DebugFlags, Flat, LatencyFlags, MachineFlags, ModelFlags
+from .command import flat
+from .flags.prune import PruneCommand
 from .inputs import open_images, sample_images
 from .models import open_cnn_teacher, open_model, untrained
 from .progress import shown
 from .tables import in_words, measured_on, open_table
-
-
-@dataclass(frozen=True, kw_only=True)
-class PruneCommand:
-    """Prune a vision transformer to a latency target. Without --model: the bundled ViT on the bundled digits."""
-
-    model: Annotated[str, _help("a timm name, a snapshot folder, or a Hugging Face folder")] = DIGITS
-    out: Annotated[str, _help("folder for snapshots, table, history and result.json")] = "nvit-run"
-    resume: Annotated[bool, _help("go on where an interrupted run in --out stopped")] = False
-    latency_ms: Annotated[tuple[float, ...], _help("targets in ms a batch of --latency-batch images")] = ()
-    images_per_second: Annotated[tuple[float, ...], _help("targets as throughput at that batch")] = ()
-    opening: Flat[ModelFlags] = field(default_factory=ModelFlags)
-    machine: Flat[MachineFlags] = field(default_factory=MachineFlags)
-    images: Flat[DataFlags] = field(default_factory=DataFlags)
-    latency: Flat[LatencyFlags] = field(default_factory=LatencyFlags)
-    config: Flat[PruneConfig] = field(default_factory=PruneConfig)
-    errors: Flat[DebugFlags] = field(default_factory=DebugFlags)
-
-    def check(self) -> None:
-        """Raise ValueError where a value makes no sense."""
-        self.config.check()
-        for name in ("latency_ms", "images_per_second"):
-            for value in getattr(self, name):
-                if not 0 < value < math.inf:
-                    raise ValueError(f"{name} {value:g} is not a positive number")
-            if getattr(self, name) and self.config.latency_target != PruneConfig().latency_target:
-                raise ValueError(f"{name} stands in place of latency_target; give one of them")
-
-    def states(self) -> list[Path]:
-        """What `--resume` would go on from."""
-        return RunFolder(self.out).states()
-
-    def with_targets(self, model: nn.Module, table: LatencyTable) -> PruneConfig:
-        """The config, with `latency_target` in fractions where it was asked for in ms or images per second.
-
-        Raises:
-            ValueError: the dense model meets a target already, or no pruning does.
-        """
-        if not self.latency_ms and not self.images_per_second:
-            return self.config
-        found = fractions(model, table, self.config, self.latency_ms, self.images_per_second)
-        return dataclasses.replace(self.config, latency_target=found)
 
 
 @dataclass(frozen=True)
@@ -206,7 +158,7 @@ def _measure(
     return {"dense": dense, "snapshots": rows} | measured_on(command.latency, images.device)
 
 
-def run(command: PruneCommand, words: Sequence[str]) -> None:
+def run(command: PruneCommand) -> None:
     with command.machine.running(), shown() as progress:
         found = run_prune(command, progress)
     if not found:
@@ -222,6 +174,3 @@ def run(command: PruneCommand, words: Sequence[str]) -> None:
     if command.config.refit:
         print(f"refit: {found['refit_seconds']:.0f} s, peak memory {found['refit_peak_memory'] / 1e6:.0f} MB")
     print(f"{command.out}/result.json written after {found['seconds']:.0f} s")
-
-
-COMMAND = Command(PruneCommand, "[RECIPE.toml]", run, ranks=True, demo=BUNDLED.with_name("digits.toml"))

@@ -51,6 +51,13 @@ class RunFolder:
     def snapshot(self, target: float) -> Path | None:
         return self._file(f"target-{target:g}")
 
+    def snapshots(self) -> dict[float, Path]:
+        """The snapshots that are there, by target."""
+        if self.path is None or not self.path.is_dir():
+            return {}
+        found = {folder.name.removeprefix("target-"): folder for folder in self.path.glob("target-*")}
+        return {float(t): f for t, f in sorted(found.items()) if _is_number(t) and snapshot.is_snapshot(f)}
+
     def begin(self) -> None:
         """Raise ValueError where a finished run would be overwritten."""
         file = self._file(RESULT)
@@ -117,3 +124,11 @@ class RunFolder:
         write_result(self.path, result)
         for state in self.states():
             state.unlink()
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True

@@ -9,6 +9,7 @@ import pytest
 
 from nvit.cli import finetune, latency, prune
 from nvit.cli import main as cli
+from nvit.cli.flags.prune import PruneCommand
 from nvit.structure.run_state import load_run_state
 
 QUICK = ("--table", "analytic", "--latency-seconds", "0.2", "--latency-batch", "4", "--device", "cpu")
@@ -34,29 +35,29 @@ def said(capsys) -> str:
 
 def test_an_error_nobody_foresaw_is_a_line_and_a_file(broken, tmp_path, capsys):
     out = tmp_path / "o"
-    assert cli.main(["prune", "--out", str(out), *QUICK]) == 1
+    assert cli.main(["demo", "--out", str(out), *QUICK]) == 1
     file = out / "nvit-traceback.txt"
     assert "KeyError: 'nobody foresaw this'" in (line := said(capsys)) and str(file) in line
     kept = file.read_text()
-    assert kept.startswith("nvit ") and f"nvit prune --out {out}" in kept
+    assert kept.startswith("nvit ") and f"nvit demo --out {out}" in kept
     assert "Traceback (most recent call last)" in kept and ", in fail" in kept
 
 
 def test_without_a_folder_the_file_lies_here_and_else_where_temporary_files_do(broken, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["latency", "--device", "cpu"]) == 1
+    assert cli.main(["latency", "digits", "--device", "cpu"]) == 1
     assert "nvit-traceback.txt" in said(capsys) and ", in fail" in (tmp_path / "nvit-traceback.txt").read_text()
     (tmp_path / "nvit-traceback.txt").unlink()
     (tmp_path / "nvit-traceback.txt").mkdir()
     (tmp_path / "t").mkdir()
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "t"))
-    assert cli.main(["latency", "--device", "cpu"]) == 1
+    assert cli.main(["latency", "digits", "--device", "cpu"]) == 1
     assert str(tmp_path / "t" / "nvit-traceback.txt") in said(capsys)
 
 
 def test_debug_prints_the_traceback_of_any_error(broken, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["prune", "--debug", *QUICK]) == 1
+    assert cli.main(["demo", "--debug", *QUICK]) == 1
     err = capsys.readouterr().err
     assert ", in fail" in err and err.splitlines()[-1].startswith("nvit: KeyError")
     assert not list(tmp_path.rglob("*traceback*"))
@@ -67,7 +68,7 @@ def test_debug_prints_the_traceback_of_any_error(broken, tmp_path, capsys, monke
 
 def test_a_refusal_of_another_library_is_not_one_of_ours(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(prune, "open_table", lambda *_: int("three"))
-    assert cli.main(["prune", "--out", str(tmp_path / "o"), *QUICK]) == 1
+    assert cli.main(["demo", "--out", str(tmp_path / "o"), *QUICK]) == 1
     assert "ValueError: invalid literal" in said(capsys) and (tmp_path / "o" / "nvit-traceback.txt").exists()
 
 
@@ -78,7 +79,7 @@ def test_a_refusal_leaves_no_file(tmp_path, capsys, monkeypatch):
 
 
 def test_a_folder_with_a_traceback_can_be_run_in_again(broken, tmp_path, monkeypatch):
-    args = ["prune", "--no-train", "--out", str(tmp_path / "o"), *QUICK, *SHORT]
+    args = ["demo", "--no-train", "--out", str(tmp_path / "o"), *QUICK, *SHORT]
     assert cli.main(args) == 1
     monkeypatch.undo()
     assert cli.main(args) == 0
@@ -106,7 +107,7 @@ class Impatient:
 def test_ctrl_c_before_there_is_a_state_offers_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(prune, "shown", lambda: Impatient("measuring", 1))
     args = [
-        "prune",
+        "demo",
         "--out",
         str(tmp_path / "o"),
         "--latency-seconds",
@@ -122,7 +123,7 @@ def test_ctrl_c_before_there_is_a_state_offers_nothing(tmp_path, capsys, monkeyp
 
 def test_ctrl_c_while_pruning_saves_the_step_and_resume_ends_as_if_it_had_not_come(tmp_path, capsys, monkeypatch):
     def args(name: str) -> list[str]:
-        return ["prune", *QUICK, *SHORT, "--out", str(tmp_path / name)]
+        return ["demo", *QUICK, *SHORT, "--out", str(tmp_path / name)]
 
     assert cli.main(args("whole")) == 0
     with monkeypatch.context() as m:
@@ -159,13 +160,13 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path, monkeypatch, capsys):
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(step.Step, "__call__", twice)
-    assert cli.main(["prune", *QUICK, *SHORT, "--out", str(tmp_path / "o")]) == 130
+    assert cli.main(["demo", *QUICK, *SHORT, "--out", str(tmp_path / "o")]) == 130
     assert "--resume" not in capsys.readouterr().err, "a step that was not finished is not saved"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_states_are_found_where_runs_leave_them(tmp_path):
-    run = prune.PruneCommand(out=str(tmp_path / "r"))
+    run = PruneCommand(out=str(tmp_path / "r"))
     assert run.states() == []
     (tmp_path / "r").mkdir()
     for name in ("run_state", "finetune_state_0.5"):
