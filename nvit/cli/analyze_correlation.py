@@ -16,6 +16,7 @@ from .flags.correlation import CorrelationCommand
 from .inputs import open_images
 from .models import open_model, untrained
 from .progress import shown
+from .stages import Stage
 
 
 def run_correlation(name: str, command: CorrelationCommand, progress: Progress) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def run_correlation(name: str, command: CorrelationCommand, progress: Progress) 
 
 
 def run(command: CorrelationCommand) -> None:
-    with command.machine.running(), shown() as progress:
+    with command.machine.running(), shown([Stage("score", 30), Stage("remove", 70)]) as progress:
         found = run_correlation(command.model, command, progress)
     rows = [{"name": f"{c['criterion']}, {c['kind']}"} | c for c in found["correlations"]]
     show(f"{command.model}: {found['bundles']} bundles removed one by one, {found['images']} images", rows)

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..utils.files import read_json
+from ..utils.report import RESULT
+
 
 @dataclass(frozen=True)
 class Command:
@@ -73,6 +76,19 @@ def no_model(name: str) -> str:
         f"MODEL is missing: nvit {name} MODEL … takes a timm name (vit_small_patch16_224), hf-hub:NAME, or the folder "
         "of a snapshot, a run or a Hugging Face model; nvit demo brings its own"
     )
+
+
+def finished(command: Any) -> dict[str, Any] | None:
+    """What a finished run in a command's folder found; None where there is none.
+
+    Raises:
+        ValueError: its `result.json` is damaged.
+    """
+    file = Path(command.out) / RESULT
+    try:
+        return read_json(file) if file.exists() and not resumable(command) else None
+    except ValueError as e:
+        raise ValueError(f"{file} cannot be read: {e}; remove it to run again") from None
 
 
 def numbered(command: Any) -> Any:

@@ -16,6 +16,7 @@ from .flags.compare import CompareCommand
 from .inputs import open_evaluation_data, sample_images
 from .models import open_model
 from .progress import shown
+from .stages import Stage
 from .tables import in_words, measured_on, open_table
 
 
@@ -33,6 +34,7 @@ def run_compare(names: Sequence[str], command: CompareCommand, progress: Progres
     table = open_table(models[0], command.latency, smallest_bundles(models), progress)
     mode, dtype = command.latency.deployed(device)
     images = sample_images(models[0], command.latency.latency_batch).to(dtype)
+    progress(0, 1, "measuring models")
     found = side_by_side(models, table, images, command.seconds, mode)
     rows = []
     for name, model, row in zip(names, models, found, strict=True):
@@ -49,7 +51,14 @@ def run_compare(names: Sequence[str], command: CompareCommand, progress: Progres
     return result
 
 
+def stages(command: CompareCommand) -> list[Stage]:
+    """What a comparison does, in seconds, an evaluation taken for ten."""
+    table, seconds = command.latency.latency_seconds, command.seconds
+    found = [Stage("measuring latency", table, table)] * (not command.latency.table)
+    return [*found, Stage("measuring models", seconds, seconds), *[Stage("evaluate", 10)] * len(command.models)]
+
+
 def run(command: CompareCommand) -> None:
-    with command.machine.running(), shown() as progress:
+    with command.machine.running(), shown(stages(command)) as progress:
         found = run_compare(command.models, command, progress)
     show(in_words(found), found["models"])

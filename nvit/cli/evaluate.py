@@ -11,6 +11,7 @@ from .flags.evaluate import EvaluateCommand
 from .inputs import NO_DATA, open_evaluation_data
 from .models import open_model
 from .progress import shown
+from .stages import Stage
 
 
 def run_evaluate(name: str, command: EvaluateCommand, progress: Progress) -> dict[str, Any]:
@@ -26,6 +27,6 @@ def run_evaluate(name: str, command: EvaluateCommand, progress: Progress) -> dic
 
 
 def run(command: EvaluateCommand) -> None:
-    with command.machine.running(), shown() as progress:
+    with command.machine.running(), shown([Stage("evaluate", 1)]) as progress:
         found = run_evaluate(command.model, command, progress)
     show(f"{found['images']} images", [{"name": command.model} | found])

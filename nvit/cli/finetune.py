@@ -19,6 +19,7 @@ from .flags.finetune import FinetuneCommand
 from .inputs import open_images
 from .models import open_cnn_teacher, open_model, open_teacher, untrained
 from .progress import shown
+from .stages import Stage
 
 
 def run_finetune(name: str, command: FinetuneCommand, progress: Progress) -> dict[str, Any]:
@@ -62,6 +63,9 @@ def run_finetune(name: str, command: FinetuneCommand, progress: Progress) -> dic
     return found
 
 
+STAGES = (Stage("evaluate", 5), Stage("finetune", 90), Stage("evaluate", 5))
+
+
 def refuse_snapshot(out: Path, resume: bool = False) -> None:
     """Raise ValueError where a snapshot would be overwritten."""
     if parallel.from_main(lambda: snapshot.is_snapshot(out)) and not resume:
@@ -69,10 +73,14 @@ def refuse_snapshot(out: Path, resume: bool = False) -> None:
 
 
 def run(command: FinetuneCommand) -> None:
-    with command.machine.running(), shown() as progress:
+    with command.machine.running(), shown(STAGES) as progress:
         found = run_finetune(command.model, command, progress)
-    if not found:
-        return
+    if found:
+        tell(command, found)
+
+
+def tell(command: FinetuneCommand, found: dict[str, Any]) -> None:
+    """Print what a run found: its own, or what stands in the `result.json` of one that is finished."""
     before = {"name": "before", "top1": found["top1_before"]}
     show(f"{command.model}: {found['epochs']:g} epochs", [before, {"name": "after"} | found])
     print(f"{found['path']}: nvit.load({found['path']!r})")

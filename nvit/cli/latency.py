@@ -13,6 +13,7 @@ from ..utils.report import write_result
 from .flags.latency import LatencyCommand
 from .models import is_snapshot, open_model
 from .progress import shown
+from .stages import Stage
 from .tables import open_table
 
 
@@ -35,7 +36,7 @@ def run_latency(command: LatencyCommand, progress: Progress) -> tuple[LatencyTab
 
 
 def run(command: LatencyCommand) -> None:
-    with command.machine.running(), shown() as progress:
+    with command.machine.running(), shown([Stage("measuring latency", 1, command.latency.latency_seconds)]) as progress:
         table, found = run_latency(command, progress)
     where = "multiply-accumulates, 1 G counted as 1 ms"
     if table.setting is not None:

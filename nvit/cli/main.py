@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..utils.launch import launched
 from . import failures
-from .command import flat, no_model, numbered, resumable, with_settings
+from .command import finished, flat, no_model, numbered, resumable, with_settings
 from .words import UsageError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def main(args: Sequence[str] | None = None) -> int:
         parallel.join()
         config = config if here else parallel.from_main(lambda: numbered(config))
         with parallel.watch():
-            importlib.import_module(f"{__package__}.{command.work}").run(config)
+            _work(command, config)
         parallel.leave()
     except UsageError as e:
         failures.say(e)
@@ -122,6 +122,20 @@ def parse(args: Sequence[str]) -> tuple[Command, Any, bool]:
         raise UsageError(str(e)) from None
     named = "out" in line.given or bool(line.recipe and "out" in raw) or not config.out
     return chosen, config, named
+
+
+def _work(command: Command, config: Any) -> None:
+    """A command's work; of a run that is finished and is to be resumed, its result once more."""
+    from .. import parallel
+    from .memory import in_memory
+
+    work = importlib.import_module(f"{__package__}.{command.work}")
+    if getattr(config, "resume", False) and (found := parallel.from_main(lambda: finished(config))):
+        if parallel.main():
+            print(f"{config.out} is finished already; this is its result")
+            work.tell(config, found)
+    else:
+        in_memory(work.run, config)
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ from .flags.prune import PruneCommand
 from .inputs import open_images, sample_images
 from .models import open_cnn_teacher, open_model, untrained
 from .progress import shown
+from .stages import Stage
 from .tables import in_words, measured_on, open_table
 
 
@@ -56,7 +57,7 @@ def _open(command: PruneCommand, folder: RunFolder, progress: Progress) -> Opene
     model = open_model(command.model, command.opening, command.machine.pick())
     command.latency.deployed(next(model.parameters()).device)  # a mode that is not here is refused before all else
     images = open_images(
-        model, command.images, witness="never" if untrained(command.model, command.opening) else "always"
+        model, command.where, witness="never" if untrained(command.model, command.opening) else "always"
     )
     loader = images.training(config, augment=config.train)
     meter = Meter(next(model.parameters()).device) if config.budget else None
@@ -69,7 +70,7 @@ def _open(command: PruneCommand, folder: RunFolder, progress: Progress) -> Opene
 
     table = folder.table(measured)
     config = command.with_targets(model, table)
-    evaluation = images.evaluation(batch_size, command.images.eval_images)
+    evaluation = images.evaluation(batch_size, command.where.eval_images)
     teacher = open_cnn_teacher(config.cnn_teacher, model)
     return Opened(model, images, loader, evaluation, meter, table, config, *teacher)
 
@@ -145,6 +146,7 @@ def _measure(
     mode, dtype = command.latency.deployed(next(reference.parameters()).device)
     images = sample_images(reference, command.latency.latency_batch).to(dtype)
     models = [reference, *(p.model for p in result.snapshots)]
+    progress(0, 1, "measuring snapshots")
     times = compare.measured(models, images, command.latency.latency_seconds / 4, mode)
     rows = []
     for pruned, ms in zip(result.snapshots, times[1:], strict=True):
@@ -158,11 +160,29 @@ def _measure(
     return {"dense": dense, "snapshots": rows} | measured_on(command.latency, images.device)
 
 
+def stages(command: PruneCommand) -> list[Stage]:
+    """What a run does, with shares as if a pass over images, an epoch or a decision took some seconds."""
+    config, seconds = command.config, command.latency.latency_seconds
+    targets = len(command.latency_ms or command.images_per_second or config.latency_target)
+    found = [Stage("measuring latency", seconds, seconds)] * (not command.latency.table) + [Stage("evaluate", 5)]
+    if config.train:
+        found.append(Stage("prune", 60))
+    else:
+        found += [Stage("statistics", 20)] * config.refit
+        found += [Stage("score", 20), *[Stage("refit", 20)] * config.refit] * (targets * config.rounds)
+    found += [Stage("finetune", 60)] * (targets * bool(config.finetune_epochs))
+    return [*found, Stage("measuring snapshots", seconds / 4, seconds / 4), *[Stage("evaluate", 5)] * targets]
+
+
 def run(command: PruneCommand) -> None:
-    with command.machine.running(), shown() as progress:
+    with command.machine.running(), shown(stages(command)) as progress:
         found = run_prune(command, progress)
-    if not found:
-        return
+    if found:
+        tell(command, found)
+
+
+def tell(command: PruneCommand, found: dict[str, Any]) -> None:
+    """Print what a run found: its own, or what stands in the `result.json` of one that is finished."""
     rows = [{"name": "dense", "predicted_ratio": 1.0, "measured_ratio": 1.0} | found["dense"]]
     rows += [{"name": f"pruned to {s['target']:g}"} | s for s in found["snapshots"]]
     show(f"{found['model']}: {in_words(found)}", rows)
@@ -170,7 +190,7 @@ def run(command: PruneCommand) -> None:
         off = s["measured_ratio"] / s["predicted_ratio"] - 1
         print(f"{s['path']}: measured latency is {off:+.1%} of the prediction; nvit.load({s['path']!r})")
     if memory := found.get("memory"):
-        print(f"memory: peak {show_bytes(memory['peak'])} of {command.config.budget}; {memory['picked']}")
-    if command.config.refit:
+        print(f"memory: peak {show_bytes(memory['peak'])} of {found['recipe']['budget']}; {memory['picked']}")
+    if "refit_seconds" in found:
         print(f"refit: {found['refit_seconds']:.0f} s, peak memory {found['refit_peak_memory'] / 1e6:.0f} MB")
     print(f"{command.out}/result.json written after {found['seconds']:.0f} s")

@@ -30,6 +30,7 @@ from .flags.sparsify import SparsifyCommand
 from .inputs import NO_DATA, has_images, open_images, sample_images
 from .models import open_model, open_teacher
 from .progress import shown
+from .stages import Stage
 
 PROJECTIONS = "projections.csv"
 """The file with a row per projection."""
@@ -172,8 +173,15 @@ def way_out(found: Mapping[str, Any]) -> str | None:
     )
 
 
+def stages(command: SparsifyCommand) -> list[Stage]:
+    """What sparsifying does."""
+    found = [Stage("evaluate", 5), *[Stage("permute", 20)] * command.permute, Stage("measure", 20)]
+    found += [Stage("2:4 by curvature", 30)] * (command.choice == "curvature") + [Stage("evaluate", 5)]
+    return found + [Stage("finetune", 60), Stage("evaluate", 5)] * bool(command.config.epochs)
+
+
 def run(command: SparsifyCommand) -> None:
-    with command.machine.running(), shown() as progress:
+    with command.machine.running(), shown(stages(command)) as progress:
         found = run_sparsify(command.model, command, progress)
     rows = [{"name": "dense", "top1": found["top1_dense"]}]
     rows.append({"name": f"2:4 by {found['choice']}", "top1": found["top1_sparse"]})

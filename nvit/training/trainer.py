@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,12 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from .. import adapters, parallel
-from ..config import FinetuneConfig, PruneConfig, TrainingConfig
+from ..config import TrainingConfig
 from ..structure.run_state import load_run_state, save_run_state
 from .data import seed_draws
 from .distill import Objective
 from .optimizer import decay_groups, fused_adamw
+from .recipe import recipe_of, refuse_other
 from .step import AMP, GraphedStep, Step
 
 LOOK = 1.0
@@ -280,13 +279,8 @@ class Trainer:
                     plain[f"{index}.{key}"] = value
         scaler = getattr(self.accelerator, "scaler", None)
         own = {"step": self.step, "optimizer": plain, "scaler": None if scaler is None else scaler.state_dict()}
-        own["recipe"] = self._recipe()
+        own["recipe"] = recipe_of(self.config)
         return parallel.to_main(every | dict(tensors)), dict(values) | {"trainer": own}
-
-    def _recipe(self) -> dict[str, Any]:
-        """What decides the course of a run, as JSON gives it back."""
-        names = {f.name for base in (PruneConfig, FinetuneConfig) for f in fields(base)} - WITHOUT_EFFECT
-        return json.loads(json.dumps({k: v for k, v in asdict(self.config).items() if k in names}))
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Restore what `save` wrote; returns the caller's own part.
@@ -295,14 +289,10 @@ class Trainer:
             ValueError: the state is damaged, of another model, or of a run with another recipe.
         """
         tensors, values = load_run_state(self.state_file)
+        if "trainer" not in values:
+            raise ValueError(f"{self.state_file} is of a run without training; resume with the same recipe")
         own = values.pop("trainer")
-        theirs, mine = own["recipe"], self._recipe()
-        if differing := sorted(k for k in theirs.keys() | mine.keys() if theirs.get(k) != mine.get(k)):
-            k = differing[0]
-            raise ValueError(
-                f"{self.state_file} is of a run with {k} {theirs.get(k)}, this one has {mine.get(k)}. "
-                "Resume with the same recipe, or start anew without --resume."
-            )
+        refuse_other(self.state_file, own["recipe"], self.config)
         slots: dict[int, dict[str, Any]] = {}
         params = dict(self.call.model.named_parameters())
         averages = {} if self.ema is None else dict(self.ema.module.named_parameters())
@@ -335,10 +325,6 @@ class Trainer:
         if self._stepper is not None:
             getattr(self._stepper, "step", self._stepper).taken.fill_(self.step)
         return rest, values
-
-
-WITHOUT_EFFECT = {"save_every", "fsdp", "graphs"}
-"""Settings that do not change the course of a run."""
 
 
 def _copy(params: Mapping[str, Tensor], name: str, tensor: Tensor, source: Path | None) -> None:

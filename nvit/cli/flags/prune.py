@@ -30,7 +30,7 @@ class PruneCommand:
     opening: ModelFlags = field(default_factory=ModelFlags)
     machine: MachineFlags = field(default_factory=MachineFlags)
     batch: BatchFlags = field(default_factory=BatchFlags)
-    images: DataFlags = field(default_factory=DataFlags)
+    where: DataFlags = field(default_factory=DataFlags)
     latency: LatencyFlags = field(default_factory=LatencyFlags)
     config: PruneConfig = field(default_factory=PruneConfig)
     general: GeneralFlags = field(default_factory=GeneralFlags)
