@@ -19,10 +19,17 @@ def _help(text: str, **kwargs):
     return arg(help=text, **kwargs)
 
 
+TaskName = Annotated[
+    Literal["auto", "classification", "multilabel", "regression", "features"],
+    _help("what the model is for: labels, loss, metric; auto: as its head or config tells, else it is asked for"),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How weights are trained, in pruning as in finetuning: the published recipe unless said otherwise."""
 
+    task: TaskName = "auto"
     batch_size: Annotated[int, _help("images a step, of all ranks together")] = 64
     optimizer: Annotated[str, _help("as timm's create_optimizer_v2 names it")] = "adamw"
     weight_decay: Annotated[float, _help("not applied to biases and norms")] = 0.05

@@ -70,7 +70,9 @@ def prune(
     pruner = Pruner(model, _checked(table, model, config), config)
     folder = RunFolder(out, resume)
     if config.train:
-        objective = Objective.of(config, dense if config.distill_weight else None, cnn_teacher, renormalise)
+        objective = Objective.of(
+            config, pruner.task, dense if config.distill_weight else None, cnn_teacher, renormalise
+        )
         try:
             snapshots = _prune_training(pruner, loader, objective, folder, progress)
         finally:

@@ -255,7 +255,7 @@ def shares(loader, batches: Iterator | None = None) -> Iterator[tuple[Tensor, Te
         yield mine["images"], mine.get("labels")
 
 
-def endless(loader, seed: int, start: int = 0) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+def endless(loader, seed: int, start: int = 0) -> Iterator[tuple[int, tuple[Tensor, Tensor | None]]]:
     """`(step, batch)` from step `start` on, epoch after epoch.
 
     A loader that is not `TrainingData` (any sized iterable of batches) is seeded at each epoch and read from its
@@ -279,8 +279,6 @@ def endless(loader, seed: int, start: int = 0) -> Iterator[tuple[int, tuple[Tens
             for _ in range(skip):
                 next(batches)
         for images, labels in shares(loader, batches):
-            if labels is None:
-                raise ValueError("training reads labels, but the loader gives images alone; give (images, labels)")
             yield step, (images, labels)
             step += 1
         if step == start:

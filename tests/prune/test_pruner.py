@@ -19,7 +19,7 @@ from nvit.layers import prunable_layers
 from nvit.structure import snapshot
 from nvit.structure.masks import full_masks, kept_counts, weight_masks, widths
 from nvit.structure.run_state import load_run_state
-from nvit.training.distill import sample_labels
+from nvit.tasks import Classification
 from tests.hosts import TINY_HOSTS, images, labels, make
 from tests.runs import Stop, arguments, config, loader, stop_after, table
 
@@ -182,7 +182,7 @@ def test_labels_of_the_model_itself_can_be_scored():
         model, data, settings, table = arguments(train=False, labels="sampled")
         runs.append(nvit.prune(model, data, settings, table).masks)
     assert same(*runs), "drawn labels follow the seed"
-    assert sample_labels(torch.zeros(4, 7)).shape == (4,)
+    assert Classification(7).draw(torch.zeros(4, 7)).shape == (4,)
 
 
 def test_one_shot_in_rounds_scores_anew_and_meets_the_target():
