@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import adapters, parallel
+from .. import adapters, parallel, tasks
 from ..config import PruneConfig
 from ..latency.clock import current_setting
 from ..latency.table import LatencyTable
@@ -63,6 +63,7 @@ def prune(
     device = next(model.parameters()).device
     adapter = adapters.find_maskable(model)
     adapter.prepare(model)
+    tasks.of(config.task, model).check(config)  # before a table is measured
     budget = Budget(config.budget, device, meter) if config.budget else None
     config = config.over_ranks(parallel.world())
     parallel.same_weights_(model)

@@ -59,6 +59,7 @@ def choose_by_curvature_(
         model: prepared, in evaluation mode, with no masks on.
         batches: calibration images; all are kept, with one block's activations.
         names: of the weights to make sparse, as `masks_2to4` names them; multiples of 4 wide.
+        task: whose probes say how much rows count; the one that the model tells if None.
 
     Returns:
         Bool masks of these weights' shapes.

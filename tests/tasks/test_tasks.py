@@ -61,7 +61,7 @@ def test_a_probe_has_the_second_moment_of_the_loss_hessian(task):
 
 @pytest.mark.parametrize("task", EACH.values(), ids=EACH)
 def test_drawn_labels_pull_nowhere_on_average(task):
-    """They come from what the model says: the gradient of the loss has mean 0, so its square is the Fisher information."""
+    """They come from what the model says: gradients have mean 0, and their square is the Fisher information."""
     torch.manual_seed(0)
     z = OUT[:1].expand(60_000, -1).clone().requires_grad_()
     drawn = task.draw(z)
