@@ -12,15 +12,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from .. import adapters
 from ..serve import FixedBatch
 from ..structure.compact import meta_copy
-from ..training.batches import known_length, labelled
+from ..training.batches import Loader, known_length, labelled
 from ..utils.memory import LiveBytes
 from ..utils.modes import compiled
-from ..utils.progress import Progress, silent
+from ..utils.progress import Progress, showing, silent
 
 
+@showing
 @torch.inference_mode()
 def accuracy(
-    model: nn.Module, loader, *, amp: str = "no", compile: bool = False, progress: Progress = silent
+    model: nn.Module, loader: Loader, *, amp: str = "no", compile: bool = False, progress: Progress | bool = silent
 ) -> dict[str, float]:
     """Top-1 and top-5 in percent, mean cross entropy, images, and images per second of forward passes.
 
@@ -28,6 +29,7 @@ def accuracy(
         amp: no, bf16 or fp16.
         compile: through `torch.compile`, once: smaller batches are padded to the first one's size, and compiling is not
             counted as time of the passes.
+        progress: True shows what the commands show.
 
     Raises:
         ValueError: the loader gives no image.
