@@ -21,11 +21,11 @@ from ..layers import keep_
 from ..prune.pruner import Pruner
 from ..prune.scoring import score
 from ..selection.bundles import units_gone
-from ..spec import KINDS, Group
+from ..spec import KINDS, TITLES, Group
 from ..structure.masks import full_masks
 from ..tasks import Task
 from ..utils.progress import Progress, silent
-from .figure import TITLES, panels
+from .figure import panels
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 

@@ -13,22 +13,23 @@ from .. import adapters, tasks
 from ..serve import FixedBatch
 from ..structure.compact import meta_copy
 from ..tasks import Task
-from ..training.batches import known_length, parts
+from ..training.batches import Loader, known_length, parts
 from ..utils.memory import LiveBytes
 from ..utils.modes import compiled
-from ..utils.progress import Progress, silent
+from ..utils.progress import Progress, showing, silent
 
 
+@showing
 @torch.inference_mode()
 def accuracy(
     model: nn.Module,
-    loader,
+    loader: Loader,
     *,
     task: Task | str = "auto",
     reference: nn.Module | None = None,
     amp: str = "no",
     compile: bool = False,
-    progress: Progress = silent,
+    progress: Progress | bool = silent,
 ) -> dict[str, float]:
     """What the task's meter says of a model's answers (top-1, top-5 in percent and mean cross entropy, for
     classification), images, and images per second of forward passes.
@@ -39,6 +40,7 @@ def accuracy(
         amp: no, bf16 or fp16.
         compile: through `torch.compile`, once: smaller batches are padded to the first one's size, and compiling is not
             counted as time of the passes.
+        progress: True shows what the commands show.
 
     Raises:
         ValueError: the loader gives no image, or labels that are not the task's.

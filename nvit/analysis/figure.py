@@ -7,9 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-TITLES = {"emb": "EMB", "heads": "heads", "qk_dim": "QK per head", "v_dim": "V per head", "mlp": "MLP"}
-"""The five widths as the paper writes them."""
-
 
 @contextlib.contextmanager
 def panels(count: int, width: float, height: float, path: Path | str, **shared: bool) -> Iterator[list[Any]]:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..spec import KINDS, BlockWidths
-from .figure import TITLES, panels
+from ..spec import KINDS, TITLES, BlockWidths
+from .figure import panels
 
 
 def width_rows(models: Mapping[str, Sequence[BlockWidths]]) -> list[dict[str, Any]]:

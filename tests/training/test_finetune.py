@@ -10,7 +10,7 @@ from nvit.structure.compact import compact
 from nvit.training.distill import Objective, frozen
 from nvit.training.trainer import Trainer
 from tests.hosts import images, labels, make, masked, prepared
-from tests.runs import NoisyImages, Stop, TrainingData, stop_after
+from tests.runs import NoisyImages, Stop, TrainingData, same, stop_after, weights
 
 SETTINGS = {"epochs": 3.0, "lr": 0.1, "min_lr": 0.001, "batch_size": 8, "distill_weight": 0.0, "save_every": 0.0}
 
@@ -19,14 +19,6 @@ def arguments(host: str = "plain", **more):
     config = FinetuneConfig(**(SETTINGS | more))
     small = compact(*masked(host, keep=0.6))
     return small, TrainingData(NoisyImages(), config.batch_size, config.seed), config
-
-
-def weights(model):
-    return {n: p.detach().clone() for n, p in model.named_parameters()}
-
-
-def same(a, b) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
 @pytest.mark.parametrize("host", ["plain", "deit_distilled", "registers", "average_pooling"])

@@ -17,7 +17,7 @@ from nvit.training.optimizer import decay_groups, fused_adamw
 from nvit.training.step import Step
 from nvit.utils import devices
 from tests.hosts import images, labels, make, prepared
-from tests.runs import arguments, config, table
+from tests.runs import arguments, config, table, weights
 
 READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "item", "_unique2", "unique_dim"}
 
@@ -38,10 +38,6 @@ def stepper(model, *, teacher=False, clip=0.0, observe=None, constrain=None, lr=
     assert fused_adamw(optimizer)
     call = parallel.Call(model, adapters.find(model).logits)
     return Step(call, objective, optimizer, clip=clip, observe=observe, constrain=constrain)
-
-
-def weights(model):
-    return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.05])
