@@ -32,13 +32,15 @@ SEVERAL = [(count, name) for count, names in PLAYED.items() for name in names if
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory):
+def played(once):
     """The folder in which `tests.ranks` has played its scenarios."""
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "tests.ranks", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT, env=ENV)
-    assert done.returncode == 0, done.stderr
-    return folder
+
+    def play(folder):
+        command = [sys.executable, "-m", "tests.ranks", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT, env=ENV)
+        assert done.returncode == 0, done.stderr
+
+    return once("ranks", play)
 
 
 def codes(played: Path, name: str) -> list[int]:
