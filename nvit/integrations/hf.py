@@ -20,7 +20,11 @@ except ModuleNotFoundError:
     ) from None
 
 STATE = "nvit_pruner.safetensors"
-"""The pruner's state in a checkpoint folder of the Trainer."""
+"""The pruner's state in a checkpoint folder of the Trainer, and the weights once more: transformers 5 writes a ViT's
+under names that its Trainer does not find again, which it says in a warning."""
+
+WEIGHT = "weight."
+"""Before a weight's name in it."""
 
 
 class PrunerCallback(TrainerCallback):
@@ -69,6 +73,8 @@ class PrunerCallback(TrainerCallback):
                     "that was made with PrunerCallback, or start anew"
                 )
             tensors, values = load_run_state(path)
+            weights = {n.removeprefix(WEIGHT): t for n, t in tensors.items() if n.startswith(WEIGHT)}
+            have["model"].load_state_dict(weights)
             self.following.restore(values, tensors)
         if args.max_grad_norm and not state.global_step:
             warnings.warn(
@@ -94,7 +100,8 @@ class PrunerCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **have: Any) -> None:
         """Write the pruner's state into the Trainer's checkpoint."""
         values, tensors = self.following.state()
-        save_run_state(_state_file(args, state), tensors, values)
+        weights = {f"{WEIGHT}{n}": t for n, t in have["model"].state_dict().items()}
+        save_run_state(_state_file(args, state), tensors | weights, values)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **have: Any) -> None:
         """Leave the model masked and unobserved."""
