@@ -76,12 +76,13 @@ def run_correlation(name: str, command: CorrelationCommand, progress: Progress) 
     out = Path(command.out)
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "correlation.csv", rows)
-    correlation.plot(rows, command.criterion, out / "correlation.png")
+    images = sum(len(labels) for _, labels in batches)
+    correlation.plot(rows, command.criterion, out / "correlation.png", images)
     found = {
         "model": name,
         "correlations": correlation.rank_correlations(rows, command.criterion),
         "bundles": len(rows),
-        "images": sum(len(labels) for _, labels in batches),
+        "images": images,
         "csv": str(out / "correlation.csv"),
         "figure": str(out / "correlation.png"),
         "seconds": time.monotonic() - start,
