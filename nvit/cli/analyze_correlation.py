@@ -12,11 +12,11 @@ from ..analysis import correlation
 from ..prune.pruner import prunable_groups
 from ..utils.progress import Progress
 from ..utils.report import show, write_csv, write_result
+from ..utils.stages import Stage
 from .flags.correlation import CorrelationCommand
 from .inputs import open_images
 from .models import open_model, untrained
 from .progress import shown
-from .stages import Stage
 
 
 def run_correlation(name: str, command: CorrelationCommand, progress: Progress) -> dict[str, Any]:
@@ -25,23 +25,24 @@ def run_correlation(name: str, command: CorrelationCommand, progress: Progress) 
     model = open_model(name, command.opening, command.machine.pick())
     config = command.scoring()
     witness = "never" if untrained(name, command.opening) else "always"
-    loader = open_images(model, command.images, witness=witness).training(config, augment=False)
+    loader = open_images(model, command.images, task=config.task, witness=witness).training(config, augment=False)
     batches = list(itertools.islice(loader, command.batches))
     groups = adapters.find(model).groups(model)
     free = prunable_groups(groups, config.only, config.freeze)
     scores = correlation.saliencies(model, batches, command.criterion, config, progress)
     bundles = correlation.propose(scores, free, command.bundles)
-    changes = correlation.loss_changes(model, groups, bundles, batches, progress)
+    changes = correlation.loss_changes(model, groups, bundles, batches, progress, task=config.task)
     rows = correlation.rows_of(bundles, scores, changes)
     out = Path(command.out)
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "correlation.csv", rows)
-    correlation.plot(rows, command.criterion, out / "correlation.png")
+    images = sum(len(labels) for _, labels in batches)
+    correlation.plot(rows, command.criterion, out / "correlation.png", images)
     found = {
         "model": name,
         "correlations": correlation.rank_correlations(rows, command.criterion),
         "bundles": len(rows),
-        "images": sum(len(labels) for _, labels in batches),
+        "images": images,
         "csv": str(out / "correlation.csv"),
         "figure": str(out / "correlation.png"),
         "seconds": time.monotonic() - start,

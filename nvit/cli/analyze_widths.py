@@ -8,6 +8,7 @@ from typing import Any
 
 from ..analysis import widths
 from ..structure import snapshot
+from ..structure.skeleton import dense_blocks
 from ..utils.report import write_csv, write_result
 from .flags.widths import WidthsCommand
 from .models import snapshot_of
@@ -15,12 +16,14 @@ from .models import snapshot_of
 
 def run_widths(names: Sequence[str], command: WidthsCommand) -> dict[str, Any]:
     """What goes into result.json."""
-    models = {name: snapshot.load_spec(snapshot_of(name, command.target)).blocks for name in names}
+    specs = {name: snapshot.load_spec(snapshot_of(name, command.target)) for name in names}
+    models = {name: spec.blocks for name, spec in specs.items()}
+    dense = {dense_blocks(spec) for spec in specs.values()}
     rows = widths.width_rows(models)
     out = Path(command.out)
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "widths.csv", rows)
-    widths.plot_widths(models, out / "widths.png")
+    widths.plot_widths(models, out / "widths.png", dense.pop() if len(dense) == 1 else None)
     result = {"widths": rows, "csv": str(out / "widths.csv"), "figure": str(out / "widths.png")}
     write_result(out, result)
     return result

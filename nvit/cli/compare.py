@@ -12,12 +12,15 @@ from ..analysis.evaluate import accuracy, peak_memory
 from ..latency.clock import in_dtype
 from ..utils.progress import Progress
 from ..utils.report import show, write_csv, write_result
+from ..utils.stages import Stage
 from .flags.compare import CompareCommand
 from .inputs import open_evaluation_data, sample_images
 from .models import open_model
 from .progress import shown
-from .stages import Stage
 from .tables import in_words, measured_on, open_table
+
+NOT_COMPARED = {"loss", "images", "images_per_s"}
+"""Of what an evaluation says: the loss, what is the same for all, and a speed that is measured better elsewhere."""
 
 
 def run_compare(names: Sequence[str], command: CompareCommand, progress: Progress) -> dict[str, Any]:
@@ -39,10 +42,10 @@ def run_compare(names: Sequence[str], command: CompareCommand, progress: Progres
     rows = []
     for name, model, row in zip(names, models, found, strict=True):
         row = {"name": name} | row | {"peak_memory": peak_memory(in_dtype(model.eval(), dtype), images)}
-        evaluation = open_evaluation_data(model, command.images, command.batch_size)
+        evaluation = open_evaluation_data(model, command.images, command.batch_size, command.task)
         if evaluation is not None:
-            top = accuracy(model, evaluation, progress=progress)
-            row |= {"top1": top["top1"], "top5": top["top5"]}
+            how = {"task": command.task, "reference": models[0], "progress": progress}
+            row |= {key: value for key, value in accuracy(model, evaluation, **how).items() if key not in NOT_COMPARED}
         rows.append(row)
     result = {"models": rows} | measured_on(command.latency, images.device)
     if command.out:

@@ -7,20 +7,22 @@ from typing import Any
 from ..analysis.evaluate import accuracy
 from ..utils.progress import Progress
 from ..utils.report import show, write_result
+from ..utils.stages import Stage
 from .flags.evaluate import EvaluateCommand
 from .inputs import NO_DATA, open_evaluation_data
 from .models import open_model
 from .progress import shown
-from .stages import Stage
 
 
 def run_evaluate(name: str, command: EvaluateCommand, progress: Progress) -> dict[str, Any]:
     """What goes into result.json."""
     model = open_model(name, command.opening, command.machine.pick())
-    evaluation = open_evaluation_data(model, command.images, command.batch_size)
+    evaluation = open_evaluation_data(model, command.images, command.batch_size, command.task)
     if evaluation is None:
         raise ValueError(NO_DATA)
-    found = {"model": name} | accuracy(model, evaluation, amp=command.amp, compile=command.compile, progress=progress)
+    found = {"model": name} | accuracy(
+        model, evaluation, task=command.task, amp=command.amp, compile=command.compile, progress=progress
+    )
     if command.out:
         write_result(command.out, found)
     return found

@@ -10,10 +10,10 @@ from ..latency.table import LatencyTable
 from ..spec import BUNDLE_SIZES, KINDS
 from ..utils.progress import Progress
 from ..utils.report import write_result
+from ..utils.stages import Stage
 from .flags.latency import LatencyCommand
 from .models import is_snapshot, open_model
 from .progress import shown
-from .stages import Stage
 from .tables import open_table
 
 

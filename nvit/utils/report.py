@@ -28,6 +28,12 @@ FORMATS = {
     "peak_memory": ("peak MB", lambda v: f"{v / 1e6:.1f}"),
     "top1": ("top-1 %", lambda v: f"{v:.2f}"),
     "top5": ("top-5 %", lambda v: f"{v:.2f}"),
+    "mAP": ("mAP %", lambda v: f"{v:.2f}"),
+    "accuracy": ("right %", lambda v: f"{v:.2f}"),
+    "mae": ("MAE", lambda v: f"{v:.4g}"),
+    "rmse": ("RMSE", lambda v: f"{v:.4g}"),
+    "r2": ("R²", lambda v: f"{v:.4f}"),
+    "cosine": ("cosine", lambda v: f"{v:.4f}"),
     "spearman": ("Spearman", lambda v: f"{v:.3f}"),
     "loss_change_per_saliency": ("loss change per saliency", lambda v: f"{v:.3g}"),
 }
@@ -65,7 +71,9 @@ def show(title: str, rows: Sequence[Mapping[str, Any]], console: Console | None 
     from rich.console import Console
 
     console = console or Console()
-    width = console.width if console.is_terminal or "COLUMNS" in os.environ else PIPED
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(file=console.file, width=PIPED)
+    width = console.width
     keys = [k for k in FORMATS if any(row.get(k) is not None for row in rows)]
     dropped = []
     while Console(width=10 * PIPED).measure(table := _table(rows, keys)).maximum > width:
@@ -74,7 +82,7 @@ def show(title: str, rows: Sequence[Mapping[str, Any]], console: Console | None 
         keys.remove(key)
         dropped.append(FORMATS[key][0])
     _print(console, title, width)
-    console.print(table, width=width)
+    console.print(table)
     if dropped:
         _print(console, f"no room at {width} columns for: {', '.join(dropped)}", width)
 

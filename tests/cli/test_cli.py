@@ -23,12 +23,14 @@ QUICK = ("--table", "analytic", "--latency-seconds", "0.5", "--latency-batch", "
 
 
 @pytest.fixture(scope="module")
-def pruned(tmp_path_factory):
+def pruned(once):
     """A one-shot run on the bundled model, two targets."""
-    out = tmp_path_factory.mktemp("cli") / "run"
-    args = ["demo", "--no-train", "--finetune-epochs", "1", "--latency-target", "0.8", "0.6", "--out", str(out)]
-    assert cli.main([*args, *QUICK]) == 0
-    return out
+    args = ["demo", "--no-train", "--finetune-epochs", "1", "--latency-target", "0.8", "0.6", *QUICK]
+
+    def prune(folder):
+        assert cli.main([*args, "--out", str(folder / "run")]) == 0
+
+    return once("pruned_by_command", prune) / "run"
 
 
 def test_prune_leaves_what_it_promises(pruned, capsys):

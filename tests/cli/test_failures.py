@@ -105,7 +105,7 @@ class Impatient:
 
 
 def test_ctrl_c_before_there_is_a_state_offers_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(prune, "shown", lambda: Impatient("measuring", 1))
+    monkeypatch.setattr(prune, "shown", lambda *_: Impatient("measuring", 1))
     args = [
         "demo",
         "--out",
@@ -127,7 +127,7 @@ def test_ctrl_c_while_pruning_saves_the_step_and_resume_ends_as_if_it_had_not_co
 
     assert cli.main(args("whole")) == 0
     with monkeypatch.context() as m:
-        m.setattr(prune, "shown", lambda: Impatient("prune", 5))
+        m.setattr(prune, "shown", lambda *_: Impatient("prune", 5))
         assert cli.main(args("o")) == 130
     err = capsys.readouterr().err
     assert err.splitlines()[-1] == "nvit: interrupted; the same command with --resume goes on"
@@ -143,7 +143,7 @@ def test_ctrl_c_while_finetuning(tmp_path, capsys, monkeypatch):
     args = ["finetune", "digits", "--epochs", "0.5", "--distill-weight", "0", "--device", "cpu"]
     args += ["--out", str(tmp_path / "f")]
     with monkeypatch.context() as m:
-        m.setattr(finetune, "shown", lambda: Impatient("finetune", 3))
+        m.setattr(finetune, "shown", lambda *_: Impatient("finetune", 3))
         assert cli.main(args) == 130
     assert "--resume goes on" in capsys.readouterr().err
     state = tmp_path / "f_state.safetensors"

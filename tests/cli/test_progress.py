@@ -7,9 +7,10 @@ import time
 import pytest
 from rich.console import Console
 
-from nvit.cli import compare, finetune, progress, prune
+from nvit.cli import compare, finetune, prune
 from nvit.cli import main as cli
-from nvit.cli.stages import Stage, Tracker
+from nvit.utils import progress
+from nvit.utils.stages import Stage, Tracker
 
 PLAN = [Stage("measuring", 20, seconds=10), Stage("evaluate", 10), Stage("prune", 60), Stage("evaluate", 10)]
 QUICK = ("--table", "analytic", "--latency-seconds", "0.2", "--latency-batch", "4", "--device", "cpu")
@@ -112,6 +113,10 @@ def test_the_bar_at_80_columns(monkeypatch):
 def test_where_there_is_no_terminal_a_line_comes_however_silent_the_work(monkeypatch, capsys):
     lines = progress._Lines(Tracker(PLAN))
     lines.remind()
+    assert not capsys.readouterr().err
+    lines.at -= 11
+    lines.remind()
+    assert capsys.readouterr().err.startswith("starting; 0% of all"), "opening a model may take long"
     lines(0, 1, "measuring latency, about 40 s")
     lines(0, 1, "measuring latency, about 40 s")
     lines.remind()

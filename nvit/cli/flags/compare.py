@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from ...config import _help
+from ...config import TaskName, _help
 from ..command import Command
 from .parts import MODEL, DataFlags, GeneralFlags, LatencyFlags, MachineFlags, ModelFlags
 
@@ -15,6 +15,7 @@ class CompareCommand:
     """Size, latency, memory and accuracy of models, side by side."""
 
     models: Annotated[tuple[str, ...], MODEL] = ()
+    task: TaskName = "auto"
     batch_size: Annotated[int, _help("images a batch while evaluating")] = 64
     seconds: Annotated[float, _help("time for measuring latency, all models in turn")] = 20.0
     out: Annotated[str, _help("folder for result.json and compare.csv; none if empty")] = ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from ...config import CriterionName, KindName, PruneConfig, _help, check_choices
+from ...config import CriterionName, KindName, PruneConfig, TaskName, _help, check_choices
 from ..command import Command
 from .parts import MODEL, DataFlags, GeneralFlags, MachineFlags, ModelFlags
 
@@ -15,6 +15,7 @@ class CorrelationCommand:
     """Saliency against the true loss change of removing bundles (App. B.5)."""
 
     model: Annotated[str, MODEL] = ""
+    task: TaskName = "auto"
     criterion: Annotated[tuple[CriterionName, ...], _help("saliencies to compare, on the same bundles and images")] = (
         "hessian",
         "abs",
@@ -43,7 +44,7 @@ class CorrelationCommand:
 
     def scoring(self) -> PruneConfig:
         """How its images are scored."""
-        shared = {name: getattr(self, name) for name in ("batch_size", "labels", "only", "seed")}
+        shared = {name: getattr(self, name) for name in ("task", "batch_size", "labels", "only", "seed")}
         return PruneConfig(train=False, **shared)
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from ...config import _help
+from ...config import TaskName, _help
 from ..command import Command
 from .parts import MODEL, BatchFlags, DataFlags, GeneralFlags, MachineFlags, ModelFlags
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateCommand:
-    """Top-1 and top-5 accuracy, and images per second."""
+    """Accuracy (top-1 and top-5, or what else the task has), and images/s."""
 
     model: Annotated[str, MODEL] = ""
+    task: TaskName = "auto"
     batch_size: Annotated[int, _help("images a batch")] = 64
     amp: Annotated[Literal["no", "bf16", "fp16"], _help("mixed precision")] = "no"
     compile: Annotated[bool, _help("through torch.compile, once; images/s are those of the compiled model")] = False

@@ -37,7 +37,7 @@ class Tracker:
     def __init__(self, stages: Sequence[Stage] = (), clock: Callable[[], float] = time.monotonic) -> None:
         self.stages, self.clock = tuple(stages), clock
         self.began = self.since = clock()
-        self.at, self.done, self.total, self.text = -1, 0, 0, ""
+        self.at, self.done, self.total, self.text = -1, 0, 0, "starting"
 
     def __call__(self, done: int, total: int, text: str) -> None:
         """As `utils.progress.Progress`."""
