@@ -106,13 +106,8 @@ def test_the_bar_at_80_columns(monkeypatch):
         time.sleep(0.3)
         tell(30, 60, "prune: 0.812, loss 0.345")
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "\n", out.getvalue())
-    assert (
-        "60 %" in shown
-        and "left" in shown
-        and "…" not in shown
-        and max(map(len, shown.splitlines())) <= 80
-        and all(word in shown for word in "permute: blocks.10.mlp.fc1.weight keeps 0.8123 of its magnitude".split())
-    )
+    assert "60 %" in shown and "left" in shown and "…" not in shown
+    assert "0.8123 of its magnitude" in shown and max(map(len, shown.splitlines())) <= 80
 
 
 def test_where_there_is_no_terminal_a_line_comes_however_silent_the_work(monkeypatch, capsys):
