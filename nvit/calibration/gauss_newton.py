@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..utils.devices import sent
+from ..utils.finite import Finite
 from .capture import Place
 
 
@@ -15,9 +17,43 @@ def probe(logits: Tensor, generator: torch.Generator) -> Tensor:
     It does not depend on the labels. Sent backward, it gives gradients whose second moments are Gauss-Newton's.
     """
     p = logits.detach().float().softmax(-1)
-    signs = torch.randint(0, 2, p.shape, generator=generator).to(p) * 2 - 1
+    # Drawn on the CPU, so that a seed gives the same on every device.
+    signs = sent(torch.randint(0, 2, p.shape, generator=generator, dtype=torch.int8), p.device) * 2 - 1
     half = p.sqrt() * signs
     return (half - p * half.sum(-1, keepdim=True)).to(logits)
+
+
+class Probes:
+    """Sends probes backward, batch by batch.
+
+    Attributes:
+        batches: so far.
+    """
+
+    def __init__(self, device: torch.device, seed: int = 0) -> None:
+        self.generator, self.batches = torch.Generator().manual_seed(seed), 0
+        self.finite = Finite(
+            device, lambda batch, _: f"a logit is not finite on calibration batch {batch}; check weights and data"
+        )
+
+    def send(self, logits: Tensor) -> None:
+        """Send a probe of the logits `(images, classes)` of a batch backward.
+
+        Raises:
+            FloatingPointError: a logit is not finite. Where looking makes the host wait, `check` raises it.
+        """
+        self.batches += 1
+        self.finite.add(self.batches, logits.abs().amax())
+        self.finite.check_if_free()
+        logits.backward(probe(logits, self.generator))
+
+    def check(self) -> None:
+        """All probes are through.
+
+        Raises:
+            FloatingPointError: a logit was not finite; names the batch.
+        """
+        self.finite.check()
 
 
 class GateProducts:

@@ -57,10 +57,9 @@ def sample_labels(logits: Tensor, rows: Sequence[int] = (), batch: int = 0) -> T
         rows, batch: where `logits` are these rows of a larger batch, they get the labels they would get in it.
     """
     p = logits.detach().float().softmax(-1)
-    if not rows:
-        return torch.multinomial(p, 1).squeeze(1)
-    # What multinomial does inside, with the whole batch's draws.
-    return (p / p.new_empty(batch, p.shape[1]).exponential_()[list(rows)]).argmax(-1)
+    # What multinomial does inside once it has looked at p, which a GPU would have to wait for.
+    draws = p.new_empty(batch if rows else len(p), p.shape[1]).exponential_()
+    return (p / (draws[list(rows)] if rows else draws)).argmax(-1)
 
 
 @dataclass(frozen=True)
