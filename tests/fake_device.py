@@ -63,8 +63,8 @@ class _Makers(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if func in (torch.tensor, torch.as_tensor, Tensor.new_tensor) and is_fake(kwargs.get("device")):
-            device = kwargs.pop("device")
-            return func(*args, **kwargs).to(device)
+            device, wanted = kwargs.pop("device"), kwargs.pop("requires_grad", False)
+            return func(*args, **kwargs).to(device).requires_grad_(wanted)
         if func is Tensor.tolist and isinstance(args[0], OnFake):
             return args[0].cpu().tolist()
         return func(*args, **kwargs)

@@ -42,10 +42,7 @@ class Scorer:
         self.call = parallel.Call(self.model, adapter.logits)
         self.params = dict(model.named_parameters())
         self.criterion = self._new_criterion()
-        self.finite = Finite(
-            next(model.parameters()).device,
-            lambda batch, loss: f"the loss is {loss} on scoring batch {batch}; check the data",
-        )
+        self.finite = Finite(next(model.parameters()).device, _not_finite)
         self._set_masks(full_masks(self.groups))
 
     def _set_masks(self, masks: Masks) -> None:
@@ -179,6 +176,10 @@ class Scorer:
         if self.call.model is not self.model:
             parallel.fill_(self.model, parallel.gathered(self.params))
             self.work_in(parallel.Call(self.model, self.call.function))
+
+
+def _not_finite(batch: int, loss: float) -> str:
+    return f"the loss is {loss} on scoring batch {batch}; check the data"
 
 
 def _grads(params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
