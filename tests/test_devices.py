@@ -54,7 +54,19 @@ def test_on_a_fake_device(host, job, tmp_path, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("host", "job"), CASES)
 def test_on_a_gpu(host, job, tmp_path):
-    found = JOBS[job](Place(host, torch.device("cuda", 0), fake_device.quiet_cuda, str(tmp_path)))
+    with functional.kernels(False):
+        found = JOBS[job](Place(host, torch.device("cuda", 0), fake_device.quiet_cuda, str(tmp_path)))
+        assert_alike(found, on_the_cpu(host, job), 1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "job", ["masked every", "scores hessian", "scores nvit", "training hessian", "one shot refitted"]
+)
+def test_on_a_gpu_with_kernels(job, tmp_path):
+    """Where a kernel is met first, its choice is measured, which waits."""
+    host = ONE_OF_EACH[0]
+    found = JOBS[job](Place(host, torch.device("cuda", 0), folder=str(tmp_path)))
     assert_alike(found, on_the_cpu(host, job), 1e-2)
 
 

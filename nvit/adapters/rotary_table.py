@@ -1,5 +1,5 @@
-"""DINOv3's rotary table, made once: timm makes it on the CPU and sends it to the device in every forward pass, for which
-a GPU's host waits, and which no CUDA graph can hold."""
+"""DINOv3's rotary table, made once: timm makes it on the CPU and sends it to the device in every forward pass. A GPU's
+host waits for that, and no CUDA graph can hold it."""
 
 from __future__ import annotations
 
