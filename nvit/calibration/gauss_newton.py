@@ -43,7 +43,7 @@ class Probes:
             FloatingPointError: a logit is not finite. Where looking makes the host wait, `check` raises it.
         """
         self.batches += 1
-        self.finite.add(self.batches, logits.abs().amax())
+        self.finite.add(self.batches, logits.detach().abs().amax())
         self.finite.check_if_free()
         logits.backward(probe(logits, self.generator))
 

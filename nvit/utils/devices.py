@@ -11,6 +11,6 @@ def reading_is_free(device: torch.device) -> bool:
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device, on its way there while the host goes on: CUDA takes pinned memory without waiting."""
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=tensor.device.type == "cpu")
+    if tensor.device.type != "cpu":
+        return tensor.to(device)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=device.type != "mps")
