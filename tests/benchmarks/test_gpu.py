@@ -100,6 +100,7 @@ def test_stages_fit_the_time_and_their_flags_exist(monkeypatch, capsys):
     names = [s.name for s in gpu.stages()]
     assert len(set(names)) == len(names)
     assert {"build", "tests", "sanitizer", "step", "loop", "latency", "sparse24", "attention"} <= set(names)
+    assert gpu.SECONDS <= 8 * 60
     for stage in gpu.stages():
         assert stage.limit <= 110
         for words in stage.commands:
