@@ -47,7 +47,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", nargs="*", metavar="PAGE", help=f"of {', '.join(PAGES)}; all by default")
     parser.add_argument("--check", action="store_true", help="change nothing, end with 1 if a page is not up to date")
-    parser.add_argument("--figures", action="store_true", help="draw saliency.png as well")
+    parser.add_argument("--figures", action="store_true", help="draw saliency.png and correlation.png as well")
     arguments = parser.parse_args()
     if unknown := set(arguments.pages).difference(PAGES):
         parser.error(f"no tables are made for {sorted(unknown)}; there are {', '.join(PAGES)}")
@@ -61,6 +61,7 @@ def main() -> int:
                 path.write_text(now)
     if arguments.figures:
         figures.saliency(DOCS / "saliency.png")
+        figures.correlation(DOCS / "correlation.png")
     if old:
         print(f"{'not up to date' if arguments.check else 'written'}: {', '.join(old)}")
     return int(arguments.check and bool(old))

@@ -11,6 +11,7 @@ from tyro.conf import arg
 
 from .criteria.registry import CRITERIA, automatic, refusal
 from .spec import BUNDLE_SIZES, KINDS
+from .utils import html
 
 CriterionName = Literal[tuple(CRITERIA)]
 
@@ -19,10 +20,17 @@ def _help(text: str, **kwargs):
     return arg(help=text, **kwargs)
 
 
-@dataclass(frozen=True, kw_only=True)
+TaskName = Annotated[
+    Literal["auto", "classification", "multilabel", "regression", "features"],
+    _help("what the model is for: labels, loss, metric; auto: as its head or config tells, else it is asked for"),
+]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class TrainingConfig:
     """How weights are trained, in pruning as in finetuning: the published recipe unless said otherwise."""
 
+    task: TaskName = "auto"
     batch_size: Annotated[int, _help("images a step, of all ranks together")] = 64
     optimizer: Annotated[str, _help("as timm's create_optimizer_v2 names it")] = "adamw"
     weight_decay: Annotated[float, _help("not applied to biases and norms")] = 0.05
@@ -50,8 +58,23 @@ class TrainingConfig:
     seed: Annotated[int, _help("of data order, augmentation and drawn labels")] = 0
     save_every: Annotated[float, _help("seconds between run states on disk")] = 300.0
 
+    def __repr__(self) -> str:
+        """What differs from the defaults, as the call that makes it."""
+        said = ", ".join(f"{name}={getattr(self, name)!r}" for name in self._changed())
+        return f"{type(self).__name__}({said})"
 
-@dataclass(frozen=True, kw_only=True)
+    def _repr_html_(self) -> str:
+        changed, hints = self._changed(), get_type_hints(type(self), include_extras=True)
+        rows = [(f.name, getattr(self, f.name), hints[f.name].__metadata__[0].help) for f in dataclasses.fields(self)]
+        own, others = ([r for r in rows if (r[0] in changed) == mine] for mine in (True, False))
+        head = (type(self).__name__, "value", "meaning")
+        return (html.table(head, own) if own else "") + html.folded("defaults", html.table(head, others))
+
+    def _changed(self) -> list[str]:
+        return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class PruneConfig(TrainingConfig):
     """Prune a vision transformer to one or several latency targets."""
 
@@ -164,6 +187,7 @@ class PruneConfig(TrainingConfig):
 
     @property
     def bundle_sizes(self) -> dict[str, int]:
+        """Units that leave together, by kind."""
         sizes = (self.bundle_emb, self.bundle_heads, self.bundle_qk, self.bundle_v, self.bundle_mlp)
         return dict(zip(KINDS, sizes, strict=True))
 
@@ -174,7 +198,7 @@ class PruneConfig(TrainingConfig):
         return FinetuneConfig(**(shared | {"distill_tau": self.finetune_tau}))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class FinetuneConfig(TrainingConfig):
     """Train a compact model with the same objective."""
 

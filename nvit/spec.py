@@ -11,6 +11,9 @@ from typing import Any
 KINDS = ("emb", "heads", "qk_dim", "v_dim", "mlp")
 """The five prunable widths, in the order in which tables and width arrays hold them."""
 
+TITLES = {"emb": "EMB", "heads": "heads", "qk_dim": "QK per head", "v_dim": "V per head", "mlp": "MLP"}
+"""The five widths as the paper writes them."""
+
 BUNDLE_SIZES: Mapping[str, int] = {"emb": 16, "heads": 2, "qk_dim": 8, "v_dim": 8, "mlp": 16}
 """Units that leave in one move, so that every remaining projection has sides divisible by 16."""
 

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 import nvit
-from nvit import FinetuneConfig, adapters, parallel
+from nvit import FinetuneConfig, adapters, parallel, tasks
 from nvit.cli import main as cli
 from nvit.criteria.base import RunningMean
 from nvit.prune.plan import Plan
@@ -253,7 +253,7 @@ def nan_on_one_rank() -> int:
     """One bad image, on whichever rank, ends all ranks with the same words."""
     parallel.join()
     model, _, settings, _ = arguments("train")
-    trainer = Trainer(model, Objective(None), settings, settings.lr, None)
+    trainer = Trainer(model, Objective(tasks.of("auto", model)), settings, settings.lr, None)
     x, y = images(model, 8), labels(model, 8)
     trainer.train_step(*parallel.take((x, y)))
     x[0] = float("nan")

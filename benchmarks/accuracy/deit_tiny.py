@@ -9,14 +9,19 @@ benchmarks/results/deit_tiny_cpu.csv and deit_tiny_cpu.png from what they found.
 import argparse
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.accuracy.library import MODEL, data_flags, data_folder
 from benchmarks.harness import RESULTS, Records
 from nvit import cli
+from nvit.analysis.accuracy_curve import Against, plot_accuracy
+from nvit.analysis.figure import PIXELS
 
 RECIPE = Path(__file__).parents[2] / "recipes/deit_tiny_cpu.toml"
 FIGURE = RESULTS / "deit_tiny_cpu.png"
+IMAGES = 1300
+"""That the recipe evaluates on."""
 
 
 def measure(out: Path) -> int:
@@ -29,22 +34,13 @@ def measure(out: Path) -> int:
     return cli.main([*compare, "--table", str(out / "latency_table.json"), "--out", str(out / "compare")])
 
 
-def plot(rows: list[dict]) -> None:
-    """Accuracy against measured milliseconds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
-    axes.plot([r["latency_ms"] for r in rows], [r["top1"] for r in rows], marker="o")
-    for r in rows:
-        axes.annotate(
-            f"{r['measured_ratio']:.2f}×", (r["latency_ms"], r["top1"]), (-5, 6), textcoords="offset points", ha="right"
-        )
-    axes.set(xlabel="measured ms, batch 16, CPU", ylabel="top-1 %, 1300 images", title="DeiT-Ti, one run, CPU")
-    axes.set_xlim(left=0)
-    figure.savefig(FIGURE, dpi=150)
+def plot(rows: Sequence[Mapping], path: Path, pixels: int = PIXELS) -> None:
+    """Accuracy against measured latency and against multiply-accumulates, as shares of the dense model's."""
+    dense = max(float(r["macs"]) for r in rows)
+    shares = [{k: float(r[k]) for k in ("top1", "measured_ratio")} | {"macs": float(r["macs"]) / dense} for r in rows]
+    against = [Against("measured_ratio", "measured share of dense latency"), Against("macs", "share of dense MACs")]
+    title = "DeiT-Ti at three latencies in one run, a CPU, 16 images a batch"
+    plot_accuracy({"nvit prune, 2 epochs": shares}, against, path, images=IMAGES, title=title, pixels=pixels)
 
 
 def main() -> int:
@@ -63,7 +59,7 @@ def main() -> int:
             case=f"target {row['target']:g}", peak_memory=peak, seconds=run["seconds"], **{k: row[k] for k in keys}
         )
     records.save()
-    plot(rows)
+    plot(rows, FIGURE)
     return 0
 
 

@@ -7,9 +7,8 @@ together by its Taylor or its magnitude importance, and for `all` also apart by 
 arXiv:2407.04616); its gradients are those of the same calibration images that we have, with their true labels. It keeps
 at least the target's share of MACs, ours at most. Ours is criterion `remaining`, without and with a refit, labels
 unread; its rows have the gain over Torch-Pruning's best at that point, with its 95 % interval (paired bootstrap over
-images). Writes refit_peers_cpu.csv (rows that are there of other points stay) and, from it and refit_global_cpu.csv,
-refit_cpu.png in benchmarks/results;
-`--plot` draws without measuring. Needs `pip install torch-pruning`.
+images). Writes refit_peers_cpu.csv (rows that are there of other points stay) and, from it, refit_global_cpu.csv and
+refit_latency_cpu.csv (`benchmarks.accuracy.refit_latency`), refit_cpu.png in benchmarks/results; `--plot` draws without measuring. Needs `pip install torch-pruning`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import timm
@@ -29,21 +28,26 @@ from benchmarks import harness
 from benchmarks.accuracy.library import INPUT, MODEL, Bench, answers, data_folder
 from benchmarks.accuracy.paired import paired_bootstrap
 from benchmarks.engine.torch_pruning_vit import narrowed
+from nvit.analysis.accuracy_curve import Against, plot_accuracy
 from nvit.analysis.evaluate import macs
+from nvit.analysis.figure import PIXELS
 from nvit.selection.lagrangian import drop_to_target
-from nvit.structure.masks import full_masks
+from nvit.structure.masks import Masks, full_masks
 
 POINTS = (("mlp", 0.722), ("all", 0.846), ("all", 0.65), ("mlp", 0.833), ("all", 0.8), ("all", 0.936))
 CASES = ("dense", "mlp", "all")
+LATENCY = ("latency", "latency_low", "latency_high")
 TITLES = {"all": "all structures", "mlp": "hidden MLP units alone"}
-LINES = {
-    "ours, refitted": ("C0", "o"),
-    "ours": ("C0", "^"),
-    "Torch-Pruning, Taylor": ("C1", "s"),
-    "Torch-Pruning, isomorphic Taylor": ("C3", "v"),
-    "Torch-Pruning, magnitude": ("C2", "D"),
-}
-"""Methods in the order of the legend, with colour and marker."""
+METHODS = (
+    "ours, refitted",
+    "ours",
+    "Torch-Pruning, Taylor",
+    "Torch-Pruning, isomorphic Taylor",
+    "Torch-Pruning, magnitude",
+)
+"""In the order of the legend."""
+IMAGES = 1300
+"""That top-1 is of."""
 
 
 def with_gradients(checkpoint: str, batches) -> nn.Module:
@@ -90,19 +94,27 @@ class PeerBench:
         self.records.add(**row, macs=share, top1=100 * float(right.mean()), images=images, **more)
         return right
 
+    def theirs(self, case: str, target: float) -> Iterator[tuple[str, nn.Module]]:
+        """Torch-Pruning's models at one share of MACs, by method."""
+        for method, (importance, options) in peers(case).items():
+            narrow, _ = narrowed(self.timm, target, importance, mlp_only=case == "mlp", input_size=INPUT, **options)
+            yield method, narrow
+
+    def masks(self, case: str, target: float) -> Masks:
+        """What we keep there."""
+        b, kinds = self.bench, {g.name: g.kind for g in self.bench.groups}
+        scores = {n: s for n, s in self.scores.items() if case == "all" or kinds[n] == "mlp"}
+        return drop_to_target(scores, full_masks(b.groups), b.groups, b.table, target * b.table.dense_ms)[0]
+
     def at(self, case: str, target: float) -> None:
         """Rows of every method at one share of MACs."""
         b, row = self.bench, {"case": case, "target": target}
         theirs = []
-        for method, (importance, options) in peers(case).items():
-            model, _ = narrowed(self.timm, target, importance, mlp_only=case == "mlp", input_size=INPUT, **options)
+        for method, model in self.theirs(case, target):
             theirs.append(self.measure(model, method=method, **row))
         best = max(theirs, key=lambda right: float(right.sum()))
-        kinds = {g.name: g.kind for g in b.groups}
-        scores = {n: s for n, s in self.scores.items() if case == "all" or kinds[n] == "mlp"}
-        masks, _ = drop_to_target(scores, full_masks(b.groups), b.groups, b.table, target * b.table.dense_ms)
         for refit in (False, True):
-            small = b.pruned(masks, refit=refit)
+            small = b.pruned(self.masks(case, target), refit=refit)
             self.measure(small, over=best, method="ours, refitted" if refit else "ours", **row)
         self.save()
 
@@ -127,8 +139,9 @@ def _read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(f))
 
 
-def points(results: Path) -> dict[tuple[str, str], dict[float, float]]:
-    """Top-1 by share of MACs, by case and method; the dense model belongs to all."""
+def points(results: Path) -> dict[str, list[dict]]:
+    """Rows by method: `case`, `macs` as a share of dense, `top1`, and the measured share of latency with its range where
+    refit_latency_cpu.csv has one; the dense model belongs to all."""
     rows = _read(results / "refit_peers_cpu.csv")
     dense = next(float(r["top1"]) for r in rows if r["case"] == "dense")
     rows += [
@@ -136,36 +149,29 @@ def points(results: Path) -> dict[tuple[str, str], dict[float, float]]:
         for r in _read(results / "refit_global_cpu.csv")
         if r["case"] == "global" and r["criterion"] == "remaining"
     ]
-    found: dict[tuple[str, str], dict[float, float]] = {}
+    timed = {(r["case"], r["method"], float(r["target"])): r for r in _read(results / "refit_latency_cpu.csv")}
+    found: dict[str, dict] = {}
     for r in rows:
-        if r["case"] != "dense":
-            found.setdefault((r["case"], r["method"]), {1.0: dense})[float(r["macs"])] = float(r["top1"])
-    return found
+        if r["case"] == "dense":
+            continue
+        method, case = r["method"], r["case"]
+        mine, macs = found.setdefault(method, {}), round(float(r["macs"]), 4)
+        mine[case, 1.0] = {"case": case, "macs": 1.0, "top1": dense} | dict.fromkeys(LATENCY, 1.0)
+        # A refit leaves the widths as they are.
+        time = timed.get((case, method.removesuffix(", refitted"), float(r["target"])), {})
+        latency = {key: float(time[key]) for key in LATENCY if key in time}
+        mine[case, macs] = {"case": case, "macs": macs, "top1": float(r["top1"])} | latency
+    return {method: list(found[method].values()) for method in METHODS if method in found}
 
 
-def plot(results: Path) -> Path:
-    """Top-1 against the share of MACs, a panel a case."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    found, path = points(results), results / "refit_cpu.png"
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
-    for axes, (case, title) in zip(panels, TITLES.items(), strict=True):
-        for method, (colour, marker) in LINES.items():
-            line = sorted(found.get((case, method), {}).items())
-            if line:
-                style = "--" if method == "ours" else "-"
-                axes.plot(*zip(*line, strict=True), style, color=colour, marker=marker, markersize=5, label=method)
-        axes.set(xlabel="share of dense MACs", title=title)
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("top-1 %, 1300 ImageNet images")
-    panels[0].set_ylim(bottom=0)
-    panels[0].legend(loc="lower right", fontsize=8)
-    figure.suptitle("DeiT-Ti pruned in one shot, no training")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def plot(results: Path, path: Path | None = None, pixels: int = PIXELS) -> Path:
+    """Top-1 against the share of MACs and, where it was measured, of latency, a panel a case."""
+    found, path = points(results), path or results / "refit_cpu.png"
+    costs = [("macs", "share of dense MACs")]
+    if any("latency" in r and r["macs"] < 1 for rows in found.values() for r in rows):
+        costs.append(("latency", "measured share of dense latency"))
+    against = [Against(key, label, title, case) for key, label in costs for case, title in TITLES.items()]
+    plot_accuracy(found, against, path, images=IMAGES, title="DeiT-Ti pruned in one shot, no training", pixels=pixels)
     return path
 
 

@@ -4,31 +4,43 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from docs.tables.saliency import SHOWN, stage
+from docs.tables.base import rows
+from docs.tables.saliency import CRITERIA, SHOWN, stage
+from nvit.analysis.correlation import plot
+from nvit.analysis.figure import PIXELS, panels
+from nvit.config import PruneConfig
+from nvit.criteria.registry import CRITERIA as PUBLIC
+from nvit.spec import TITLES
+from nvit.utils.style import ACCENT, BEHIND, INK
+
+CORRELATION_IMAGES = 200
+"""That docs/saliency.md says the correlation was measured on."""
 
 
-def saliency(path: Path) -> None:
-    """A panel per kind: KL of every saliency with its gate where units leave, in order."""
-    import matplotlib
+def saliency(path: Path, pixels: int = PIXELS) -> None:
+    """A panel per kind: KL to the dense model by criterion, those of the screening that users can choose; the one that
+    is chosen without a word in a colour."""
+    screened = [
+        (r, SHOWN.get(r["saliency"], r["saliency"])) for r in stage("screen") if r["gate"] in ("leave", "tokens")
+    ]
+    public = [(r, name) for r, name in screened if name in PUBLIC]
+    kinds, default = list(dict.fromkeys(r["structure"] for r, _ in public)), PruneConfig(train=False).saliency
+    with panels(len(kinds), path, pixels=pixels, height=1.7, width=2.3) as axes:
+        for panel, kind in zip(axes, kinds, strict=True):
+            mine = {name: float(r["kl_choose"]) for r, name in public if r["structure"] == kind}
+            share = next(float(r["fraction"]) for r, _ in public if r["structure"] == kind)
+            bars = panel.barh(list(mine), list(mine.values()), color=[ACCENT if n == default else BEHIND for n in mine])
+            panel.bar_label(bars, fmt="%.2f", padding=2, fontsize=7.5, color=INK)
+            panel.invert_yaxis()
+            panel.margins(x=0.2)
+            panel.grid(axis="y", visible=False)
+            what = f"all kinds, {share:g} of latency" if kind == "all" else f"{TITLES[kind]}, {100 * share:g} % gone"
+            panel.set(title=what, xlabel="KL to the dense model")
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    rows = stage("screen")
-    kinds = list(dict.fromkeys(r["structure"] for r in rows))
-    figure, panels = plt.subplots(1, len(kinds), figsize=(3.3 * len(kinds), 3.8), squeeze=False, layout="constrained")
-    for panel, kind in zip(panels[0], kinds, strict=True):
-        mine = [r for r in rows if r["structure"] == kind and r["gate"] in ("leave", "tokens")]
-        mine.sort(key=lambda r: -float(r["kl_choose"]))
-        colours = ["tab:orange" if r["saliency"] in SHOWN else "tab:blue" for r in mine]
-        panel.barh(
-            [SHOWN.get(r["saliency"], r["saliency"]) for r in mine],
-            [float(r["kl_choose"]) for r in mine],
-            color=colours,
-        )
-        panel.tick_params(axis="y", labelsize="x-small")
-        share = float(mine[0]["fraction"])
-        what = f"all, {share:g} of latency" if kind == "all" else f"{kind}, {100 * share:g} % gone"
-        panel.set(title=what, xlabel="KL to the dense model")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+def correlation(path: Path, pixels: int = PIXELS) -> None:
+    """Loss change over saliency, a panel per criterion of the page's table."""
+    numbers = [
+        {k: float(v) if k in (*CRITERIA, "loss_change") else v for k, v in r.items()} for r in rows("correlation_cpu")
+    ]
+    plot(numbers, CRITERIA, path, CORRELATION_IMAGES, pixels)

@@ -13,17 +13,20 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from .. import adapters
+from .. import adapters, tasks
+from ..adapters.base import Logits
 from ..config import PruneConfig
 from ..latency.table import LatencyTable
 from ..layers import keep_
 from ..prune.pruner import Pruner
 from ..prune.scoring import score
 from ..selection.bundles import units_gone
-from ..spec import KINDS, Group
+from ..spec import KINDS, TITLES, Group
 from ..structure.masks import full_masks
+from ..tasks import Task
 from ..utils.progress import Progress, silent
-from .figure import TITLES, panels
+from ..utils.style import line
+from .figure import PIXELS, both_signs, few_decades, legend_below, panels
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 
@@ -67,27 +70,43 @@ def propose(scores: Mapping[str, Mapping[str, Tensor]], groups: Sequence[Group],
 
 
 @torch.inference_mode()
-def _loss(model: nn.Module, batches: Batches) -> float:
-    """Mean cross entropy over all images."""
+def _loss(model: nn.Module, batches: Batches, task: Task) -> float:
+    """The task's mean loss over all images."""
     adapter, device, total = adapters.find(model), next(model.parameters()).device, 0.0
     for images, labels in batches:
-        logits = adapter.logits(model, images.to(device)).mean
-        total += float(nn.functional.cross_entropy(logits.double(), labels.to(device), reduction="sum"))
+        logits = Logits(adapter.logits(model, images.to(device)).mean.double())
+        total += len(images) * float(task.loss(logits, task.labels(images, labels).to(device)))
     return total / sum(len(labels) for _, labels in batches)
 
 
 def loss_changes(
-    model: nn.Module, groups: Sequence[Group], bundles: Sequence[Bundle], batches: Batches, progress: Progress = silent
+    model: nn.Module,
+    groups: Sequence[Group],
+    bundles: Sequence[Bundle],
+    batches: Batches,
+    progress: Progress = silent,
+    *,
+    task: str = "auto",
 ) -> list[float]:
-    """Mean cross entropy without each bundle less that of the whole model, which is left as it was."""
+    """The mean loss without each bundle less that of the whole model, which is left as it was.
+
+    Args:
+        task: whose loss, by its name.
+
+    Raises:
+        ValueError: a task that reads no labels: with nothing removed its loss is at its least, and says nothing.
+    """
     model.eval()
-    dense, found = _loss(model, batches), []
+    whose = tasks.of(task, model)
+    if not whose.reads_labels:
+        raise ValueError(f"task {whose.name} has no loss of its own; correlation needs labels")
+    dense, found = _loss(model, batches, whose), []
     try:
         for done, bundle in enumerate(bundles, start=1):
             masks = full_masks(groups)
             masks[bundle.group.name][list(bundle.units)] = False
             keep_(model, masks)
-            found.append(_loss(model, batches) - dense)
+            found.append(_loss(model, batches, whose) - dense)
             progress(done, len(bundles), "remove")
     finally:
         keep_(model, full_masks(groups))
@@ -132,23 +151,39 @@ def rank_correlations(rows: Sequence[Mapping[str, Any]], criteria: Sequence[str]
     return found
 
 
-def plot(rows: Sequence[Mapping[str, Any]], criteria: Sequence[str], path: Path | str) -> None:
-    """A panel per criterion, a colour per kind: loss change over saliency, both on logarithmic axes."""
+def plot(
+    rows: Sequence[Mapping[str, Any]],
+    criteria: Sequence[str],
+    path: Path | str,
+    images: int = 0,
+    pixels: int = PIXELS,
+) -> None:
+    """A panel per criterion, a colour and marker per kind: loss change over saliency, both on logarithmic axes.
+
+    Args:
+        images: that both were measured on; named in the title where known.
+    """
     found = {(r["criterion"], r["kind"]): r["spearman"] for r in rank_correlations(rows, criteria)}
-    least = max(1e-12, float(np.median([abs(r["loss_change"]) for r in rows])) / 30)
-    with panels(len(criteria), 4.2, 3.6, path, sharey=True) as axes:
+    title = f"{len(rows)} bundles removed one by one" + (f", {images} images" if images else "")
+    with panels(len(criteria), path, pixels=pixels, height=3.0, title=title, sharey=True) as axes:
+        shown: dict[str, Any] = {}
         for panel, name in zip(axes, criteria, strict=True):
-            for kind in KINDS:
+            for i, kind in enumerate(KINDS):
                 mine = [r for r in rows if r["kind"] == kind]
-                rho = found.get((name, kind))
-                label = TITLES[kind] + ("" if rho is None else f" {rho:.2f}")
                 if mine:
-                    saliency, change = [r[name] for r in mine], [r["loss_change"] for r in mine]
-                    panel.scatter(saliency, change, s=9, alpha=0.7, label=label)
+                    x, y, look = [r[name] for r in mine], [r["loss_change"] for r in mine], line(i)
+                    colours = {"edgecolors": look["color"], "facecolors": "none", "linewidths": 0.9}
+                    shown[TITLES[kind]] = panel.scatter(x, y, s=13, marker=look["marker"], **colours)
             if all(r[name] > 0 for r in rows):
                 panel.set_xscale("log")
-            panel.set_yscale("symlog", linthresh=least)
+                few_decades(panel.xaxis)
             rho = found[name, "all"]
-            panel.set(xlabel="saliency of the bundle", title=name + ("" if rho is None else f": Spearman {rho:.2f}"))
-            panel.legend(fontsize="x-small")
+            kinds = [f"{kind} {found[name, kind]:.2f}" for kind in KINDS if found.get((name, kind)) is not None]
+            by_kind = "\n".join(", ".join(kinds[at : at + 3]) for at in range(0, len(kinds), 3))
+            panel.set(
+                xlabel=f"saliency of the bundle\n{by_kind}",
+                title=name + ("" if rho is None else f": Spearman {rho:.2f}"),
+            )
+        both_signs(axes[0].yaxis, [r["loss_change"] for r in rows])
         axes[0].set_ylabel("loss change without the bundle")
+        legend_below(axes[0], shown)

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..spec import KINDS, BlockWidths
-from .figure import TITLES, panels
+from ..spec import KINDS, TITLES, BlockWidths
+from ..utils.style import BEHIND, line
+from .figure import PIXELS, legend_below, panels, whole_numbers
 
 
 def width_rows(models: Mapping[str, Sequence[BlockWidths]]) -> list[dict[str, Any]]:
@@ -19,13 +20,31 @@ def width_rows(models: Mapping[str, Sequence[BlockWidths]]) -> list[dict[str, An
     ]
 
 
-def plot_widths(models: Mapping[str, Sequence[BlockWidths]], path: Path | str) -> None:
-    """A panel per width, a line per model, over the blocks."""
-    with panels(len(KINDS), 3.2, 2.8, path, sharex=True) as axes:
+def plot_widths(
+    models: Mapping[str, Sequence[BlockWidths]],
+    path: Path | str,
+    dense: Sequence[BlockWidths] | None = None,
+    pixels: int = PIXELS,
+) -> None:
+    """A panel per width, a line per model, over the blocks, counted from 1.
+
+    Args:
+        dense: what all of them were cut from, as bars behind.
+    """
+    depth = max(map(len, (*models.values(), dense or ())))
+    with panels(len(KINDS), path, pixels=pixels) as axes:
+        shown: dict[str, Any] = {}
         for panel, kind in zip(axes, KINDS, strict=True):
-            for name, blocks in models.items():
-                panel.plot(range(1, len(blocks) + 1), [getattr(b, kind) for b in blocks], marker="o", ms=3, label=name)
-            panel.set(title=TITLES[kind], xlabel="block")
-            panel.set_ylim(bottom=0)
-        axes[0].set_ylabel("width")
-        axes[0].legend(fontsize="small")
+            if dense is not None:
+                values = [getattr(b, kind) for b in dense]
+                shown["dense"] = panel.bar(range(1, len(dense) + 1), values, width=0.8, color=BEHIND, zorder=1)
+            for i, (name, blocks) in enumerate(models.items()):
+                values = [getattr(b, kind) for b in blocks]
+                (drawn,) = panel.plot(range(1, len(blocks) + 1), values, **line(i), markersize=3.5, zorder=2)
+                shown["/".join(Path(name).parts[-2:])] = drawn
+            most = max(getattr(b, kind) for blocks in (*models.values(), dense or ()) for b in blocks)
+            panel.set(title=TITLES[kind], xlabel="block", xlim=(0.4, depth + 0.6), ylim=(0, 1.12 * most))
+            panel.grid(axis="x", visible=False)
+            whole_numbers(panel.xaxis)
+            whole_numbers(panel.yaxis, min(6, most))
+        legend_below(axes[0], shown)

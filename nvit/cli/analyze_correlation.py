@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from .. import adapters
 from ..analysis import correlation
-from ..config import CriterionName, PruneConfig, _help, check_choices
+from ..config import CriterionName, PruneConfig, TaskName, _help, check_choices
 from ..prune.pruner import prunable_groups
 from ..spec import KINDS
 from ..utils.progress import Progress
@@ -27,6 +27,7 @@ from .progress import shown
 class CorrelationCommand:
     """Saliency against the true loss change of removing a bundle, for some bundles of every group (App. B.5)."""
 
+    task: TaskName = "auto"
     criterion: Annotated[tuple[CriterionName, ...], _help("saliencies to compare, on the same bundles and images")] = (
         "hessian",
         "abs",
@@ -54,7 +55,7 @@ class CorrelationCommand:
 
     def scoring(self) -> PruneConfig:
         """How its images are scored."""
-        shared = {name: getattr(self, name) for name in ("batch_size", "labels", "only", "seed")}
+        shared = {name: getattr(self, name) for name in ("task", "batch_size", "labels", "only", "seed")}
         return PruneConfig(train=False, **shared)
 
 
@@ -64,23 +65,24 @@ def run_correlation(name: str, command: CorrelationCommand, progress: Progress) 
     model = open_model(name, command.opening, command.machine.pick())
     config = command.scoring()
     witness = "never" if untrained(name, command.opening) else "always"
-    loader = open_images(model, command.images, witness=witness).training(config, augment=False)
+    loader = open_images(model, command.images, task=config.task, witness=witness).training(config, augment=False)
     batches = list(itertools.islice(loader, command.batches))
     groups = adapters.find(model).groups(model)
     free = prunable_groups(groups, config.only, config.freeze)
     scores = correlation.saliencies(model, batches, command.criterion, config, progress)
     bundles = correlation.propose(scores, free, command.bundles)
-    changes = correlation.loss_changes(model, groups, bundles, batches, progress)
+    changes = correlation.loss_changes(model, groups, bundles, batches, progress, task=config.task)
     rows = correlation.rows_of(bundles, scores, changes)
     out = Path(command.out)
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "correlation.csv", rows)
-    correlation.plot(rows, command.criterion, out / "correlation.png")
+    images = sum(len(labels) for _, labels in batches)
+    correlation.plot(rows, command.criterion, out / "correlation.png", images)
     found = {
         "model": name,
         "correlations": correlation.rank_correlations(rows, command.criterion),
         "bundles": len(rows),
-        "images": sum(len(labels) for _, labels in batches),
+        "images": images,
         "csv": str(out / "correlation.csv"),
         "figure": str(out / "correlation.png"),
         "seconds": time.monotonic() - start,

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from ..analysis import widths
 from ..config import _help
 from ..structure import snapshot
+from ..structure.skeleton import dense_blocks
 from ..utils.report import write_csv, write_result
 from .command import Command
 from .flags import DIGITS
@@ -24,12 +25,14 @@ class WidthsCommand:
 
 def run_widths(names: Sequence[str], command: WidthsCommand) -> dict[str, Any]:
     """What goes into result.json."""
-    models = {name: snapshot.load_spec(snapshot.BUNDLED if name == DIGITS else name).blocks for name in names}
+    specs = {name: snapshot.load_spec(snapshot.BUNDLED if name == DIGITS else name) for name in names}
+    models = {name: spec.blocks for name, spec in specs.items()}
+    dense = {dense_blocks(spec) for spec in specs.values()}
     rows = widths.width_rows(models)
     out = Path(command.out)
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "widths.csv", rows)
-    widths.plot_widths(models, out / "widths.png")
+    widths.plot_widths(models, out / "widths.png", dense.pop() if len(dense) == 1 else None)
     result = {"widths": rows, "csv": str(out / "widths.csv"), "figure": str(out / "widths.png")}
     write_result(out, result)
     return result

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from .. import adapters
 from ..analysis.compare import side_by_side, smallest_bundles
 from ..analysis.evaluate import accuracy, peak_memory
-from ..config import _help
+from ..config import TaskName, _help
 from ..latency.clock import in_dtype
 from ..utils.progress import Progress
 from ..utils.report import show, write_csv, write_result
@@ -26,6 +26,7 @@ from .tables import in_words, measured_on, open_table
 class CompareCommand:
     """Parameters, MACs, latency, memory and accuracy of several models, side by side; the first is the reference."""
 
+    task: TaskName = "auto"
     batch_size: Annotated[int, _help("images a batch while evaluating")] = 64
     seconds: Annotated[float, _help("time for measuring latency, all models in turn")] = 20.0
     out: Annotated[str, _help("folder for result.json and compare.csv; none if empty")] = ""
@@ -33,6 +34,10 @@ class CompareCommand:
     machine: Flat[MachineFlags] = field(default_factory=MachineFlags)
     images: Flat[DataFlags] = field(default_factory=DataFlags)
     latency: Flat[LatencyFlags] = field(default_factory=LatencyFlags)
+
+
+NOT_COMPARED = {"loss", "images", "images_per_s"}
+"""Of what an evaluation says: the loss, what is the same for all, and a speed that is measured better elsewhere."""
 
 
 def run_compare(names: Sequence[str], command: CompareCommand, progress: Progress) -> dict[str, Any]:
@@ -53,10 +58,10 @@ def run_compare(names: Sequence[str], command: CompareCommand, progress: Progres
     rows = []
     for name, model, row in zip(names, models, found, strict=True):
         row = {"name": name} | row | {"peak_memory": peak_memory(in_dtype(model.eval(), dtype), images)}
-        evaluation = open_evaluation_data(model, command.images, command.batch_size)
+        evaluation = open_evaluation_data(model, command.images, command.batch_size, command.task)
         if evaluation is not None:
-            top = accuracy(model, evaluation, progress=progress)
-            row |= {"top1": top["top1"], "top5": top["top5"]}
+            how = {"task": command.task, "reference": models[0], "progress": progress}
+            row |= {key: value for key, value in accuracy(model, evaluation, **how).items() if key not in NOT_COMPARED}
         rows.append(row)
     result = {"models": rows} | measured_on(command.latency, images.device)
     if command.out:

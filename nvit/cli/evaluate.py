@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from ..analysis.evaluate import accuracy
-from ..config import _help
+from ..config import TaskName, _help
 from ..utils.progress import Progress
 from ..utils.report import show, write_result
 from .command import Command
@@ -19,8 +19,9 @@ from .progress import shown
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateCommand:
-    """Top-1 and top-5 accuracy, and images per second."""
+    """Accuracy (top-1 and top-5, or what else the task has), and images per second."""
 
+    task: TaskName = "auto"
     batch_size: Annotated[int, _help("images a batch")] = 64
     amp: Annotated[Literal["no", "bf16", "fp16"], _help("mixed precision")] = "no"
     compile: Annotated[bool, _help("through torch.compile, once; images/s are those of the compiled model")] = False
@@ -33,10 +34,12 @@ class EvaluateCommand:
 def run_evaluate(name: str, command: EvaluateCommand, progress: Progress) -> dict[str, Any]:
     """What goes into result.json."""
     model = open_model(name, command.opening, command.machine.pick())
-    evaluation = open_evaluation_data(model, command.images, command.batch_size)
+    evaluation = open_evaluation_data(model, command.images, command.batch_size, command.task)
     if evaluation is None:
         raise ValueError(NO_DATA)
-    found = {"model": name} | accuracy(model, evaluation, amp=command.amp, compile=command.compile, progress=progress)
+    found = {"model": name} | accuracy(
+        model, evaluation, task=command.task, amp=command.amp, compile=command.compile, progress=progress
+    )
     if command.out:
         write_result(command.out, found)
     return found

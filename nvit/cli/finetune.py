@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import torch
 
-from .. import parallel
+from .. import parallel, tasks
 from ..analysis import compare
 from ..analysis.evaluate import accuracy
 from ..config import FinetuneConfig, _help
@@ -49,16 +49,20 @@ def run_finetune(name: str, command: FinetuneCommand, progress: Progress) -> dic
     device = command.machine.pick()
     model = open_model(name, command.opening, device, scratch=command.scratch)
     new = untrained(name, command.opening, scratch=command.scratch)
-    images = open_images(model, command.images, witness="never" if new else "order")
+    images = open_images(model, command.images, task=config.task, witness="never" if new else "order")
     loader = images.training(config)
     evaluation = images.evaluation(config.batch_size, command.images.eval_images)
     teacher = open_teacher(command.teacher, command.teacher_checkpoint, device)
     cnn, renormalise = open_cnn_teacher(config.cnn_teacher, model)
 
-    def top1() -> float | None:
-        return None if evaluation is None else accuracy(model, evaluation, progress=progress)["top1"]
+    task = tasks.of(config.task, model)
 
-    before = top1() if parallel.main() else None
+    def quality() -> float | None:
+        if evaluation is None or not parallel.main():
+            return None
+        return accuracy(model, evaluation, task=task, reference=teacher, progress=progress)[task.metric]
+
+    before = quality()
     state_file = out.with_name(f"{out.name}_state.safetensors")  # beside the snapshot, which appears whole
     model = finetune(
         model,
@@ -73,8 +77,13 @@ def run_finetune(name: str, command: FinetuneCommand, progress: Progress) -> dic
     )
     if not parallel.main():
         return {}
-    found = {"model": name, "epochs": config.epochs, "top1_before": before, "top1": None} | compare.size(model)
-    found["top1"] = top1()
+    found = {
+        "model": name,
+        "epochs": config.epochs,
+        f"{task.metric}_before": before,
+        "metric": task.metric,
+    } | compare.size(model)
+    found[task.metric] = quality()
     snapshot.save(out, model, found)
     found |= {"path": str(out), "seconds": time.monotonic() - start}
     write_result(out, found)
@@ -93,7 +102,8 @@ def run(command: FinetuneCommand, words: Sequence[str]) -> None:
         found = run_finetune(words[0], command, progress)
     if not found:
         return
-    before = {"name": "before", "top1": found["top1_before"]}
+    metric = found["metric"]
+    before = {"name": "before", metric: found[f"{metric}_before"]}
     show(f"{words[0]}: {found['epochs']:g} epochs", [before, {"name": "after"} | found])
     print(f"{found['path']}: nvit.load({found['path']!r})")
 

@@ -73,6 +73,10 @@ class DataFlags:
         str, _help("training images: a folder of class folders, with or without train/, or torch/cifar10[:FOLDER]")
     ] = ""
     eval_data: Annotated[str, _help("evaluation images; val/ of --data when empty, if it has one")] = ""
+    targets: Annotated[
+        str, _help("CSV of image files below --data and their outputs, for --task multilabel and regression")
+    ] = ""
+    eval_targets: Annotated[str, _help("the same for evaluation, of files below --eval-data, or --data if empty")] = ""
     class_map: Annotated[str, _help("file with a class folder's name a line, in index order")] = ""
     class_order: Annotated[
         Literal["auto", "lexical", "natural"],

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .. import adapters, parallel
+from .. import adapters, parallel, tasks
 from ..analysis import compare
 from ..analysis.evaluate import accuracy
 from ..config import PruneConfig, _help
@@ -28,6 +28,7 @@ from ..structure.masks import unmasked_
 from ..structure.snapshot import BUNDLED
 from ..training.data import TrainingData
 from ..training.images import DigitImages, Images
+from ..training.targets import TargetImages
 from ..utils.memory import Meter
 from ..utils.progress import Progress
 from ..utils.report import show
@@ -82,7 +83,7 @@ class Opened:
     fractions."""
 
     model: nn.Module
-    images: Images | DigitImages
+    images: Images | TargetImages | DigitImages
     loader: TrainingData
     evaluation: DataLoader | None
     meter: Meter | None
@@ -98,7 +99,10 @@ def _open(command: PruneCommand, folder: RunFolder, progress: Progress) -> Opene
     model = open_model(command.model, command.opening, command.machine.pick())
     command.latency.deployed(next(model.parameters()).device)  # a mode that is not here is refused before all else
     images = open_images(
-        model, command.images, witness="never" if untrained(command.model, command.opening) else "always"
+        model,
+        command.images,
+        task=config.task,
+        witness="never" if untrained(command.model, command.opening) else "always",
     )
     loader = images.training(config, augment=config.train)
     meter = Meter(next(model.parameters()).device) if config.budget else None
@@ -142,7 +146,7 @@ def run_prune(command: PruneCommand, progress: Progress) -> dict[str, Any]:
     folder.begin()
     opened = _open(command, folder, progress)
     config, teacher = opened.config, {"cnn_teacher": opened.cnn_teacher, "renormalise": opened.renormalise}
-    dense = compare.size(opened.model) | {"latency_ms": None, "top1": _top1(opened.model, command, opened, progress)}
+    dense = compare.size(opened.model) | {"latency_ms": None} | _quality(opened.model, opened.model, opened, progress)
     result = prune(
         opened.model,
         opened.loader,
@@ -173,10 +177,13 @@ def run_prune(command: PruneCommand, progress: Progress) -> dict[str, Any]:
     return found
 
 
-def _top1(model: nn.Module, command: PruneCommand, opened: Opened, progress: Progress) -> float | None:
+def _quality(model: nn.Module, reference: nn.Module, opened: Opened, progress: Progress) -> dict[str, float | None]:
+    """What the task goes by, of a model; None where it is not evaluated."""
+    task = tasks.of(opened.config.task, model)
     if opened.evaluation is None or not parallel.main():
-        return None
-    return accuracy(model, opened.evaluation, amp=command.config.amp, progress=progress)["top1"]
+        return {task.metric: None}
+    how = {"task": task, "reference": reference, "amp": opened.config.amp, "progress": progress}
+    return {task.metric: accuracy(model, opened.evaluation, **how)[task.metric]}
 
 
 def _measure(
@@ -191,7 +198,7 @@ def _measure(
     rows = []
     for pruned, ms in zip(result.snapshots, times[1:], strict=True):
         row = {"measured_ratio": ms["measured_ratio"]} | compare.size(pruned.model) | ms
-        row["top1"] = _top1(pruned.model, command, opened, progress)
+        row |= _quality(pruned.model, reference, opened, progress)
         pruned.metrics |= row
         path = pruned.save(folder.snapshot(pruned.target))
         named = {"target": pruned.target, "predicted_ratio": pruned.predicted_ratio}

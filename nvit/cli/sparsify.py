@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .. import sparse24
+from .. import sparse24, tasks
 from ..analysis.evaluate import accuracy
 from ..config import FinetuneConfig, TrainingConfig, _help
 from ..structure import snapshot
@@ -23,6 +23,7 @@ from ..training.data import TrainingData
 from ..training.distill import frozen
 from ..training.finetune import finetune
 from ..training.images import DigitImages, Images
+from ..training.targets import TargetImages
 from ..utils.progress import Progress
 from ..utils.report import show, write_csv, write_result
 from .command import Command
@@ -82,7 +83,7 @@ class _Opened:
     """A command's model, and its images where it has any."""
 
     model: nn.Module
-    images: Images | DigitImages | None
+    images: Images | TargetImages | DigitImages | None
     evaluation: DataLoader | None
     training: TrainingData | None
 
@@ -93,14 +94,14 @@ def _open(name: str, command: SparsifyCommand) -> _Opened:
     learns = bool(config.epochs) or command.choice == "curvature"
     if not learns and not has_images(model, where):
         return _Opened(model, None, None, None)
-    images = open_images(model, where)
-    if learns and isinstance(images, Images) and not where.data:
+    images = open_images(model, where, task=config.task)
+    if learns and not isinstance(images, DigitImages) and not where.data:
         raise ValueError(NO_DATA)
     evaluation = images.evaluation(config.batch_size, where.eval_images, own=not learns)
     return _Opened(model, images, evaluation, images.training(config) if config.epochs else None)
 
 
-def calibration(images: Images | DigitImages, count: int, seed: int) -> Iterator[Tensor]:
+def calibration(images: Images | TargetImages | DigitImages, count: int, seed: int) -> Iterator[Tensor]:
     """So many images, or all there are, in batches: the first of the shuffled training data, without augmentation.
 
     Raises:
@@ -122,7 +123,14 @@ def _choose_(
     model = opened.model
     if command.choice == "curvature":
         batches = calibration(opened.images, command.images, command.config.seed)
-        return sparse24.choose_by_curvature_(model, batches, names, damping=command.damping, progress=progress)
+        return sparse24.choose_by_curvature_(
+            model,
+            batches,
+            names,
+            damping=command.damping,
+            task=tasks.of(command.config.task, model),
+            progress=progress,
+        )
     masks = {n: m for n, m in sparse24.masks_2to4(model).items() if n in names}
     sparse24.apply_masks_(model, masks)
     return masks
@@ -136,10 +144,16 @@ def run_sparsify(name: str, command: SparsifyCommand, progress: Progress) -> dic
     opened = _open(name, command)
     model = opened.model
 
-    def top1() -> float | None:
-        return None if opened.evaluation is None else accuracy(model, opened.evaluation, progress=progress)["top1"]
+    task = tasks.of(config.task, model)
+    reference = None if task.reads_labels else copy.deepcopy(model)
 
-    found: dict[str, Any] = {"model": name, "choice": command.choice, "top1_dense": top1()}
+    def quality() -> float | None:
+        if opened.evaluation is None:
+            return None
+        return accuracy(model, opened.evaluation, task=task, reference=reference, progress=progress)[task.metric]
+
+    metric = task.metric
+    found: dict[str, Any] = {"model": name, "choice": command.choice, "metric": metric, f"{metric}_dense": quality()}
     teacher = None
     if config.epochs and config.distill_weight:
         teacher = open_teacher(command.teacher, command.teacher_checkpoint, command.machine.pick())
@@ -150,11 +164,11 @@ def run_sparsify(name: str, command: SparsifyCommand, progress: Progress) -> dic
     before = _magnitudes(model)
     masks = _choose_(opened, command, [n for n, choice in layers.items() if choice.masked], progress)
     model.sparse24 = tuple(masks)
-    found |= {"top1_sparse": top1(), "top1": None}
+    found |= {f"{metric}_sparse": quality(), metric: None}
     if config.epochs:
         constrain = partial(sparse24.apply_masks_, model, masks)
         model = finetune(model, opened.training, config, teacher=teacher, constrain=constrain, progress=progress)
-    found["top1"] = top1() if config.epochs else found["top1_sparse"]
+    found[metric] = quality() if config.epochs else found[f"{metric}_sparse"]
     found["layers"] = _layers(model, layers, before)
     found["sparse_layers"] = len(masks)
     snapshot.save(out, model, {k: v for k, v in found.items() if k != "layers"})
@@ -197,7 +211,9 @@ def summary(layers: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def way_out(found: Mapping[str, Any], words: Sequence[str]) -> str | None:
-    """What to do about a loss of more than `LOSS` points; None where it is less or unknown."""
+    """What to do about a loss of more than `LOSS` points; None where it is less or unknown, or no share of images."""
+    if found["metric"] != "top1":
+        return None
     dense, now = found["top1_dense"], found["top1"]
     if dense is None or dense - now <= LOSS:
         return None
@@ -212,10 +228,11 @@ def way_out(found: Mapping[str, Any], words: Sequence[str]) -> str | None:
 def run(command: SparsifyCommand, words: Sequence[str]) -> None:
     with command.machine.running(), shown() as progress:
         found = run_sparsify(words[0], command, progress)
-    rows = [{"name": "dense", "top1": found["top1_dense"]}]
-    rows.append({"name": f"2:4 by {found['choice']}", "top1": found["top1_sparse"]})
+    metric = found["metric"]
+    rows = [{"name": "dense", metric: found[f"{metric}_dense"]}]
+    rows.append({"name": f"2:4 by {found['choice']}", metric: found[f"{metric}_sparse"]})
     if command.config.epochs:
-        rows.append({"name": f"2:4 finetuned {command.config.epochs:g} epochs", "top1": found["top1"]})
+        rows.append({"name": f"2:4 finetuned {command.config.epochs:g} epochs", metric: found[metric]})
     show(f"{words[0]}: {found['sparse_layers']} of {len(found['layers'])} projections are 2:4", rows)
     for line in summary(found["layers"]):
         print(f"  {line}")

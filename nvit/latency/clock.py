@@ -47,6 +47,12 @@ class Setting:
     versions: str
     mode: str = "eager"
 
+    @property
+    def in_words(self) -> str:
+        """`NVIDIA H200, bfloat16, graph, 197 tokens`; on a CPU with its threads."""
+        threads = f", {self.threads} thread{'s' * (self.threads > 1)}" if self.threads else ""
+        return f"{self.device}, {self.dtype}, {self.mode}, {self.tokens} tokens{threads}"
+
 
 def current_setting(
     device: torch.device | str, dtype: torch.dtype, batch_size: int, tokens: int, mode: str = "eager"

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..spec import BUNDLE_SIZES, KINDS, BlockWidths, Part
+from ..spec import BUNDLE_SIZES, KINDS, TITLES, BlockWidths, Part
+from ..utils import html
 from ..utils.files import cache_folder, write_atomically
 from .clock import Setting, as_deployed, current_setting
 from .grid import Grid
@@ -48,6 +49,17 @@ class LatencyTable:
             block, kind = divmod(min(left_out), len(KINDS))
             raise ValueError(f"no part of the latency table depends on {KINDS[kind]} of block {block}")
         self.dense_ms = self.model_ms(self.dense)
+
+    def __repr__(self) -> str:
+        s, size = self.setting, f"{len(self.dense)} blocks"
+        if s is None:
+            return f"LatencyTable({size}, {self.dense_ms:.4g} GMACs an image, counted and not measured)"
+        return f"LatencyTable({size}, {self.dense_ms:.4g} ms for {s.batch_size} images; {s.in_words})"
+
+    def _repr_html_(self) -> str:
+        unit, slopes = ("GMACs" if self.setting is None else "ms"), self.slopes()
+        saved = [(TITLES[kind], f"{slopes[f'ms_per_{kind}']:.3g}") for kind in KINDS]
+        return html.line(repr(self)) + html.table(("width", f"{unit} saved by a unit"), saved)
 
     def ms(self, widths: np.ndarray) -> float:
         """Milliseconds of a model whose blocks have `widths` `(blocks, 5)`, in the order of `KINDS`."""
@@ -100,6 +112,7 @@ class LatencyTable:
             )
 
     def to_json(self) -> str:
+        """What `save` writes, as text."""
         parts = {
             p.name: {"kinds": p.kinds, "pieces": p.pieces, "axes": g.axes, "values": g.values.tolist()}
             for p, g in ((p, self.grids[p.name]) for p in self.parts)
@@ -109,6 +122,7 @@ class LatencyTable:
         return json.dumps({"unit": "ms", "setting": setting, "dense": dense, "parts": parts}) + "\n"
 
     def save(self, path: str | Path) -> None:
+        """Write a JSON file that `load` reads; it is either whole or not there."""
         write_atomically(Path(path), self.to_json().encode())
 
     @classmethod

@@ -6,18 +6,19 @@ import copy
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .. import adapters, parallel
+from .. import adapters, parallel, tasks
 from ..config import PruneConfig
 from ..latency.clock import current_setting
 from ..latency.table import LatencyTable
+from ..training.batches import Loader
 from ..training.data import endless
 from ..training.distill import Objective, frozen
 from ..training.finetune import finetune
 from ..training.trainer import Trainer
 from ..utils.memory import Meter
-from ..utils.progress import Progress, silent
+from ..utils.progress import Progress, showing, silent
 from .budget import Budget
 from .folder import RunFolder
 from .oneshot import prune_one_shot
@@ -25,18 +26,19 @@ from .pruner import Pruner
 from .result import Pruned, PruneResult
 
 
+@showing
 def prune(
     model: nn.Module,
-    loader,
+    loader: Loader,
     config: PruneConfig | None = None,
     table: LatencyTable | None = None,
     *,
     cnn_teacher: nn.Module | None = None,
-    renormalise=None,
+    renormalise: tuple[Tensor, Tensor] | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     meter: Meter | None = None,
-    progress: Progress = silent,
+    progress: Progress | bool = silent,
 ) -> PruneResult:
     """Prune `model` to `config.latency_target`: the paper's iterative loop, or one shot with `train=False`.
 
@@ -51,6 +53,7 @@ def prune(
         out: a folder for the run state and, as soon as a target is met, its snapshot; see `RunFolder`.
         resume: go on from the run state in `out`, if there is one.
         meter: of the memory under a budget, where the caller measures already; the peak is then the caller's too.
+        progress: a callback; True shows what the command shows, a bar with the stage and its loss.
 
     Raises:
         ValueError: an unsupported model, a table of another model or setting, a target that cannot be met.
@@ -63,14 +66,17 @@ def prune(
     device = next(model.parameters()).device
     adapter = adapters.find_maskable(model)
     adapter.prepare(model)
+    tasks.of(config.task, model).check(config)  # before a table is measured
     budget = Budget(config.budget, device, meter) if config.budget else None
     config = config.over_ranks(parallel.world())
     parallel.same_weights_(model)
     dense = None if budget else frozen(copy.deepcopy(model))
-    pruner = Pruner(model, _checked(table, model, config), config)
+    pruner = Pruner(model, _checked(table, model, config, progress), config)
     folder = RunFolder(out, resume)
     if config.train:
-        objective = Objective.of(config, dense if config.distill_weight else None, cnn_teacher, renormalise)
+        objective = Objective.of(
+            config, pruner.task, dense if config.distill_weight else None, cnn_teacher, renormalise
+        )
         try:
             snapshots = _prune_training(pruner, loader, objective, folder, progress)
         finally:
@@ -85,7 +91,9 @@ def prune(
     return PruneResult(snapshots, pruner.masks, pruner.history, pruner.table, dense, memory, config.saliency)
 
 
-def _checked(table: LatencyTable | None, model: nn.Module, config: PruneConfig) -> LatencyTable:
+def _checked(
+    table: LatencyTable | None, model: nn.Module, config: PruneConfig, progress: Progress = silent
+) -> LatencyTable:
     """The table, measured where there is none (by rank 0, for all).
 
     Raises:
@@ -93,6 +101,7 @@ def _checked(table: LatencyTable | None, model: nn.Module, config: PruneConfig) 
     """
     device = next(model.parameters()).device
     if table is None:
+        progress(0, 0, "measuring latency, about 40 s")
         table = parallel.from_main(
             lambda: LatencyTable.measure(model, config.batch_size, device, bundle_sizes=config.bundle_sizes)
         )
@@ -104,7 +113,7 @@ def _checked(table: LatencyTable | None, model: nn.Module, config: PruneConfig) 
 
 
 def _prune_training(
-    pruner: Pruner, loader, objective: Objective, folder: RunFolder, progress: Progress
+    pruner: Pruner, loader: Loader, objective: Objective, folder: RunFolder, progress: Progress
 ) -> list[Pruned]:
     config = pruner.config
     trainer = Trainer(
@@ -152,11 +161,11 @@ def _prune_training(
 
 def finetune_snapshots(
     result: PruneResult,
-    loader,
+    loader: Loader,
     config: PruneConfig,
     *,
     cnn_teacher: nn.Module | None = None,
-    renormalise=None,
+    renormalise: tuple[Tensor, Tensor] | None = None,
     folder: RunFolder | None = None,
     progress: Progress = silent,
 ) -> None:

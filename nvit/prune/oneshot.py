@@ -54,7 +54,7 @@ class Refitter:
         self.total = batches_to_score(pruner, loader)
         pruner.model.eval()
         self.statistics: Mapping[Place, SiteStatistics] = gather_statistics(
-            pruner.model, self._images(), seed=pruner.config.seed, total=self.total, progress=progress
+            pruner.model, self._images(), task=pruner.task, seed=pruner.config.seed, total=self.total, progress=progress
         )
         rotate_(pruner.model, self.statistics)
         self.dense = frozen(copy.deepcopy(pruner.model))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -12,9 +12,13 @@ from .. import parallel
 from ..latency.table import LatencyTable
 from ..structure import snapshot
 from ..structure.masks import Masks
+from . import display
+
+if TYPE_CHECKING:
+    import pandas
 
 
-@dataclass
+@dataclass(repr=False)
 class Pruned:
     """A compact model at one target.
 
@@ -28,6 +32,20 @@ class Pruned:
     predicted_ratio: float
     metrics: dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"Pruned({self.target:g}: {self._found()})"
+
+    def _found(self) -> str:
+        ratios = f"predicted {self.predicted_ratio:.3f}"
+        if self.metrics.get("measured_ratio") is not None:
+            ratios += f", measured {self.metrics['measured_ratio']:.3f}"
+        return f"{ratios}, {_parameters(self.model) / 1e6:.3g} M parameters"
+
+    def row(self) -> dict[str, Any]:
+        """`name`, `target`, `predicted_ratio`, `params`, and the metrics."""
+        known = {"target": self.target, "predicted_ratio": self.predicted_ratio, "params": _parameters(self.model)}
+        return {"name": f"target {self.target:g}"} | known | self.metrics
+
     def save(self, path: str | Path) -> Path:
         """Write the snapshot folder (of several ranks, the first does)."""
         if not parallel.main():
@@ -36,7 +54,7 @@ class Pruned:
         return snapshot.save(path, self.model, plain)
 
 
-@dataclass
+@dataclass(repr=False)
 class PruneResult:
     """What `prune` returns.
 
@@ -58,6 +76,34 @@ class PruneResult:
     memory: dict[str, Any] | None = None
     criterion: str = ""
 
+    def __repr__(self) -> str:
+        dense = "" if self.dense is None else f"; dense {_parameters(self.dense) / 1e6:.3g} M"
+        found = "; ".join(f"{p.target:g}: {p._found()}" for p in self.snapshots)
+        return f"PruneResult({self.criterion}, {len(self.history)} decisions; {found}{dense})"
+
+    def _repr_html_(self) -> str:
+        models = {f"target {p.target:g}": snapshot.spec_of(p.model).blocks for p in self.snapshots}
+        title = f"pruned by {self.criterion} in {len(self.history)} decisions"
+        return display.page(title, [*self._dense_row(), *self.rows()], self.table.dense, models)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row per target: `name`, `target`, `predicted_ratio`, `params`, and what was measured."""
+        return [p.row() for p in self.snapshots]
+
+    def _dense_row(self) -> list[dict[str, Any]]:
+        if self.dense is None:
+            return []
+        return [{"name": "dense", "predicted_ratio": 1.0, "params": _parameters(self.dense)}]
+
+    def to_frame(self) -> pandas.DataFrame:
+        """`rows` as a pandas DataFrame, the dense model (target 1) first where the result has it.
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+        """
+        dense = [row | {"target": 1.0} for row in self._dense_row()]
+        return display.frame([*dense, *self.rows()])
+
     @property
     def model(self) -> nn.Module:
         """The compact model at the smallest target."""
@@ -66,3 +112,7 @@ class PruneResult:
     def save(self, path: str | Path) -> Path:
         """Write the snapshot folder of the smallest target; `snapshots[i].save` writes another."""
         return self.snapshots[-1].save(path)
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import adapters
-from ..spec import Group, ViTSpec
+from ..spec import BlockWidths, Group, ViTSpec
 from .compact import cut
-from .masks import Masks, full_masks, weight_masks
+from .masks import Masks, full_masks, weight_masks, widths
 
 _MOST = 2**20
 """Of any number in a spec's config, and of units in a group."""
@@ -37,6 +37,17 @@ def skeleton(spec: ViTSpec) -> nn.Module:
     adapter.resize(model, cut(params, weight_masks(params, groups, masks)), masks)
     model.sparse24 = spec.sparse
     return model
+
+
+def dense_blocks(spec: ViTSpec) -> tuple[BlockWidths, ...]:
+    """Widths of the dense model that a spec's model was cut from.
+
+    Raises:
+        ValueError: as `skeleton`.
+    """
+    check_sizes(spec)
+    groups = family_of(spec).groups(family_of(spec).build(spec))
+    return widths(groups, full_masks(groups))
 
 
 def filled(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:

@@ -99,6 +99,7 @@ def save(path: str | Path, model: nn.Module, metrics: Mapping[str, Any] | None =
 
 
 def is_snapshot(path: str | Path) -> bool:
+    """Whether a folder holds a snapshot, or began as one."""
     settle(Path(path), is_whole)
     return (Path(path) / SPEC).exists()
 

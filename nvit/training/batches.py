@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
+
+Loader = Iterable[Any]
+"""Batches of any form that `parts` reads: a DataLoader, `TrainingData`, a list. Training needs its length as well."""
 
 IMAGES, LABELS = ("pixel_values", "image", "images", "x"), ("labels", "label", "target", "targets", "y")
 

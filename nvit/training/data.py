@@ -19,7 +19,7 @@ from torchvision import transforms
 
 from .. import parallel
 from ..config import TrainingConfig
-from .batches import length, parts
+from .batches import Loader, length, parts
 from .folders import ImageFiles, find_broken, scan, split_folder
 from .labels import mapped, numberings, read_class_map
 
@@ -55,7 +55,9 @@ class Digits(Dataset):
         return image, self.labels[index]
 
 
-def transform(preprocess: Mapping[str, Any], *, resize: bool = True, training: TrainingConfig | None = None):
+def transform(
+    preprocess: Mapping[str, Any], *, resize: bool = True, training: TrainingConfig | None = None
+) -> Callable[[Any], Tensor]:
     """timm's evaluation transform of a model, or its training transform with a recipe's augmentation."""
     size = preprocess["input_size"]
     mean, std = (_by_channel(preprocess[k], size[0]) for k in ("mean", "std"))
@@ -230,11 +232,12 @@ class TrainingData:
         return self.epoch(0)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of one epoch, from its batch `start` on."""
         batches = _EpochBatches(self.size, self.batch_size, self.seed, epoch, start, self.repeats)
         return iter(DataLoader(self.dataset, batch_sampler=batches, num_workers=self.workers))
 
 
-def shares(loader, batches: Iterator | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
+def shares(loader: Loader, batches: Iterator | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
     """This rank's share of every batch of `loader`, or of `batches` from it, as images and labels (None where a batch
     has none).
 
@@ -255,7 +258,7 @@ def shares(loader, batches: Iterator | None = None) -> Iterator[tuple[Tensor, Te
         yield mine["images"], mine.get("labels")
 
 
-def endless(loader, seed: int, start: int = 0) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+def endless(loader: Loader, seed: int, start: int = 0) -> Iterator[tuple[int, tuple[Tensor, Tensor | None]]]:
     """`(step, batch)` from step `start` on, epoch after epoch.
 
     A loader that is not `TrainingData` (any sized iterable of batches) is seeded at each epoch and read from its
@@ -279,8 +282,6 @@ def endless(loader, seed: int, start: int = 0) -> Iterator[tuple[int, tuple[Tens
             for _ in range(skip):
                 next(batches)
         for images, labels in shares(loader, batches):
-            if labels is None:
-                raise ValueError("training reads labels, but the loader gives images alone; give (images, labels)")
             yield step, (images, labels)
             step += 1
         if step == start:
@@ -288,4 +289,5 @@ def endless(loader, seed: int, start: int = 0) -> Iterator[tuple[int, tuple[Tens
 
 
 def evaluation_loader(dataset: Dataset, batch_size: int, workers: int = 0) -> DataLoader:
+    """Batches in the order of the data set, all of it, the last one ragged."""
     return DataLoader(dataset, batch_size=batch_size, num_workers=workers)

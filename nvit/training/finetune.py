@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from timm.scheduler import CosineLRScheduler
-from torch import nn
+from torch import Tensor, nn
 
-from .. import adapters, parallel
+from .. import adapters, parallel, tasks
 from ..config import FinetuneConfig
-from ..utils.progress import Progress, silent
+from ..utils.progress import Progress, showing, silent
+from .batches import Loader
 from .data import endless
 from .distill import Objective
 from .optimizer import set_rates
@@ -25,18 +26,19 @@ class Cosine(CosineLRScheduler):
         set_rates(self.optimizer, values if isinstance(values, (list, tuple)) else [values] * len(groups))
 
 
+@showing
 def finetune(
     model: nn.Module,
-    loader,
+    loader: Loader,
     config: FinetuneConfig,
     *,
     teacher: nn.Module | None = None,
     cnn_teacher: nn.Module | None = None,
-    renormalise=None,
+    renormalise: tuple[Tensor, Tensor] | None = None,
     constrain: Callable[[], None] | None = None,
     state_file: Path | None = None,
     resume: bool = False,
-    progress: Progress = silent,
+    progress: Progress | bool = silent,
 ) -> nn.Module:
     """Train `model` in place for `config.epochs`, cosine schedule; returns it, or its moving average.
 
@@ -46,6 +48,7 @@ def finetune(
         cnn_teacher: any timm model for the hard labels of L_CNN.
         constrain: called after every optimiser step, to put back what must stay as it is (the zeros of a 2:4 mask).
         state_file: where the run state is kept; with `resume` the run goes on from it if it is there.
+        progress: a callback; True shows what the command shows.
 
     Raises:
         FloatingPointError: the loss or a gradient is not finite; the last run state stays on disk.
@@ -53,7 +56,7 @@ def finetune(
     parallel.join()
     adapters.find(model).prepare(model)
     parallel.same_weights_(model)
-    objective = Objective.of(config, teacher, cnn_teacher, renormalise)
+    objective = Objective.of(config, tasks.of(config.task, model), teacher, cnn_teacher, renormalise)
     trainer = Trainer(model, objective, config, config.lr, state_file, constrain=constrain)
     if trainer.note:
         progress(0, 0, trainer.note)

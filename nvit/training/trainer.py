@@ -111,14 +111,16 @@ class Trainer:
             self.network = self.call if self.sharded else self.accelerator.prepare(self.call)
         self.optimizer = self.accelerator.prepare(optimizer)
 
-    def train_step(self, images: Tensor, labels: Tensor) -> None:
+    def train_step(self, images: Tensor, labels: Tensor | None) -> None:
         """Forward, backward, optimiser step. Gradients stay on the parameters until the next call.
 
         Raises:
+            ValueError: the labels are not the task's.
             FloatingPointError: where the host watches, the loss or a gradient is not finite; weights are left as they
                 were. Elsewhere `look` raises it.
         """
         self._ending.check()
+        labels = self.objective.task.labels(images, labels)
         self._whole = True
         self.call.model.train(self.config.train_mode)
         seed_draws(self.config.seed, 2**31 + self.step)

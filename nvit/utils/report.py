@@ -26,6 +26,12 @@ FORMATS = {
     "peak_memory": ("peak MB", lambda v: f"{v / 1e6:.1f}"),
     "top1": ("top-1 %", lambda v: f"{v:.2f}"),
     "top5": ("top-5 %", lambda v: f"{v:.2f}"),
+    "mAP": ("mAP %", lambda v: f"{v:.2f}"),
+    "accuracy": ("right %", lambda v: f"{v:.2f}"),
+    "mae": ("MAE", lambda v: f"{v:.4g}"),
+    "rmse": ("RMSE", lambda v: f"{v:.4g}"),
+    "r2": ("R²", lambda v: f"{v:.4f}"),
+    "cosine": ("cosine", lambda v: f"{v:.4f}"),
     "spearman": ("Spearman", lambda v: f"{v:.3f}"),
     "loss_change_per_saliency": ("loss change per saliency", lambda v: f"{v:.3g}"),
 }

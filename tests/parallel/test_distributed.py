@@ -20,8 +20,8 @@ from nvit.layers import Attention
 from nvit.parallel import collectives
 from nvit.parallel import shards as shards_module
 from nvit.structure.run_state import load_run_state
+from nvit.tasks import Classification
 from nvit.training.data import TrainingData, seed_draws
-from nvit.training.distill import sample_labels
 from tests.families import HOSTS, ONE_OF_EACH
 from tests.ranks import PLAYED
 from tests.runs import NoisyImages
@@ -243,10 +243,10 @@ def test_training_data_of_a_rank_is_its_share_of_the_same_batches(monkeypatch):
 def test_labels_drawn_for_rows_are_those_of_the_whole_batch():
     logits = torch.randn(12, 7, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(1)
-    whole = sample_labels(logits)
+    whole = Classification(7).draw(logits)
     rows = [1, 4, 5, 11]
     torch.manual_seed(1)
-    assert torch.equal(sample_labels(logits[rows], rows, 12), whole[rows])
+    assert torch.equal(Classification(7).draw(logits[rows], rows, 12), whole[rows])
 
 
 def test_no_more_than_a_few_parameters_are_whole_at_a_time():

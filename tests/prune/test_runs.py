@@ -10,7 +10,7 @@ from nvit.criteria.registry import CRITERIA
 from nvit.latency import clock, measure
 from nvit.structure import snapshot
 from nvit.structure.masks import kept_counts, weight_masks, widths
-from nvit.training.distill import sample_labels
+from nvit.tasks import Classification
 from tests.hosts import TINY_HOSTS, images, labels, make
 from tests.runs import arguments, assert_pruned_weights_are_zero, config, groups_of, loader, same, table, weights
 
@@ -102,7 +102,7 @@ def test_labels_of_the_model_itself_can_be_scored():
         model, data, settings, table = arguments(train=False, labels="sampled")
         runs.append(nvit.prune(model, data, settings, table).masks)
     assert same(*runs), "drawn labels follow the seed"
-    assert sample_labels(torch.zeros(4, 7)).shape == (4,)
+    assert Classification(7).draw(torch.zeros(4, 7)).shape == (4,)
 
 
 def test_one_shot_in_rounds_scores_anew_and_meets_the_target():

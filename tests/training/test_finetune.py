@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nvit import FinetuneConfig, accuracy, finetune
+from nvit import FinetuneConfig, accuracy, finetune, tasks
 from nvit.structure.compact import compact
 from nvit.training.distill import Objective, frozen
 from nvit.training.trainer import Trainer
@@ -111,7 +111,7 @@ def test_the_teacher_pulls_the_student():
 
 def test_weight_decay_spares_biases_and_norms():
     small, _, config = arguments()
-    trainer = Trainer(small, Objective(), config, config.lr, None)
+    trainer = Trainer(small, Objective(tasks.of("auto", small)), config, config.lr, None)
     names = {id(p): n for n, p in small.named_parameters()}
     for group in trainer.optimizer.param_groups:
         for p in group["params"]:
@@ -133,10 +133,10 @@ def test_gradients_of_a_step_are_the_objectives(tmp_path):
     small, _, config = arguments()
     twin = compact(*masked("plain", keep=0.6))
     x, y = images(small), labels(small, 3)
-    trainer = Trainer(small, Objective(), config, config.lr, None)
+    trainer = Trainer(small, Objective(tasks.of("auto", small)), config, config.lr, None)
     before = weights(small)
     trainer.train_step(x, y)
-    loss = Objective()(twin.eval(), x, y)
+    loss = Objective(tasks.of("auto", twin))(twin.eval(), x, y)
     loss.backward()
     assert trainer.look() == pytest.approx(loss.item())
     assert all(torch.equal(trainer.grads()[n], p.grad) for n, p in twin.named_parameters())

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nvit
-from nvit import adapters, parallel
+from nvit import adapters, parallel, tasks
 from nvit.config import PruneConfig
 from nvit.criteria import base
 from nvit.prune.pruner import Pruner
@@ -33,7 +33,7 @@ class NoReads(TorchDispatchMode):
 
 def stepper(model, *, teacher=False, clip=0.0, observe=None, constrain=None, lr=1e-3):
     model = adapters.find(model).prepare(model)
-    objective = Objective(frozen(copy.deepcopy(model)) if teacher else None)
+    objective = Objective(tasks.of("auto", model), frozen(copy.deepcopy(model)) if teacher else None)
     optimizer = torch.optim.AdamW(decay_groups(model, 0.05), lr=lr)
     assert fused_adamw(optimizer)
     call = parallel.Call(model, adapters.find(model).logits)

@@ -54,15 +54,20 @@ def write(path, rows):
         writer.writerows(rows)
 
 
-def test_figure_reads_both_files(tmp_path):
-    mine, other = {"case": "mlp", "method": "ours"}, {"case": "all", "method": "Torch-Pruning, Taylor"}
+def test_the_figure_reads_accuracy_and_latency(tmp_path):
+    mine = {"case": "mlp", "method": "ours", "target": 0.7}
+    other = {"case": "all", "method": "Torch-Pruning, Taylor", "target": 0.8}
     write(
         tmp_path / "refit_peers_cpu.csv",
         [{"case": "dense", "top1": 80}, mine | {"macs": 0.7, "top1": 60}, other | {"macs": 0.8, "top1": 50}],
     )
-    alone = {("mlp", "ours"): {1.0: 80, 0.7: 60}, ("all", "Torch-Pruning, Taylor"): {1.0: 80, 0.8: 50}}
+    whole = {"macs": 1.0, "top1": 80.0, "latency": 1.0, "latency_low": 1.0, "latency_high": 1.0}
+    alone = {
+        "ours": [{"case": "mlp"} | whole, {"case": "mlp", "macs": 0.7, "top1": 60.0}],
+        "Torch-Pruning, Taylor": [{"case": "all"} | whole, {"case": "all", "macs": 0.8, "top1": 50.0}],
+    }
     assert refit_peers.points(tmp_path) == alone
-    ours = {"case": "global", "criterion": "remaining", "macs": 0.5}
+    ours = {"case": "global", "criterion": "remaining", "macs": 0.5, "target": 0.5}
     write(
         tmp_path / "refit_global_cpu.csv",
         [
@@ -72,6 +77,11 @@ def test_figure_reads_both_files(tmp_path):
             ours | {"criterion": "fisher", "refit": True, "top1": 1},
         ],
     )
-    with_ours = {("all", "ours"): {1.0: 80, 0.5: 20}, ("all", "ours, refitted"): {1.0: 80, 0.5: 40}}
-    assert refit_peers.points(tmp_path) == alone | with_ours
+    latency = {"latency": 0.55, "latency_low": 0.54, "latency_high": 0.57}
+    write(tmp_path / "refit_latency_cpu.csv", [{"case": "all", "method": "ours", "target": 0.5} | latency])
+    found = refit_peers.points(tmp_path)
+    assert list(found) == ["ours, refitted", "ours", "Torch-Pruning, Taylor"]
+    half = {"case": "all", "macs": 0.5} | latency
+    assert found["ours"][2:] == [{"case": "all"} | whole, half | {"top1": 20.0}]
+    assert found["ours, refitted"] == [{"case": "all"} | whole, half | {"top1": 40.0}], "a refit leaves the widths"
     assert refit_peers.plot(tmp_path).read_bytes().startswith(b"\x89PNG")
