@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 
 demo: $(READY)
 	rm -rf nvit-demo
-	$(RUN) -m nvit prune
+	$(RUN) -m nvit demo
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal --benchmark-disable --durations=15

@@ -14,6 +14,7 @@ from .spec import BUNDLE_SIZES, KINDS
 from .utils import html
 
 CriterionName = Literal[tuple(CRITERIA)]
+KindName = Literal[KINDS]
 
 
 def _help(text: str, **kwargs):
@@ -108,7 +109,7 @@ class PruneConfig(TrainingConfig):
     budget: Annotated[
         str, _help("memory that --no-train may take, as 8GB: resident on a CPU, allocated on CUDA; no limit if empty")
     ] = ""
-    only: Annotated[tuple[str, ...], _help(f"kinds to prune, of {', '.join(KINDS)}; all if empty")] = ()
+    only: Annotated[tuple[KindName, ...], _help("kinds to prune; all if empty")] = ()
     freeze: Annotated[tuple[str, ...], _help("groups to leave alone, as 'blocks.0.*'")] = ()
     stages: Annotated[
         tuple[int, ...], _help("stages of a hierarchical model to prune, from 0, as 2 for Swin's longest; all if empty")
@@ -137,11 +138,6 @@ class PruneConfig(TrainingConfig):
                 raise ValueError(f"latency_target {t:g} is not in (0, 1); it is a fraction of the dense latency")
         if self.refit and self.train:
             raise ValueError("refit is for pruning without training; add --no-train (train = false)")
-        unknown = [k for k in self.only if k not in KINDS]
-        if unknown:
-            raise ValueError(
-                f"only: unknown kind {unknown[0]!r}{_nearest(unknown[0], KINDS)}; kinds: {', '.join(KINDS)}"
-            )
         if self.budget and self.refit:
             raise ValueError(
                 f"budget {self.budget} does not bound a refit, which holds activations of all blocks in turn; "

@@ -294,7 +294,7 @@ def play(root: Path) -> None:
     start("disagreeing", 3, disagreeing)
     start("words", 3, words)
     start("nan", 2, nan_on_one_rank)
-    quick = ("prune", "--table", "analytic", "--no-train", "--device", "cpu", "--latency-batch", "2", "--out")
+    quick = ("demo", "--table", "analytic", "--no-train", "--device", "cpu", "--latency-batch", "2", "--out")
     start(
         "command",
         2,
@@ -310,7 +310,7 @@ def play(root: Path) -> None:
     start(
         "tuned", 2, command, "finetune", str(root / "run/target-0.5"), "--epochs", "0.1", "--out", str(root / "tuned")
     )
-    start("bad-flag", 2, command, "prune", "--latency-target", "1.5")
+    start("bad-flag", 2, command, "demo", "--latency-target", "1.5")
     start("bad-group", 2, command, *quick, str(root / "bad"), "--freeze", "blocks.9.*")
     start("one-process", 2, command, "evaluate", "digits")
     (root / "codes.json").write_text(json.dumps(codes))

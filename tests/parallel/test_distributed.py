@@ -148,7 +148,7 @@ def _ranks_of(launcher: int) -> dict[int, int]:
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks' processes in /proc")
 def test_torchrun_with_a_killed_rank_leaves_a_state_that_one_process_ends(tmp_path):
-    prune = ["prune", "--table", "analytic", "--latency-target", "0.9", "--finetune-epochs", "0", "--device", "cpu"]
+    prune = ["demo", "--table", "analytic", "--latency-target", "0.9", "--finetune-epochs", "0", "--device", "cpu"]
     prune += ["--interval", "10", "--bundles-per-step", "3", "--batch-size", "16", "--latency-batch", "2"]
     prune += ["--latency-seconds", "0.1", "--out", str(tmp_path / "o")]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

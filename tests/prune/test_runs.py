@@ -192,7 +192,7 @@ def test_config_refuses_what_makes_no_sense():
     for bad, message in (
         ({"latency_target": (1.0,)}, r"latency_target 1 is not in \(0, 1\)"),
         ({"latency_target": (0.5, 0.0)}, r"latency_target 0 is not in \(0, 1\)"),
-        ({"only": ("mpl",)}, "unknown kind 'mpl'.*'mlp'"),
+        ({"only": ("mpl",)}, "only: unknown value 'mpl'.*'mlp'"),
         (
             {"criterion": "hesian"},
             "criterion: unknown value 'hesian'.*'hessian'.*expected one of auto, curvature, remaining, hes",
