@@ -33,6 +33,12 @@ def accuracy(
 
     Raises:
         ValueError: the loader gives no image.
+
+    >>> model = nvit.load(nvit.BUNDLED)
+    >>> loader = nvit.data.evaluation_loader(nvit.data.Digits(training=False), batch_size=120)
+    >>> found = nvit.accuracy(model, loader)
+    >>> found["images"], found["top1"] > 95
+    (360, True)
     """
     device = next(model.parameters()).device
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
