@@ -61,8 +61,8 @@ def prune(
         parallel.RankLost: another process is gone; the last run state is on disk.
 
     >>> model = nvit.load(nvit.BUNDLED)  # or any timm ViT
-    >>> loader = nvit.data.TrainingData(nvit.data.Digits(training=True), batch_size=64)
-    >>> config = nvit.PruneConfig(latency_target=0.7, train=False, refit=True, score_batches=2)
+    >>> loader = nvit.data.TrainingData(nvit.data.Digits(training=True), batch_size=32)
+    >>> config = nvit.PruneConfig(latency_target=0.7, train=False, refit=True, score_batches=1)
     >>> result = nvit.prune(model, loader, config, nvit.LatencyTable.analytic(model))
     >>> result.snapshots[0].predicted_ratio <= 0.7
     True

@@ -68,7 +68,7 @@ class PruneResult:
         criterion: what the saliency was.
 
     >>> model = nvit.load(nvit.BUNDLED)
-    >>> loader = nvit.data.evaluation_loader(nvit.data.Digits(training=True), 64)
+    >>> loader = nvit.data.evaluation_loader(nvit.data.Digits(training=True), 16)
     >>> config = nvit.PruneConfig(latency_target=(0.8, 0.5), train=False, score_batches=1)
     >>> result = nvit.prune(model, loader, config, nvit.LatencyTable.analytic(model))
     >>> [row["target"] for row in result.rows()], result.model is result.snapshots[-1].model

@@ -68,7 +68,7 @@ def choose_by_curvature_(
     >>> model = nvit.load(nvit.BUNDLED)
     >>> images = torch.stack([image for image, label in nvit.data.Digits(training=False)])
     >>> names = ["blocks.0.mlp.fc1.weight"]
-    >>> masks = nvit.sparse24.choose_by_curvature_(model, images.split(120), names)
+    >>> masks = nvit.sparse24.choose_by_curvature_(model, images[:90].split(30), names)
     >>> float(masks[names[0]].float().mean())
     0.5
     """

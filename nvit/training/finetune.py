@@ -55,7 +55,7 @@ def finetune(
 
     >>> model = nvit.load(nvit.BUNDLED)
     >>> loader = nvit.data.TrainingData(nvit.data.Digits(training=True), batch_size=64)
-    >>> config = nvit.FinetuneConfig(epochs=0.2, batch_size=64, distill_weight=0)
+    >>> config = nvit.FinetuneConfig(epochs=0.1, batch_size=64, distill_weight=0)
     >>> small = nvit.finetune(model, loader, config)
     >>> small.training
     False
