@@ -1,5 +1,7 @@
 # Two commands on a bare machine: `make demo` and `make test`; `make gpu` on one with a GPU. All set up .venv first.
 PYTHON ?= python3
+# Processes that run the tests, a thread each.
+WORKERS ?= 2
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
@@ -8,10 +10,10 @@ READY := $(VENV)/.ready
 
 demo: $(READY)
 	rm -rf nvit-demo
-	$(RUN) -m nvit prune
+	$(RUN) -m nvit demo
 
 test: $(READY)
-	$(RUN) -m pytest --durations=15
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal --benchmark-disable --durations=15
 
 # All that a GPU shows, in at most 8 minutes: build, tests, kernels, steps, latencies; CSVs into benchmarks/results.
 gpu: $(READY)
@@ -24,7 +26,7 @@ lint: $(READY)
 # torch first, so that the native parts are built against the torch that will run them.
 $(READY): pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -c 'import sys; sys.exit("nvit needs Python 3.10 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip 'setuptools>=77' wheel
 	$(RUN) -m pip install --quiet 'torch>=2.11'
 	$(RUN) -m pip install --quiet --no-build-isolation -e '.[test]'

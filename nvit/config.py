@@ -14,16 +14,24 @@ from .spec import BUNDLE_SIZES, KINDS
 from .utils import html
 
 CriterionName = Literal[tuple(CRITERIA)]
+KindName = Literal[KINDS]
 
 
 def _help(text: str, **kwargs):
     return arg(help=text, **kwargs)
 
 
+TaskName = Annotated[
+    Literal["auto", "classification", "multilabel", "regression", "features"],
+    _help("what the model is for: labels, loss, metric; auto: as its head or config tells, else it is asked for"),
+]
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class TrainingConfig:
     """How weights are trained, in pruning as in finetuning: the published recipe unless said otherwise."""
 
+    task: TaskName = "auto"
     batch_size: Annotated[int, _help("images a step, of all ranks together")] = 64
     optimizer: Annotated[str, _help("as timm's create_optimizer_v2 names it")] = "adamw"
     weight_decay: Annotated[float, _help("not applied to biases and norms")] = 0.05
@@ -108,7 +116,7 @@ class PruneConfig(TrainingConfig):
     budget: Annotated[
         str, _help("memory that --no-train may take, as 8GB: resident on a CPU, allocated on CUDA; no limit if empty")
     ] = ""
-    only: Annotated[tuple[str, ...], _help(f"kinds to prune, of {', '.join(KINDS)}; all if empty")] = ()
+    only: Annotated[tuple[KindName, ...], _help("kinds to prune; all if empty")] = ()
     freeze: Annotated[tuple[str, ...], _help("groups to leave alone, as 'blocks.0.*'")] = ()
     stages: Annotated[
         tuple[int, ...], _help("stages of a hierarchical model to prune, from 0, as 2 for Swin's longest; all if empty")
@@ -137,11 +145,6 @@ class PruneConfig(TrainingConfig):
                 raise ValueError(f"latency_target {t:g} is not in (0, 1); it is a fraction of the dense latency")
         if self.refit and self.train:
             raise ValueError("refit is for pruning without training; add --no-train (train = false)")
-        unknown = [k for k in self.only if k not in KINDS]
-        if unknown:
-            raise ValueError(
-                f"only: unknown kind {unknown[0]!r}{_nearest(unknown[0], KINDS)}; kinds: {', '.join(KINDS)}"
-            )
         if self.budget and self.refit:
             raise ValueError(
                 f"budget {self.budget} does not bound a refit, which holds activations of all blocks in turn; "

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -256,11 +256,12 @@ def spills_in_loops(sass: str) -> int:
     return sum(any(start <= at <= end for start, end in loops) for at in moved)
 
 
-def main(arch: int) -> None:
-    """Print, one JSON object a line, what every case takes on `arch` with its first config."""
+def main(arch: int, names: Sequence[str] = ()) -> None:
+    """Print, one JSON object a line, what every case, or each of these, takes on `arch` with its first config."""
     for case in cases():
-        print(json.dumps(asdict(compile_case(case, arch, case.configs(arch)[0]))), flush=True)
+        if not names or case.name in names:
+            print(json.dumps(asdict(compile_case(case, arch, case.configs(arch)[0]))), flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2:])

@@ -1,10 +1,13 @@
-"""What all tests share: property tests without a clock or a stored database, and no reach for the network."""
+"""What all tests share: property tests without a clock or a stored database, no reach for the network or into the
+user's cache, the long ones first, and what is costly made once for all processes that run them."""
 
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -18,10 +21,40 @@ settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked `gpu` say why they do not run."""
+    """Tests marked `long` come first, so that no process ends with one alone; those marked `gpu` say why they do not
+    run."""
     import torch
 
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Latency tables and choices of kernels that no earlier run has measured and no other process writes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NVIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def once(request, tmp_path_factory):
+    """once(name, make): the folder `name`, filled by `make(folder)` in the first process of a run that asks."""
+    base = tmp_path_factory.getbasetemp()
+    # Each worker of xdist has a folder of its own in the one of the run.
+    shared = base.parent if hasattr(request.config, "workerinput") else base
+
+    def get(name, make):
+        folder, done = shared / name, shared / f"{name}.done"
+        with FileLock(shared / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return get

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 import nvit
-from nvit import FinetuneConfig, adapters, parallel
+from nvit import FinetuneConfig, adapters, parallel, tasks
 from nvit.cli import main as cli
 from nvit.criteria.base import RunningMean
 from nvit.prune.plan import Plan
@@ -253,7 +253,7 @@ def nan_on_one_rank() -> int:
     """One bad image, on whichever rank, ends all ranks with the same words."""
     parallel.join()
     model, _, settings, _ = arguments("train")
-    trainer = Trainer(model, Objective(None), settings, settings.lr, None)
+    trainer = Trainer(model, Objective(tasks.of("auto", model)), settings, settings.lr, None)
     x, y = images(model, 8), labels(model, 8)
     trainer.train_step(*parallel.take((x, y)))
     x[0] = float("nan")
@@ -293,7 +293,7 @@ def play(root: Path) -> None:
     start("disagreeing", 3, disagreeing)
     start("words", 3, words)
     start("nan", 2, nan_on_one_rank)
-    quick = ("prune", "--table", "analytic", "--no-train", "--device", "cpu", "--latency-batch", "2", "--out")
+    quick = ("demo", "--table", "analytic", "--no-train", "--device", "cpu", "--latency-batch", "2", "--out")
     start(
         "command",
         2,
@@ -309,7 +309,7 @@ def play(root: Path) -> None:
     start(
         "tuned", 2, command, "finetune", str(root / "run/target-0.5"), "--epochs", "0.1", "--out", str(root / "tuned")
     )
-    start("bad-flag", 2, command, "prune", "--latency-target", "1.5")
+    start("bad-flag", 2, command, "demo", "--latency-target", "1.5")
     start("bad-group", 2, command, *quick, str(root / "bad"), "--freeze", "blocks.9.*")
     start("one-process", 2, command, "evaluate", "digits")
     (root / "codes.json").write_text(json.dumps(codes))

@@ -1,11 +1,12 @@
-"""Small pruning runs on synthetic images, and the moments at which they are interrupted."""
+"""Small pruning runs on synthetic images, the moments at which they are interrupted, and what is compared of them."""
 
 from __future__ import annotations
 
 import torch
 from torch.utils.data import Dataset
 
-from nvit import LatencyTable, PruneConfig
+from nvit import LatencyTable, PruneConfig, adapters
+from nvit.structure.masks import weight_masks
 from nvit.training.data import TrainingData
 from tests.hosts import make
 
@@ -70,3 +71,26 @@ def stop_after(calls: int):
             raise Stop
 
     return progress
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    """A copy of every parameter."""
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def same(a, b) -> bool:
+    """Whether two dictionaries of tensors are equal bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def groups_of(model):
+    return adapters.find(model).groups(model)
+
+
+def assert_pruned_weights_are_zero(model, groups, masks) -> None:
+    params = dict(model.named_parameters())
+    for name, dims in weight_masks(params, groups, masks).items():
+        for d, keep in enumerate(dims):
+            if keep is not None:
+                gone = params[name].index_select(d, (~keep).nonzero().squeeze(1))
+                assert not gone.any(), f"{name}: a pruned weight came back"

@@ -20,7 +20,8 @@ ORDER = [
     {"adapters"},
     {"structure"},
     {"parallel"},
-    {"tasks", "latency", "calibration", "zoo"},
+    {"tasks"},
+    {"latency", "calibration", "zoo"},
     {"criteria", "selection", "serve"},
     {"config"},
     {"refit", "training"},
@@ -32,7 +33,7 @@ ORDER = [
 DOORS = {"__init__", "__main__", "data", "snapshot"}
 """Files directly in nvit/ that hand on what lives in rooms, under names that users import, and hold nothing else."""
 KERNEL_DOORS = {"nvit/layers/functional.py", "nvit/sparse24/kernels.py"}
-MOST_ROOMS, MOST_LINES, MEDIAN_LINES = 20, 350, 150
+MOST_ROOMS, MOST_LINES, MEDIAN_LINES = 23, 350, 150
 
 
 def imported(path: Path) -> set[str]:
@@ -138,7 +139,7 @@ def test_host_names_stay_in_adapters():
     """timm's model and layer classes are known to adapters alone; its data, optimiser, factory serve everyone. A
     callback of transformers' Trainer knows that, and no model."""
     for path, names in ENGINE.items():
-        if room_of(path) != "adapters" and where(path) != "nvit/integrations/hf.py":
+        if room_of(path) not in ("adapters", "integrations"):  # whose business other libraries are
             hosts = {
                 n
                 for n in names

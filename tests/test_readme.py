@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -75,5 +76,4 @@ def test_shell_snippets_parse(monkeypatch):
     lines = re.findall(r"^nvit (.*?)(?:\s+#.*)?$", (ROOT / "README.md").read_text(), re.M)
     assert len(lines) == 6
     for line in lines:
-        name, words, flags = cli._split(line.split())
-        cli._configure(name, cli.COMMANDS[name], words, flags)
+        cli.parse(shlex.split(line))

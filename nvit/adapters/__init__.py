@@ -145,12 +145,13 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
     return out if isinstance(out, Tensor) else out.logits
 
 
-def classes(model: nn.Module) -> int:
-    """How many classes a model tells apart, under timm's name for it or transformers'.
+def classes(model: nn.Module) -> int | None:
+    """How many outputs a model has (classes that it tells apart), under timm's name for it or transformers'; None where
+    it does not say.
 
     >>> nvit.adapters.classes(nvit.load(nvit.BUNDLED))
     10
     """
     if hasattr(model, "dense_config") and isinstance(head := getattr(model, "head", None), nn.Linear):
         return head.out_features  # a new head does not tell the model
-    return model.num_classes if hasattr(model, "num_classes") else model.num_labels
+    return getattr(model, "num_classes", getattr(model, "num_labels", None))

@@ -132,6 +132,10 @@ class Adapter(ABC):
         subset = infer_imagenet_subset(model)
         return {} if subset is None else {name: i for i, name in enumerate(ImageNetInfo(subset).label_names())}
 
+    def task(self, model: nn.Module) -> str | None:
+        """The task that a model's own config names, a key of `tasks.TASKS`; None where it says nothing."""
+        return None
+
     @abstractmethod
     def tokens(self, model: nn.Module) -> int:
         """Tokens in the (first) residual stream at the model's own input size."""

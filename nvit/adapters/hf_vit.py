@@ -17,6 +17,13 @@ from .declare import EMB, block_axes, embedding_slices, norm, resize_layers, wit
 from .hf_hosts import ARCHITECTURES, dense, host_of, pair, too_old
 from .one_stream import OneStream
 
+PROBLEMS = {
+    "single_label_classification": "classification",
+    "multi_label_classification": "multilabel",
+    "regression": "regression",
+}
+"""Names of tasks by those of transformers' `problem_type`."""
+
 
 class _Attention(Attention):
     """Called as transformers' blocks call theirs: the second output is for attention weights, which nobody computes."""
@@ -165,6 +172,13 @@ class HFViT(OneStream):
         if len(found["mean"]) != config.num_channels:
             found |= {"mean": (0.5,) * config.num_channels, "std": (0.5,) * config.num_channels}
         return {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+
+    def task(self, model: nn.Module) -> str | None:
+        """By `problem_type`, and as transformers itself reads a config without one: one output is a number."""
+        problem = model.config.problem_type
+        if problem is None:
+            return "regression" if model.num_labels == 1 else None
+        return PROBLEMS[problem]
 
     def tokens(self, model: nn.Module) -> int:
         embeddings, config = model.base_model.embeddings, model.config

@@ -13,7 +13,8 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from .. import adapters
+from .. import adapters, tasks
+from ..adapters.base import Logits
 from ..config import PruneConfig
 from ..latency.table import LatencyTable
 from ..layers import keep_
@@ -22,6 +23,7 @@ from ..prune.scoring import score
 from ..selection.bundles import units_gone
 from ..spec import KINDS, TITLES, Group
 from ..structure.masks import full_masks
+from ..tasks import Task
 from ..utils.progress import Progress, silent
 from ..utils.style import line
 from .figure import PIXELS, both_signs, few_decades, legend_below, panels
@@ -68,27 +70,43 @@ def propose(scores: Mapping[str, Mapping[str, Tensor]], groups: Sequence[Group],
 
 
 @torch.inference_mode()
-def _loss(model: nn.Module, batches: Batches) -> float:
-    """Mean cross entropy over all images."""
+def _loss(model: nn.Module, batches: Batches, task: Task) -> float:
+    """The task's mean loss over all images."""
     adapter, device, total = adapters.find(model), next(model.parameters()).device, 0.0
     for images, labels in batches:
-        logits = adapter.logits(model, images.to(device)).mean
-        total += float(nn.functional.cross_entropy(logits.double(), labels.to(device), reduction="sum"))
+        logits = Logits(adapter.logits(model, images.to(device)).mean.double())
+        total += len(images) * float(task.loss(logits, task.labels(images, labels).to(device)))
     return total / sum(len(labels) for _, labels in batches)
 
 
 def loss_changes(
-    model: nn.Module, groups: Sequence[Group], bundles: Sequence[Bundle], batches: Batches, progress: Progress = silent
+    model: nn.Module,
+    groups: Sequence[Group],
+    bundles: Sequence[Bundle],
+    batches: Batches,
+    progress: Progress = silent,
+    *,
+    task: str = "auto",
 ) -> list[float]:
-    """Mean cross entropy without each bundle less that of the whole model, which is left as it was."""
+    """The mean loss without each bundle less that of the whole model, which is left as it was.
+
+    Args:
+        task: whose loss, by its name.
+
+    Raises:
+        ValueError: a task that reads no labels: with nothing removed its loss is at its least, and says nothing.
+    """
     model.eval()
-    dense, found = _loss(model, batches), []
+    whose = tasks.of(task, model)
+    if not whose.reads_labels:
+        raise ValueError(f"task {whose.name} has no loss of its own; correlation needs labels")
+    dense, found = _loss(model, batches, whose), []
     try:
         for done, bundle in enumerate(bundles, start=1):
             masks = full_masks(groups)
             masks[bundle.group.name][list(bundle.units)] = False
             keep_(model, masks)
-            found.append(_loss(model, batches) - dense)
+            found.append(_loss(model, batches, whose) - dense)
             progress(done, len(bundles), "remove")
     finally:
         keep_(model, full_masks(groups))

@@ -1,4 +1,4 @@
-"""Accuracy and size of a model: top-1, top-5, images per second, parameters, MACs, peak memory."""
+"""Accuracy and size of a model: its task's metrics, images per second, parameters, MACs, peak memory."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .. import adapters
+from .. import adapters, tasks
 from ..serve import FixedBatch
 from ..structure.compact import meta_copy
-from ..training.batches import Loader, known_length, labelled
+from ..tasks import Task
+from ..training.batches import Loader, known_length, parts
 from ..utils.memory import LiveBytes
 from ..utils.modes import compiled
 from ..utils.progress import Progress, showing, silent
@@ -21,18 +22,28 @@ from ..utils.progress import Progress, showing, silent
 @showing
 @torch.inference_mode()
 def accuracy(
-    model: nn.Module, loader: Loader, *, amp: str = "no", compile: bool = False, progress: Progress | bool = silent
+    model: nn.Module,
+    loader: Loader,
+    *,
+    task: Task | str = "auto",
+    reference: nn.Module | None = None,
+    amp: str = "no",
+    compile: bool = False,
+    progress: Progress | bool = silent,
 ) -> dict[str, float]:
-    """Top-1 and top-5 in percent, mean cross entropy, images, and images per second of forward passes.
+    """What the task's meter says of a model's answers (top-1, top-5 in percent and mean cross entropy, for
+    classification), images, and images per second of forward passes.
 
     Args:
+        task: one of `nvit.tasks`, or its name; `auto` for the one that the model tells.
+        reference: the unpruned model, whose outputs stand in place of labels where a task reads none.
         amp: no, bf16 or fp16.
         compile: through `torch.compile`, once: smaller batches are padded to the first one's size, and compiling is not
             counted as time of the passes.
         progress: True shows what the commands show.
 
     Raises:
-        ValueError: the loader gives no image.
+        ValueError: the loader gives no image, or labels that are not the task's.
 
     >>> model = nvit.load(nvit.BUNDLED)
     >>> loader = nvit.data.evaluation_loader(nvit.data.Digits(training=False), batch_size=120)
@@ -40,41 +51,38 @@ def accuracy(
     >>> found["images"], found["top1"] > 95
     (360, True)
     """
+    task = tasks.of(task, model) if isinstance(task, str) else task
+    if not task.reads_labels and reference is None:
+        raise ValueError(
+            f"task {task.name} compares a model with the unpruned one, which is not known here; give reference, or run "
+            "nvit compare DENSE SNAPSHOT"
+        )
     device = next(model.parameters()).device
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     was_training = model.training
     model.eval()
-    top1 = top5 = seen = 0
-    loss = busy = 0.0
+    meter, seen, busy = task.meter(), 0, 0.0
     forward = partial(adapters.predict, model)
     total = known_length(loader) or 0
     for i, batch in enumerate(loader):
-        images, labels = (t.to(device) for t in labelled(batch))
+        images, labels = parts(batch)
+        images, labels = images.to(device), task.labels(images, labels).to(device)
         with torch.autocast(device.type, dtype, enabled=amp != "no"):
             if compile and not seen:
                 forward = FixedBatch(compiled(forward), torch.empty_like(images))
                 forward(images)
             start = time.perf_counter()
-            logits = forward(images).float()
+            outputs = forward(images).float()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         busy += time.perf_counter() - start
-        ranked = logits.topk(min(5, logits.shape[1]), -1).indices == labels[:, None]
-        top1 += int(ranked[:, :1].sum())
-        top5 += int(ranked.sum())
-        loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
-        seen += len(labels)
-        progress(i + 1, total, f"evaluate: top-1 {100 * top1 / seen:.2f} %")
+        meter.add(outputs, labels if task.reads_labels else adapters.predict(reference, images).float())
+        seen += len(images)
+        progress(i + 1, total, f"evaluate: {meter.so_far()}{seen} images")
     model.train(was_training)
     if not seen:
         raise ValueError("the evaluation loader gave no image; it needs at least one")
-    return {
-        "top1": 100 * top1 / seen,
-        "top5": 100 * top5 / seen,
-        "loss": loss / seen,
-        "images": seen,
-        "images_per_s": seen / busy,
-    }
+    return meter.value() | {"images": seen, "images_per_s": seen / busy}
 
 
 def parameters(model: nn.Module) -> int:

@@ -1,5 +1,4 @@
-"""Samples of the Gauss-Newton matrix of cross entropy: probes of the logits, and products of the gate gradients that
-they cause."""
+"""Samples of the Gauss-Newton matrix of a task's loss between gates."""
 
 from __future__ import annotations
 
@@ -7,17 +6,6 @@ import torch
 from torch import Tensor
 
 from .capture import Place
-
-
-def probe(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """A draw `(batch, classes)` whose second moment is the Hessian of cross entropy at `logits` `(batch, classes)`.
-
-    It does not depend on the labels. Sent backward, it gives gradients whose second moments are Gauss-Newton's.
-    """
-    p = logits.detach().float().softmax(-1)
-    signs = torch.randint(0, 2, p.shape, generator=generator).to(p) * 2 - 1
-    half = p.sqrt() * signs
-    return (half - p * half.sum(-1, keepdim=True)).to(logits)
 
 
 class GateProducts:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import adapters
+from .. import adapters, tasks
 from ..layers import prunable_layers
+from ..tasks import Task
 from ..utils.progress import Progress, silent
 from .capture import Place, capture
-from .gauss_newton import GateProducts, probe
+from .gauss_newton import GateProducts
 
 
 @dataclass
@@ -60,13 +61,19 @@ class StatisticsRecorder:
 
     Opened again it goes on with what it has.
 
+    Args:
+        task: whose probes are sent backward; the one that the model tells if None.
+
     Attributes:
         statistics: by place.
         gates: products of gate gradients, gathered beside if given.
         batches: seen so far.
     """
 
-    def __init__(self, model: nn.Module, *, gates: GateProducts | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, model: nn.Module, *, task: Task | None = None, gates: GateProducts | None = None, seed: int = 0
+    ) -> None:
+        self.task = task or tasks.of("auto", model)
         self.layers, self.gates, self.model = prunable_layers(model), gates, model
         self.generator = torch.Generator().manual_seed(seed)
         self.statistics: dict[Place, SiteStatistics] = {}
@@ -99,7 +106,7 @@ class StatisticsRecorder:
             found = f"a logit is not finite on calibration batch {self.batches + 1}"
             raise FloatingPointError(f"{found}; check weights and data")
         self._images = len(logits)
-        logits.backward(probe(logits, self.generator))
+        logits.backward(self.task.probe(logits, self.generator))
         if self.gates is not None:
             self.gates.close_batch()
         self.batches += 1
@@ -129,6 +136,7 @@ def gather_statistics(
     model: nn.Module,
     batches: Iterable[Tensor],
     *,
+    task: Task | None = None,
     gates: GateProducts | None = None,
     seed: int = 0,
     total: int = 0,
@@ -137,6 +145,7 @@ def gather_statistics(
     """One pass over images through a prepared model, forward and backward; weights are frozen meanwhile.
 
     Args:
+        task: whose probes are sent backward; the one that the model tells if None.
         gates: gathers products of gate gradients beside.
 
     Raises:
@@ -144,7 +153,7 @@ def gather_statistics(
         FloatingPointError: a logit is not finite.
     """
     device = next(model.parameters()).device
-    with _frozen(model), StatisticsRecorder(model, gates=gates, seed=seed) as recorder:
+    with _frozen(model), StatisticsRecorder(model, task=task, gates=gates, seed=seed) as recorder:
         for done, images in enumerate(batches, start=1):
             recorder.backward(adapters.find(model).logits(model, images.to(device)).mean)
             progress(done, total, "statistics")

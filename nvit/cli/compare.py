@@ -3,36 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from .. import adapters
 from ..analysis.compare import side_by_side, smallest_bundles
 from ..analysis.evaluate import accuracy, peak_memory
-from ..config import _help
 from ..latency.clock import in_dtype
 from ..utils.progress import Progress
 from ..utils.report import show, write_csv, write_result
-from .command import Command
-from .flags import DataFlags, Flat, LatencyFlags, MachineFlags, ModelFlags
+from ..utils.stages import Stage
+from .flags.compare import CompareCommand
 from .inputs import open_evaluation_data, sample_images
 from .models import open_model
 from .progress import shown
 from .tables import in_words, measured_on, open_table
 
-
-@dataclass(frozen=True, kw_only=True)
-class CompareCommand:
-    """Parameters, MACs, latency, memory and accuracy of several models, side by side; the first is the reference."""
-
-    batch_size: Annotated[int, _help("images a batch while evaluating")] = 64
-    seconds: Annotated[float, _help("time for measuring latency, all models in turn")] = 20.0
-    out: Annotated[str, _help("folder for result.json and compare.csv; none if empty")] = ""
-    opening: Flat[ModelFlags] = field(default_factory=ModelFlags)
-    machine: Flat[MachineFlags] = field(default_factory=MachineFlags)
-    images: Flat[DataFlags] = field(default_factory=DataFlags)
-    latency: Flat[LatencyFlags] = field(default_factory=LatencyFlags)
+NOT_COMPARED = {"loss", "images", "images_per_s"}
+"""Of what an evaluation says: the loss, what is the same for all, and a speed that is measured better elsewhere."""
 
 
 def run_compare(names: Sequence[str], command: CompareCommand, progress: Progress) -> dict[str, Any]:
@@ -49,14 +37,15 @@ def run_compare(names: Sequence[str], command: CompareCommand, progress: Progres
     table = open_table(models[0], command.latency, smallest_bundles(models), progress)
     mode, dtype = command.latency.deployed(device)
     images = sample_images(models[0], command.latency.latency_batch).to(dtype)
+    progress(0, 1, "measuring models")
     found = side_by_side(models, table, images, command.seconds, mode)
     rows = []
     for name, model, row in zip(names, models, found, strict=True):
         row = {"name": name} | row | {"peak_memory": peak_memory(in_dtype(model.eval(), dtype), images)}
-        evaluation = open_evaluation_data(model, command.images, command.batch_size)
+        evaluation = open_evaluation_data(model, command.images, command.batch_size, command.task)
         if evaluation is not None:
-            top = accuracy(model, evaluation, progress=progress)
-            row |= {"top1": top["top1"], "top5": top["top5"]}
+            how = {"task": command.task, "reference": models[0], "progress": progress}
+            row |= {key: value for key, value in accuracy(model, evaluation, **how).items() if key not in NOT_COMPARED}
         rows.append(row)
     result = {"models": rows} | measured_on(command.latency, images.device)
     if command.out:
@@ -65,10 +54,14 @@ def run_compare(names: Sequence[str], command: CompareCommand, progress: Progres
     return result
 
 
-def run(command: CompareCommand, words: Sequence[str]) -> None:
-    with command.machine.running(), shown() as progress:
-        found = run_compare(words, command, progress)
+def stages(command: CompareCommand) -> list[Stage]:
+    """What a comparison does, in seconds, an evaluation taken for ten."""
+    table, seconds = command.latency.latency_seconds, command.seconds
+    found = [Stage("measuring latency", table, table)] * (not command.latency.table)
+    return [*found, Stage("measuring models", seconds, seconds), *[Stage("evaluate", 10)] * len(command.models)]
+
+
+def run(command: CompareCommand) -> None:
+    with command.machine.running(), shown(stages(command)) as progress:
+        found = run_compare(command.models, command, progress)
     show(in_words(found), found["models"])
-
-
-COMMAND = Command(CompareCommand, "MODEL MODEL … [RECIPE.toml]", run, 1, None)

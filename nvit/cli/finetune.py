@@ -3,41 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 
-from .. import parallel
+from .. import parallel, tasks
 from ..analysis import compare
 from ..analysis.evaluate import accuracy
-from ..config import FinetuneConfig, _help
 from ..structure import snapshot
 from ..training.finetune import finetune
 from ..utils.progress import Progress
 from ..utils.report import show, write_result
-from .command import Command
-from .flags import DataFlags, Flat, MachineFlags, ModelFlags
+from ..utils.stages import Stage
+from .flags.finetune import FinetuneCommand
 from .inputs import open_images
 from .models import open_cnn_teacher, open_model, open_teacher, untrained
 from .progress import shown
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneCommand:
-    """Finetune a compact model; with --scratch, train a new one."""
-
-    out: Annotated[str, _help("folder for the snapshot and result.json")] = "nvit-finetuned"
-    teacher: Annotated[str, _help("the unpruned model for L_full, named as MODEL is; none if empty")] = ""
-    teacher_checkpoint: Annotated[str, _help("its weights")] = ""
-    scratch: Annotated[bool, _help("start from random weights")] = False
-    resume: Annotated[bool, _help("go on where an interrupted run in --out stopped")] = False
-    opening: Flat[ModelFlags] = field(default_factory=ModelFlags)
-    machine: Flat[MachineFlags] = field(default_factory=MachineFlags)
-    images: Flat[DataFlags] = field(default_factory=DataFlags)
-    config: Flat[FinetuneConfig] = field(default_factory=FinetuneConfig)
 
 
 def run_finetune(name: str, command: FinetuneCommand, progress: Progress) -> dict[str, Any]:
@@ -49,17 +31,20 @@ def run_finetune(name: str, command: FinetuneCommand, progress: Progress) -> dic
     device = command.machine.pick()
     model = open_model(name, command.opening, device, scratch=command.scratch)
     new = untrained(name, command.opening, scratch=command.scratch)
-    images = open_images(model, command.images, witness="never" if new else "order")
+    images = open_images(model, command.images, task=config.task, witness="never" if new else "order")
     loader = images.training(config)
     evaluation = images.evaluation(config.batch_size, command.images.eval_images)
     teacher = open_teacher(command.teacher, command.teacher_checkpoint, device)
     cnn, renormalise = open_cnn_teacher(config.cnn_teacher, model)
 
-    def top1() -> float | None:
-        return None if evaluation is None else accuracy(model, evaluation, progress=progress)["top1"]
+    task = tasks.of(config.task, model)
 
-    before = top1() if parallel.main() else None
-    state_file = out.with_name(f"{out.name}_state.safetensors")  # beside the snapshot, which appears whole
+    def quality() -> float | None:
+        if evaluation is None or not parallel.main():
+            return None
+        return accuracy(model, evaluation, task=task, reference=teacher, progress=progress)[task.metric]
+
+    before = quality()
     model = finetune(
         model,
         loader,
@@ -67,19 +52,27 @@ def run_finetune(name: str, command: FinetuneCommand, progress: Progress) -> dic
         teacher=teacher,
         cnn_teacher=cnn,
         renormalise=renormalise,
-        state_file=state_file,
+        state_file=command.state_file,
         resume=command.resume,
         progress=progress,
     )
     if not parallel.main():
         return {}
-    found = {"model": name, "epochs": config.epochs, "top1_before": before, "top1": None} | compare.size(model)
-    found["top1"] = top1()
+    found = {
+        "model": name,
+        "epochs": config.epochs,
+        f"{task.metric}_before": before,
+        "metric": task.metric,
+    } | compare.size(model)
+    found[task.metric] = quality()
     snapshot.save(out, model, found)
     found |= {"path": str(out), "seconds": time.monotonic() - start}
     write_result(out, found)
-    state_file.unlink(missing_ok=True)
+    command.state_file.unlink(missing_ok=True)
     return found
+
+
+STAGES = (Stage("evaluate", 5), Stage("finetune", 90), Stage("evaluate", 5))
 
 
 def refuse_snapshot(out: Path, resume: bool = False) -> None:
@@ -88,14 +81,16 @@ def refuse_snapshot(out: Path, resume: bool = False) -> None:
         raise ValueError(f"{out} holds a snapshot already; choose another --out or remove it")
 
 
-def run(command: FinetuneCommand, words: Sequence[str]) -> None:
-    with command.machine.running(), shown() as progress:
-        found = run_finetune(words[0], command, progress)
-    if not found:
-        return
-    before = {"name": "before", "top1": found["top1_before"]}
-    show(f"{words[0]}: {found['epochs']:g} epochs", [before, {"name": "after"} | found])
+def run(command: FinetuneCommand) -> None:
+    with command.machine.running(), shown(STAGES) as progress:
+        found = run_finetune(command.model, command, progress)
+    if found:
+        tell(command, found)
+
+
+def tell(command: FinetuneCommand, found: dict[str, Any]) -> None:
+    """Print what a run found: its own, or what stands in the `result.json` of one that is finished."""
+    metric = found["metric"]
+    before = {"name": "before", metric: found[f"{metric}_before"]}
+    show(f"{command.model}: {found['epochs']:g} epochs", [before, {"name": "after"} | found])
     print(f"{found['path']}: nvit.load({found['path']!r})")
-
-
-COMMAND = Command(FinetuneCommand, "MODEL [RECIPE.toml]", run, 1, 1, ranks=True)

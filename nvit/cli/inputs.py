@@ -1,29 +1,28 @@
-"""From flags to images and latency tables, with a clear word where they do not fit the model."""
+"""From flags to images, with a clear word where they do not fit the model."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .. import adapters
-from ..latency.clock import current_setting
-from ..latency.table import LatencyTable, default_cache
-from ..structure import snapshot
+from .. import adapters, tasks
+from ..tasks import Task
 from ..training.images import DigitImages, Images, Labels
-from ..utils.progress import Progress, silent
-from .flags import DIGITS, DataFlags, LatencyFlags
+from ..training.targets import TargetImages
+from .flags import DIGITS, DataFlags
 from .progress import say
 
 NO_DATA = "--data is missing: a folder of class folders, or a timm data set as torch/cifar10:FOLDER"
 
 
-def open_images(model: nn.Module, flags: DataFlags, *, witness: str = "order") -> Images | DigitImages:
+def open_images(
+    model: nn.Module, flags: DataFlags, *, task: str = "auto", witness: str = "order"
+) -> Images | TargetImages | DigitImages:
     """The images of a command.
 
     Args:
+        task: what the model is for, by its name.
         witness: on what the model is asked about its labels, see `training.images.Labels`.
 
     Raises:
@@ -33,6 +32,11 @@ def open_images(model: nn.Module, flags: DataFlags, *, witness: str = "order") -
         return DigitImages()
     if not (flags.data or flags.eval_data):
         raise ValueError(NO_DATA)
+    whose = tasks.of(task, model)
+    if not whose.class_numbers:
+        return _target_images(model, flags, whose)
+    if flags.targets or flags.eval_targets:
+        raise ValueError(f"--targets goes with --task multilabel or regression; the task is {whose.name}")
     labels = Labels(class_map=flags.class_map, order=flags.class_order, accept=flags.accept_labels, witness=witness)
     return Images(
         model,
@@ -41,7 +45,27 @@ def open_images(model: nn.Module, flags: DataFlags, *, witness: str = "order") -
         labels=labels,
         resize=flags.resize,
         skip_broken=flags.skip_broken,
-        workers=flags.workers,
+        workers=flags.processes(),
+        say=say,
+    )
+
+
+def _target_images(model: nn.Module, flags: DataFlags, task: Task) -> TargetImages:
+    for name in ("class_map", "accept_labels"):
+        if getattr(flags, name):
+            raise ValueError(f"--{name.replace('_', '-')} is about class folders; task {task.name} has none")
+    if not task.reads_labels and (flags.targets or flags.eval_targets):
+        raise ValueError(f"--targets are labels, and task {task.name} reads none")
+    return TargetImages(
+        model=model,
+        where=flags.data or flags.eval_data,
+        evaluated=flags.eval_data,
+        targets=flags.targets,
+        evaluated_targets=flags.eval_targets,
+        labelled=task.reads_labels,
+        resize=flags.resize,
+        skip_broken=flags.skip_broken,
+        workers=flags.processes(),
         say=say,
     )
 
@@ -51,11 +75,11 @@ def has_images(model: nn.Module, flags: DataFlags) -> bool:
     return bool(flags.data or flags.eval_data) or _uses_digits(model, "")
 
 
-def open_evaluation_data(model: nn.Module, flags: DataFlags, batch_size: int) -> DataLoader | None:
+def open_evaluation_data(model: nn.Module, flags: DataFlags, batch_size: int, task: str = "auto") -> DataLoader | None:
     """The images that a command evaluates, which trains on none; None where no data is named."""
     if not has_images(model, flags):
         return None
-    return open_images(model, flags).evaluation(batch_size, flags.eval_images, own=True)
+    return open_images(model, flags, task=task).evaluation(batch_size, flags.eval_images, own=True)
 
 
 def _uses_digits(model: nn.Module, data: str) -> bool:
@@ -70,35 +94,3 @@ def sample_images(model: nn.Module, batch_size: int) -> Tensor:
     p = next(model.parameters())
     size = adapters.preprocess(model)["input_size"]
     return torch.randn(batch_size, *size, generator=torch.Generator().manual_seed(0)).to(p.device, p.dtype)
-
-
-def open_table(
-    model: nn.Module, flags: LatencyFlags, bundle_sizes: Mapping[str, int], progress: Progress = silent
-) -> LatencyTable:
-    """The latency table of a command: counted, read, or measured on the model's device.
-
-    Raises:
-        ValueError: a table of another model or setting.
-    """
-    p = next(model.parameters())
-    if flags.table == "analytic":
-        return LatencyTable.analytic(model, bundle_sizes)
-    if flags.table:
-        table = LatencyTable.load(flags.table)
-        if table.setting is not None:
-            tokens = adapters.find(model).tokens(model)
-            here = current_setting(p.device, p.dtype, flags.latency_batch, tokens)
-            table.check(here, snapshot.spec_of(model).blocks)
-        return table
-    progress(0, 1, f"measuring latency, about {flags.latency_seconds:.0f} s")
-    table = LatencyTable.measure(
-        model,
-        flags.latency_batch,
-        p.device,
-        p.dtype,
-        bundle_sizes=bundle_sizes,
-        seconds=flags.latency_seconds,
-        cache=default_cache(),
-    )
-    progress(1, 1, "measuring latency")
-    return table

@@ -3,42 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from ..config import _help
 from ..latency.table import LatencyTable
 from ..spec import BUNDLE_SIZES, KINDS
-from ..structure import snapshot
 from ..utils.progress import Progress
 from ..utils.report import write_result
-from .command import Command
-from .flags import DIGITS, Flat, LatencyFlags, MachineFlags, ModelFlags
-from .models import open_model
+from ..utils.stages import Stage
+from .flags.latency import LatencyCommand
+from .models import is_snapshot, open_model
 from .progress import shown
 from .tables import open_table
 
 
-@dataclass(frozen=True, kw_only=True)
-class LatencyCommand:
-    """Measure a latency table, or show one."""
-
-    model: Annotated[str, _help("a timm name, a snapshot folder, or a Hugging Face folder")] = DIGITS
-    out: Annotated[str, _help("folder for latency_table.json and result.json; none if empty")] = ""
-    opening: Flat[ModelFlags] = field(default_factory=ModelFlags)
-    machine: Flat[MachineFlags] = field(default_factory=MachineFlags)
-    latency: Flat[LatencyFlags] = field(default_factory=LatencyFlags)
-
-
 def run_latency(command: LatencyCommand, progress: Progress) -> tuple[LatencyTable, dict[str, Any]]:
     """The table, and what goes into result.json."""
-    if command.latency.table not in ("", "analytic"):
+    if command.shows:
         table = LatencyTable.load(command.latency.table)
     else:
         # Latency does not depend on the weights: none are fetched. A snapshot has its own.
-        own = command.model == DIGITS or snapshot.is_snapshot(command.model)
+        own = is_snapshot(command.model)
         opening = command.opening if own else dataclasses.replace(command.opening, pretrained=False)
         model = open_model(command.model, opening, command.machine.pick())
         table = open_table(model, command.latency, BUNDLE_SIZES, progress)
@@ -50,8 +35,8 @@ def run_latency(command: LatencyCommand, progress: Progress) -> tuple[LatencyTab
     return table, found
 
 
-def run(command: LatencyCommand, words: Sequence[str]) -> None:
-    with command.machine.running(), shown() as progress:
+def run(command: LatencyCommand) -> None:
+    with command.machine.running(), shown([Stage("measuring latency", 1, command.latency.latency_seconds)]) as progress:
         table, found = run_latency(command, progress)
     where = "multiply-accumulates, 1 G counted as 1 ms"
     if table.setting is not None:
@@ -64,6 +49,3 @@ def run(command: LatencyCommand, words: Sequence[str]) -> None:
         print(f"  {kind:8s}{found[f'ms_per_{kind}']:.5f}")
     if command.out:
         print(f"{command.out}/latency_table.json")
-
-
-COMMAND = Command(LatencyCommand, "[RECIPE.toml]", run)

@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
+from .. import __version__
+from ..utils.launch import launched
+from . import failures
+from .command import finished, flat, no_model, numbered, resumable, with_settings
+from .words import UsageError
 
-from .. import __version__, parallel
-from . import analyze_correlation, analyze_widths, compare, evaluate, finetune, latency, prune, sparsify
-from .command import Command
-from .flags import DIGITS
-from .recipe import from_toml
-
-COMMANDS: dict[str, Command] = {
-    "prune": prune.COMMAND,
-    "finetune": finetune.COMMAND,
-    "evaluate": evaluate.COMMAND,
-    "compare": compare.COMMAND,
-    "latency": latency.COMMAND,
-    "sparsify": sparsify.COMMAND,
-    "analyze widths": analyze_widths.COMMAND,
-    "analyze correlation": analyze_correlation.COMMAND,
-}
+if TYPE_CHECKING:
+    from .command import Command
 
 BAD_USAGE, FAILED, INTERRUPTED = 2, 1, 130
 
-
-class UsageError(Exception):
-    """The words of a command line are off."""
+_LEFT = 34
+"""Columns of the command's own words in the list of all."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -45,28 +36,36 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     config = None
     try:
-        name, words, flags = _split(args)
         with _one_voice():
-            config, words = _configure(name, COMMANDS[name], words, flags)
-        if parallel.launched()[1] > 1 and not COMMANDS[name].ranks:
-            raise UsageError(f"nvit {name} runs in one process; start it without torchrun")
+            command, config, here = parse(args)
+        if launched()[1] > 1 and not command.ranks:
+            raise UsageError(f"nvit {args[0]} runs in one process; start it without torchrun")
+        from .. import parallel
+
         parallel.join()
+        config = config if here else parallel.from_main(lambda: numbered(config))
         with parallel.watch():
-            COMMANDS[name].run(config, words)
+            _work(command, config)
         parallel.leave()
     except UsageError as e:
-        return _say(e, BAD_USAGE)
+        failures.say(e)
+        return BAD_USAGE
     except BrokenPipeError:
         return FAILED
-    except (ValueError, FloatingPointError, OSError, ModuleNotFoundError) as e:
-        return _say(e, FAILED)
     except KeyboardInterrupt:
-        again = "; the same command with --resume goes on" if hasattr(config, "resume") else ""
-        return _say(f"interrupted{again}", INTERRUPTED)
+        again = "; the same command with --resume goes on" if config is not None and resumable(config) else ""
+        failures.say(f"interrupted{again}")
+        return INTERRUPTED
+    except Exception as e:
+        known = {} if config is None else flat(config)
+        failures.explain(e, args, known.get("out", ""), debug=known.get("debug", "--debug" in args))
+        return FAILED
     return 0
 
 
 def _help() -> str:
+    from .commands import COMMANDS
+
     lines = [
         f"usage: nvit COMMAND …        nvit {__version__}",
         "",
@@ -74,62 +73,80 @@ def _help() -> str:
         "",
     ]
     for name, command in COMMANDS.items():
-        lines.append(f"  nvit {name} {command.words}".ljust(52) + command.flags.__doc__.splitlines()[0])
-    lines += ["", f"MODEL is a timm name, a snapshot or Hugging Face folder, or {DIGITS!r}. Every command has --help."]
+        model = {"model": " MODEL", "models": " MODEL …", "": ""}[command.models]
+        said = command.flags.__doc__ if command.demo is None else "The bundled ViT pruned on the bundled digits."
+        begin = f"  nvit {name}{model}".ljust(_LEFT)
+        lines += textwrap.wrap(begin + said.splitlines()[0], 80, subsequent_indent=" " * _LEFT)
+    lines += [
+        "",
+        "MODEL is a timm name, hf-hub:NAME, local-dir:FOLDER, 'digits', or the folder of",
+        "a snapshot, a run or a Hugging Face model. Every command has --help, and takes",
+        "its flags from a RECIPE.toml as well. What completes them in a shell:",
+        "  nvit --tyro-print-completion bash       (or zsh)",
+    ]
     return "\n".join(lines)
 
 
-def _split(args: Sequence[str]) -> tuple[str, list[str], list[str]]:
-    """Command name, leading words, flags."""
-    name, rest = args[0], list(args[1:])
-    if name == "analyze":
-        if not rest or rest[0].startswith("-"):
-            analyses = [name.partition(" ")[2] for name in COMMANDS if name.startswith("analyze ")]
-            raise UsageError(f"usage: nvit analyze {{{','.join(analyses)}}} MODEL …")
-        name = f"analyze {rest.pop(0)}"
-    if name not in COMMANDS:
-        raise UsageError(f"unknown command {name!r}; there are {', '.join(COMMANDS)}")
-    first_flag = next((i for i, a in enumerate(rest) if a.startswith("-")), len(rest))
-    return name, rest[:first_flag], rest[first_flag:]
+def parse(args: Sequence[str]) -> tuple[Command, Any, bool]:
+    """The command, its dataclass from a recipe and flags, which win, and whether its folder was named.
 
+    Raises:
+        UsageError: they are off, in one line.
+        SystemExit: help was asked for, or a script for completion.
+    """
+    import tyro
 
-def _configure(name: str, command: Command, words: list[str], flags: list[str]) -> tuple[Any, list[str]]:
-    """The command's dataclass from its recipe and flags, and its other leading words."""
-    recipes = [w for w in words if w.endswith(".toml")]
-    words = [w for w in words if not w.endswith(".toml")]
-    if len(recipes) > 1:
-        raise UsageError(f"one recipe at most, found {', '.join(recipes)}")
-    asked = bool({"-h", "--help"} & set(flags))
-    if not asked and (len(words) < command.least or (command.most is not None and len(words) > command.most)):
-        raise UsageError(f"usage: nvit {name} {command.words} [--flags]; found {' '.join(words) or 'no'} model")
-    if not recipes and command.demo and "--model" not in flags:
-        recipes = [str(command.demo)]
+    from . import groups, recipe, words
+    from .commands import COMMANDS
+
+    whole = args[0].startswith("--tyro-") or (len(args) > 1 and args[0] == "analyze" and args[1] in words.HELP)
+    line = words.Line("") if whole else words.read(args, COMMANDS)
+    chosen = COMMANDS.get(line.name)
     try:
-        defaults = from_toml(command.flags, recipes[0]) if recipes else command.flags()
-        config = tyro.cli(command.flags, prog=f"nvit {name} {command.words}", default=defaults, args=flags)
+        if chosen is None:
+            every = groups.union(COMMANDS, {name: command.flags() for name, command in COMMANDS.items()})
+            tyro.cli(every, prog="nvit", args=args, config=groups.HOW)
+        source = line.recipe or chosen.demo
+        raw = recipe.read_toml(source) if source else {}
+        default = recipe.from_dict(chosen.flags, raw, str(source))
+        if chosen.models and chosen.needy and not (line.models or line.asks or getattr(default, chosen.models)):
+            raise UsageError(no_model(line.name))
+        ordered = [*line.name.split(), *line.models, *line.flags]
+        found = tyro.cli(groups.union(COMMANDS, {line.name: default}), prog="nvit", args=ordered, config=groups.HOW)
+        config = with_settings(default, groups.settings_of(found))
         if hasattr(config, "check"):
             config.check()
+        if config.general.dump_config and not launched()[0]:
+            recipe.dump(config, chosen, line.name)
     except ValueError as e:
         raise UsageError(str(e)) from None
-    return config, words
+    named = "out" in line.given or bool(line.recipe and "out" in raw) or not config.out
+    return chosen, config, named
+
+
+def _work(command: Command, config: Any) -> None:
+    """A command's work; of a run that is finished and is to be resumed, its result once more."""
+    from .. import parallel
+    from .memory import in_memory
+
+    work = importlib.import_module(f"{__package__}.{command.work}")
+    if getattr(config, "resume", False) and (found := parallel.from_main(lambda: finished(config))):
+        if parallel.main():
+            print(f"{config.out} is finished already; this is its result")
+            work.tell(config, found)
+    else:
+        in_memory(work.run, config)
 
 
 @contextlib.contextmanager
 def _one_voice() -> Iterator[None]:
     """Help and usage errors from the first of several processes alone."""
     with contextlib.ExitStack() as stack:
-        if parallel.launched()[0]:
+        if launched()[0]:
             nothing = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nothing))
             stack.enter_context(contextlib.redirect_stderr(nothing))
         yield
-
-
-def _say(error: object, code: int) -> int:
-    if not parallel.speaks():
-        return code
-    print(f"nvit: {' '.join(str(error).split())}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

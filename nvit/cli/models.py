@@ -11,24 +11,27 @@ import torch
 from timm.data import resolve_data_config
 from torch import nn
 
-from .. import adapters, parallel
+from .. import adapters, parallel, zoo  # noqa: F401  (zoo: its models get names in timm)
 from ..adapters import hf_folder
+from ..prune.folder import RunFolder
 from ..structure import snapshot
 from ..training.distill import frozen, renormalisation
 from ..utils.files import short
 from .checkpoint import load_weights_
 from .flags import DIGITS, ModelFlags
 
+HOSTED = ("hf-hub:", "hf_hub:", "local-dir:")
+"""What stands before names of timm models that are not timm's own: on the Hugging Face hub, or in a folder."""
+
 
 def open_model(name: str, flags: ModelFlags, device: torch.device, *, scratch: bool = False) -> nn.Module:
-    """A prepared model on its device: a snapshot folder, a folder that transformers wrote, a timm name, or the bundled
-    digits model.
+    """A prepared model on its device: a snapshot's folder, a run's (see `snapshot_of`), one that transformers wrote, a
+    timm name (also `hf-hub:NAME`, `local-dir:FOLDER`), or the bundled digits model.
 
     Raises:
         ValueError: unknown name, damaged snapshot or checkpoint, unsupported family.
     """
-    if name == DIGITS:
-        name = str(snapshot.BUNDLED)
+    name = snapshot_of(name, flags.target)
     if snapshot.is_snapshot(name):
         own = f"{name} is a snapshot, which has its own"
         _refuse(flags, own, "checkpoint")
@@ -41,7 +44,7 @@ def open_model(name: str, flags: ModelFlags, device: torch.device, *, scratch: b
             raise ValueError(f"{name} takes images of {size[-2]} × {size[-1]}; leave out --img-size {flags.img_size}")
     elif Path(name).is_dir():
         model = _hf_model(name, flags, scratch)
-    elif not timm.is_model(name):
+    elif not name.startswith(HOSTED) and not timm.is_model(name):
         near = timm.list_models(f"*{name}*")[:3]
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         raise ValueError(f"model {name!r} is neither a snapshot folder nor a timm model{hint}")
@@ -49,6 +52,30 @@ def open_model(name: str, flags: ModelFlags, device: torch.device, *, scratch: b
         model = _timm_model(name, flags, scratch)
     adapters.find(model).prepare(model)
     return model.to(device)
+
+
+def snapshot_of(name: str, target: float = 0.0) -> str:
+    """The snapshot's folder that a name means: of a run's folder its smallest target or the one asked for, of `digits`
+    the bundled one; any other name as it is.
+
+    Raises:
+        ValueError: the run has no snapshot at that target, or none at all; or a target of what is no run.
+    """
+    if name == DIGITS:
+        name = str(snapshot.BUNDLED)
+    found = {} if snapshot.is_snapshot(name) else RunFolder(name).snapshots()
+    if not found:
+        if target:
+            raise ValueError(f"--target {target:g} is of a run's folder, which {name} is not; leave it out")
+        return name
+    if target and target not in found:
+        raise ValueError(f"{name} has no snapshot at {target:g}; it has {', '.join(f'{t:g}' for t in found)}")
+    return str(found[target or min(found)])
+
+
+def is_snapshot(name: str) -> bool:
+    """Whether a name means a snapshot, by itself or as a run's."""
+    return snapshot.is_snapshot(snapshot_of(name))
 
 
 def _load(folder: str) -> nn.Module:
@@ -107,7 +134,7 @@ def _timm_model(name: str, flags: ModelFlags, scratch: bool) -> nn.Module:
 
 def untrained(name: str, flags: ModelFlags, *, scratch: bool = False) -> bool:
     """Whether a model's weights are new, so that there is nothing to ask it."""
-    kept = flags.pretrained or flags.checkpoint or name == DIGITS or snapshot.is_snapshot(name)
+    kept = flags.pretrained or flags.checkpoint or is_snapshot(name)
     return scratch or not kept
 
 

@@ -2,78 +2,38 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .. import adapters, parallel
+from .. import adapters, parallel, tasks
 from ..analysis import compare
 from ..analysis.evaluate import accuracy
-from ..config import PruneConfig, _help
+from ..config import PruneConfig
 from ..latency.table import LatencyTable
 from ..prune.api import finetune_snapshots, prune
 from ..prune.budget import Budget
 from ..prune.budget import show as show_bytes
 from ..prune.folder import RunFolder
 from ..prune.result import PruneResult
-from ..prune.targets import fractions
 from ..structure.masks import unmasked_
-from ..structure.snapshot import BUNDLED
 from ..training.data import TrainingData
 from ..training.images import DigitImages, Images
+from ..training.targets import TargetImages
 from ..utils.memory import Meter
 from ..utils.progress import Progress
 from ..utils.report import show
-from .command import Command, flat
-from .flags import DIGITS, DataFlags, Flat, LatencyFlags, MachineFlags, ModelFlags
+from ..utils.stages import Stage
+from .command import flat
+from .flags.prune import PruneCommand
 from .inputs import open_images, sample_images
 from .models import open_cnn_teacher, open_model, untrained
 from .progress import shown
 from .tables import in_words, measured_on, open_table
-
-
-@dataclass(frozen=True, kw_only=True)
-class PruneCommand:
-    """Prune a vision transformer to a latency target. Without --model: the bundled ViT on the bundled digits."""
-
-    model: Annotated[str, _help("a timm name, a snapshot folder, or a Hugging Face folder")] = DIGITS
-    out: Annotated[str, _help("folder for snapshots, table, history and result.json")] = "nvit-run"
-    resume: Annotated[bool, _help("go on where an interrupted run in --out stopped")] = False
-    latency_ms: Annotated[tuple[float, ...], _help("targets in ms a batch of --latency-batch images")] = ()
-    images_per_second: Annotated[tuple[float, ...], _help("targets as throughput at that batch")] = ()
-    opening: Flat[ModelFlags] = field(default_factory=ModelFlags)
-    machine: Flat[MachineFlags] = field(default_factory=MachineFlags)
-    images: Flat[DataFlags] = field(default_factory=DataFlags)
-    latency: Flat[LatencyFlags] = field(default_factory=LatencyFlags)
-    config: Flat[PruneConfig] = field(default_factory=PruneConfig)
-
-    def check(self) -> None:
-        """Raise ValueError where a value makes no sense."""
-        self.config.check()
-        for name in ("latency_ms", "images_per_second"):
-            for value in getattr(self, name):
-                if not 0 < value < math.inf:
-                    raise ValueError(f"{name} {value:g} is not a positive number")
-            if getattr(self, name) and self.config.latency_target != PruneConfig().latency_target:
-                raise ValueError(f"{name} stands in place of latency_target; give one of them")
-
-    def with_targets(self, model: nn.Module, table: LatencyTable) -> PruneConfig:
-        """The config, with `latency_target` in fractions where it was asked for in ms or images per second.
-
-        Raises:
-            ValueError: the dense model meets a target already, or no pruning does.
-        """
-        if not self.latency_ms and not self.images_per_second:
-            return self.config
-        found = fractions(model, table, self.config, self.latency_ms, self.images_per_second)
-        return dataclasses.replace(self.config, latency_target=found)
 
 
 @dataclass(frozen=True)
@@ -82,7 +42,7 @@ class Opened:
     fractions."""
 
     model: nn.Module
-    images: Images | DigitImages
+    images: Images | TargetImages | DigitImages
     loader: TrainingData
     evaluation: DataLoader | None
     meter: Meter | None
@@ -98,7 +58,10 @@ def _open(command: PruneCommand, folder: RunFolder, progress: Progress) -> Opene
     model = open_model(command.model, command.opening, command.machine.pick())
     command.latency.deployed(next(model.parameters()).device)  # a mode that is not here is refused before all else
     images = open_images(
-        model, command.images, witness="never" if untrained(command.model, command.opening) else "always"
+        model,
+        command.where,
+        task=config.task,
+        witness="never" if untrained(command.model, command.opening) else "always",
     )
     loader = images.training(config, augment=config.train)
     meter = Meter(next(model.parameters()).device) if config.budget else None
@@ -111,7 +74,7 @@ def _open(command: PruneCommand, folder: RunFolder, progress: Progress) -> Opene
 
     table = folder.table(measured)
     config = command.with_targets(model, table)
-    evaluation = images.evaluation(batch_size, command.images.eval_images)
+    evaluation = images.evaluation(batch_size, command.where.eval_images)
     teacher = open_cnn_teacher(config.cnn_teacher, model)
     return Opened(model, images, loader, evaluation, meter, table, config, *teacher)
 
@@ -142,7 +105,7 @@ def run_prune(command: PruneCommand, progress: Progress) -> dict[str, Any]:
     folder.begin()
     opened = _open(command, folder, progress)
     config, teacher = opened.config, {"cnn_teacher": opened.cnn_teacher, "renormalise": opened.renormalise}
-    dense = compare.size(opened.model) | {"latency_ms": None, "top1": _top1(opened.model, command, opened, progress)}
+    dense = compare.size(opened.model) | {"latency_ms": None} | _quality(opened.model, opened.model, opened, progress)
     result = prune(
         opened.model,
         opened.loader,
@@ -173,10 +136,13 @@ def run_prune(command: PruneCommand, progress: Progress) -> dict[str, Any]:
     return found
 
 
-def _top1(model: nn.Module, command: PruneCommand, opened: Opened, progress: Progress) -> float | None:
+def _quality(model: nn.Module, reference: nn.Module, opened: Opened, progress: Progress) -> dict[str, float | None]:
+    """What the task goes by, of a model; None where it is not evaluated."""
+    task = tasks.of(opened.config.task, model)
     if opened.evaluation is None or not parallel.main():
-        return None
-    return accuracy(model, opened.evaluation, amp=command.config.amp, progress=progress)["top1"]
+        return {task.metric: None}
+    how = {"task": task, "reference": reference, "amp": opened.config.amp, "progress": progress}
+    return {task.metric: accuracy(model, opened.evaluation, **how)[task.metric]}
 
 
 def _measure(
@@ -187,11 +153,12 @@ def _measure(
     mode, dtype = command.latency.deployed(next(reference.parameters()).device)
     images = sample_images(reference, command.latency.latency_batch).to(dtype)
     models = [reference, *(p.model for p in result.snapshots)]
+    progress(0, 1, "measuring snapshots")
     times = compare.measured(models, images, command.latency.latency_seconds / 4, mode)
     rows = []
     for pruned, ms in zip(result.snapshots, times[1:], strict=True):
         row = {"measured_ratio": ms["measured_ratio"]} | compare.size(pruned.model) | ms
-        row["top1"] = _top1(pruned.model, command, opened, progress)
+        row |= _quality(pruned.model, reference, opened, progress)
         pruned.metrics |= row
         path = pruned.save(folder.snapshot(pruned.target))
         named = {"target": pruned.target, "predicted_ratio": pruned.predicted_ratio}
@@ -200,11 +167,29 @@ def _measure(
     return {"dense": dense, "snapshots": rows} | measured_on(command.latency, images.device)
 
 
-def run(command: PruneCommand, words: Sequence[str]) -> None:
-    with command.machine.running(), shown() as progress:
+def stages(command: PruneCommand) -> list[Stage]:
+    """What a run does, with shares as if a pass over images, an epoch or a decision took some seconds."""
+    config, seconds = command.config, command.latency.latency_seconds
+    targets = len(command.latency_ms or command.images_per_second or config.latency_target)
+    found = [Stage("measuring latency", seconds, seconds)] * (not command.latency.table) + [Stage("evaluate", 5)]
+    if config.train:
+        found.append(Stage("prune", 60))
+    else:
+        found += [Stage("statistics", 20)] * config.refit
+        found += [Stage("score", 20), *[Stage("refit", 20)] * config.refit] * (targets * config.rounds)
+    found += [Stage("finetune", 60)] * (targets * bool(config.finetune_epochs))
+    return [*found, Stage("measuring snapshots", seconds / 4, seconds / 4), *[Stage("evaluate", 5)] * targets]
+
+
+def run(command: PruneCommand) -> None:
+    with command.machine.running(), shown(stages(command)) as progress:
         found = run_prune(command, progress)
-    if not found:
-        return
+    if found:
+        tell(command, found)
+
+
+def tell(command: PruneCommand, found: dict[str, Any]) -> None:
+    """Print what a run found: its own, or what stands in the `result.json` of one that is finished."""
     rows = [{"name": "dense", "predicted_ratio": 1.0, "measured_ratio": 1.0} | found["dense"]]
     rows += [{"name": f"pruned to {s['target']:g}"} | s for s in found["snapshots"]]
     show(f"{found['model']}: {in_words(found)}", rows)
@@ -212,10 +197,7 @@ def run(command: PruneCommand, words: Sequence[str]) -> None:
         off = s["measured_ratio"] / s["predicted_ratio"] - 1
         print(f"{s['path']}: measured latency is {off:+.1%} of the prediction; nvit.load({s['path']!r})")
     if memory := found.get("memory"):
-        print(f"memory: peak {show_bytes(memory['peak'])} of {command.config.budget}; {memory['picked']}")
-    if command.config.refit:
+        print(f"memory: peak {show_bytes(memory['peak'])} of {found['recipe']['budget']}; {memory['picked']}")
+    if "refit_seconds" in found:
         print(f"refit: {found['refit_seconds']:.0f} s, peak memory {found['refit_peak_memory'] / 1e6:.0f} MB")
     print(f"{command.out}/result.json written after {found['seconds']:.0f} s")
-
-
-COMMAND = Command(PruneCommand, "[RECIPE.toml]", run, ranks=True, demo=BUNDLED.with_name("digits.toml"))

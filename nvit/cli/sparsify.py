@@ -6,28 +6,29 @@ import copy
 import dataclasses
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .. import sparse24
+from .. import sparse24, tasks
 from ..analysis.evaluate import accuracy
-from ..config import FinetuneConfig, TrainingConfig, _help
+from ..config import TrainingConfig
 from ..structure import snapshot
 from ..training.data import TrainingData
 from ..training.distill import frozen
 from ..training.finetune import finetune
 from ..training.images import DigitImages, Images
+from ..training.targets import TargetImages
 from ..utils.progress import Progress
 from ..utils.report import show, write_csv, write_result
-from .command import Command
+from ..utils.stages import Stage
 from .finetune import refuse_snapshot
-from .flags import DataFlags, Flat, MachineFlags, ModelFlags
+from .flags.sparsify import SparsifyCommand
 from .inputs import NO_DATA, has_images, open_images, sample_images
 from .models import open_model, open_teacher
 from .progress import shown
@@ -41,48 +42,12 @@ LOSS = 5.0
 CALIBRATION_BATCH = 32
 
 
-@dataclass(frozen=True, kw_only=True)
-class MaskedFinetuning(FinetuneConfig):
-    """Finetuning that is left out unless asked for."""
-
-    epochs: Annotated[float, _help("of finetuning under the fixed masks; 0 for none")] = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class SparsifyCommand:
-    """2:4 sparsity of the blocks' projections: masks, channel order, masked finetuning, speed and accuracy."""
-
-    choice: Annotated[
-        Literal["magnitude", "curvature"],
-        _help(
-            "which two of four stay: the largest, or by the loss of outputs on calibration images, changing what stays"
-        ),
-    ] = "magnitude"
-    images: Annotated[int, _help("calibration images of --data, spread over it, for --choice curvature; no labels")] = (
-        512
-    )
-    damping: Annotated[float, _help("of the inputs' covariance, a share of its mean, for --choice curvature")] = (
-        sparse24.DAMPING
-    )
-    permute: Annotated[bool, _help("reorder hidden units and V dims first, so that 2:4 keeps more")] = True
-    permute_seconds: Annotated[float, _help("bound on the search for an order, all layers together")] = 60.0
-    dtype: Annotated[Literal["float16", "bfloat16"], _help("of weights on sparse tensor cores")] = "float16"
-    latency_batch: Annotated[int, _help("images a batch while speed is measured")] = 64
-    teacher: Annotated[str, _help("the model for L_full, as in finetune; the dense snapshot itself if empty")] = ""
-    teacher_checkpoint: Annotated[str, _help("its weights")] = ""
-    out: Annotated[str, _help("folder for the sparse snapshot, result.json and projections.csv")] = "nvit-sparse"
-    opening: Flat[ModelFlags] = field(default_factory=ModelFlags)
-    machine: Flat[MachineFlags] = field(default_factory=MachineFlags)
-    where: Flat[DataFlags] = field(default_factory=DataFlags)
-    config: Flat[MaskedFinetuning] = field(default_factory=MaskedFinetuning)
-
-
 @dataclass(frozen=True)
 class _Opened:
     """A command's model, and its images where it has any."""
 
     model: nn.Module
-    images: Images | DigitImages | None
+    images: Images | TargetImages | DigitImages | None
     evaluation: DataLoader | None
     training: TrainingData | None
 
@@ -93,14 +58,14 @@ def _open(name: str, command: SparsifyCommand) -> _Opened:
     learns = bool(config.epochs) or command.choice == "curvature"
     if not learns and not has_images(model, where):
         return _Opened(model, None, None, None)
-    images = open_images(model, where)
-    if learns and isinstance(images, Images) and not where.data:
+    images = open_images(model, where, task=config.task)
+    if learns and not isinstance(images, DigitImages) and not where.data:
         raise ValueError(NO_DATA)
     evaluation = images.evaluation(config.batch_size, where.eval_images, own=not learns)
     return _Opened(model, images, evaluation, images.training(config) if config.epochs else None)
 
 
-def calibration(images: Images | DigitImages, count: int, seed: int) -> Iterator[Tensor]:
+def calibration(images: Images | TargetImages | DigitImages, count: int, seed: int) -> Iterator[Tensor]:
     """So many images, or all there are, in batches: the first of the shuffled training data, without augmentation.
 
     Raises:
@@ -122,7 +87,14 @@ def _choose_(
     model = opened.model
     if command.choice == "curvature":
         batches = calibration(opened.images, command.images, command.config.seed)
-        return sparse24.choose_by_curvature_(model, batches, names, damping=command.damping, progress=progress)
+        return sparse24.choose_by_curvature_(
+            model,
+            batches,
+            names,
+            damping=command.damping,
+            task=tasks.of(command.config.task, model),
+            progress=progress,
+        )
     masks = {n: m for n, m in sparse24.masks_2to4(model).items() if n in names}
     sparse24.apply_masks_(model, masks)
     return masks
@@ -136,10 +108,16 @@ def run_sparsify(name: str, command: SparsifyCommand, progress: Progress) -> dic
     opened = _open(name, command)
     model = opened.model
 
-    def top1() -> float | None:
-        return None if opened.evaluation is None else accuracy(model, opened.evaluation, progress=progress)["top1"]
+    task = tasks.of(config.task, model)
+    reference = None if task.reads_labels else copy.deepcopy(model)
 
-    found: dict[str, Any] = {"model": name, "choice": command.choice, "top1_dense": top1()}
+    def quality() -> float | None:
+        if opened.evaluation is None:
+            return None
+        return accuracy(model, opened.evaluation, task=task, reference=reference, progress=progress)[task.metric]
+
+    metric = task.metric
+    found: dict[str, Any] = {"model": name, "choice": command.choice, "metric": metric, f"{metric}_dense": quality()}
     teacher = None
     if config.epochs and config.distill_weight:
         teacher = open_teacher(command.teacher, command.teacher_checkpoint, command.machine.pick())
@@ -150,11 +128,11 @@ def run_sparsify(name: str, command: SparsifyCommand, progress: Progress) -> dic
     before = _magnitudes(model)
     masks = _choose_(opened, command, [n for n, choice in layers.items() if choice.masked], progress)
     model.sparse24 = tuple(masks)
-    found |= {"top1_sparse": top1(), "top1": None}
+    found |= {f"{metric}_sparse": quality(), metric: None}
     if config.epochs:
         constrain = partial(sparse24.apply_masks_, model, masks)
         model = finetune(model, opened.training, config, teacher=teacher, constrain=constrain, progress=progress)
-    found["top1"] = top1() if config.epochs else found["top1_sparse"]
+    found[metric] = quality() if config.epochs else found[f"{metric}_sparse"]
     found["layers"] = _layers(model, layers, before)
     found["sparse_layers"] = len(masks)
     snapshot.save(out, model, {k: v for k, v in found.items() if k != "layers"})
@@ -196,33 +174,40 @@ def summary(layers: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def way_out(found: Mapping[str, Any], words: Sequence[str]) -> str | None:
-    """What to do about a loss of more than `LOSS` points; None where it is less or unknown."""
+def way_out(found: Mapping[str, Any]) -> str | None:
+    """What to do about a loss of more than `LOSS` points; None where it is less or unknown, or no share of images."""
+    if found["metric"] != "top1":
+        return None
     dense, now = found["top1_dense"], found["top1"]
     if dense is None or dense - now <= LOSS:
         return None
     ways = [] if found["choice"] == "curvature" else ["--choice curvature (calibration images, no training)"]
     ways.append("--epochs 5 (training under the masks, the dense model as teacher)")
     return (
-        f"top-1 fell by {dense - now:.1f} points. Run `nvit sparsify {words[0]}` again, into another --out, with "
+        f"top-1 fell by {dense - now:.1f} points. Run `nvit sparsify {found['model']}` again, into another --out, with "
         + " or ".join(ways)
     )
 
 
-def run(command: SparsifyCommand, words: Sequence[str]) -> None:
-    with command.machine.running(), shown() as progress:
-        found = run_sparsify(words[0], command, progress)
-    rows = [{"name": "dense", "top1": found["top1_dense"]}]
-    rows.append({"name": f"2:4 by {found['choice']}", "top1": found["top1_sparse"]})
+def stages(command: SparsifyCommand) -> list[Stage]:
+    """What sparsifying does."""
+    found = [Stage("evaluate", 5), *[Stage("permute", 20)] * command.permute, Stage("measure", 20)]
+    found += [Stage("2:4 by curvature", 30)] * (command.choice == "curvature") + [Stage("evaluate", 5)]
+    return found + [Stage("finetune", 60), Stage("evaluate", 5)] * bool(command.config.epochs)
+
+
+def run(command: SparsifyCommand) -> None:
+    with command.machine.running(), shown(stages(command)) as progress:
+        found = run_sparsify(command.model, command, progress)
+    metric = found["metric"]
+    rows = [{"name": "dense", metric: found[f"{metric}_dense"]}]
+    rows.append({"name": f"2:4 by {found['choice']}", metric: found[f"{metric}_sparse"]})
     if command.config.epochs:
-        rows.append({"name": f"2:4 finetuned {command.config.epochs:g} epochs", "top1": found["top1"]})
-    show(f"{words[0]}: {found['sparse_layers']} of {len(found['layers'])} projections are 2:4", rows)
+        rows.append({"name": f"2:4 finetuned {command.config.epochs:g} epochs", metric: found[metric]})
+    show(f"{command.model}: {found['sparse_layers']} of {len(found['layers'])} projections are 2:4", rows)
     for line in summary(found["layers"]):
         print(f"  {line}")
-    if (line := way_out(found, words)) is not None:
+    if (line := way_out(found)) is not None:
         print(line)
     print(f"{Path(found['path']) / PROJECTIONS}: a row per projection")
     print(f"{found['path']}: nvit.load({found['path']!r})")
-
-
-COMMAND = Command(SparsifyCommand, "SNAPSHOT [RECIPE.toml]", run, 1, 1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..calibration.capture import Place
 from ..calibration.statistics import SiteStatistics
 from ..spec import Group
+from ..tasks import Task
 from ..utils import devices
 from .gradients import gate_gradients
 
@@ -52,6 +53,7 @@ class Context:
         scoring: weights stay as they are and the criterion says what is sent backward; otherwise somebody trains.
         over_ranks: a mean over ranks of tensors by name.
         statistics: of this very model, where they have been gathered already.
+        task: what the model is for; the one that it tells if None.
     """
 
     model: nn.Module
@@ -61,6 +63,7 @@ class Context:
     seed: int = 0
     over_ranks: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
     statistics: Mapping[Place, SiteStatistics] | None = None
+    task: Task | None = None
 
 
 @dataclass

@@ -33,7 +33,9 @@ class GaussNewton(Criterion):
         super().begin(context)
         if self.wants_images:
             if self.recorder is None:
-                self.recorder = StatisticsRecorder(context.model, gates=self.gates, seed=context.seed)
+                self.recorder = StatisticsRecorder(
+                    context.model, task=context.task, gates=self.gates, seed=context.seed
+                )
             self.recorder.__enter__()
 
     def backward(self, logits: Tensor, loss: Callable[[Tensor], Tensor]) -> None:

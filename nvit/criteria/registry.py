@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
-from .base import Criterion
-from .curvature import Curvature
-from .fisher import Fisher
-from .gates import Absolute, Hessian, Nvit
-from .remaining import Remaining
-from .weights import Magnitude, Random, Taylor
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-CRITERIA: dict[str, type[Criterion]] = {
-    c.name: c for c in (Curvature, Remaining, Hessian, Nvit, Absolute, Fisher, Taylor, Magnitude, Random)
+if TYPE_CHECKING:
+    from .base import Criterion
+
+_HOMES = {
+    "curvature": "curvature.Curvature",
+    "remaining": "remaining.Remaining",
+    "hessian": "gates.Hessian",
+    "nvit": "gates.Nvit",
+    "abs": "gates.Absolute",
+    "fisher": "fisher.Fisher",
+    "taylor": "weights.Taylor",
+    "magnitude": "weights.Magnitude",
+    "random": "weights.Random",
 }
+"""File and class of each criterion, by the class's own `name`."""
+
+
+class _Registry(Mapping[str, "type[Criterion]"]):
+    """Classes imported when they are asked for, so that their names, which are flags' choices, come without torch."""
+
+    def __getitem__(self, name: str) -> type[Criterion]:
+        file, _, cls = _HOMES[name].partition(".")
+        return getattr(import_module(f"{__package__}.{file}"), cls)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_HOMES)
+
+    def __len__(self) -> int:
+        return len(_HOMES)
+
+
+CRITERIA: Mapping[str, type[Criterion]] = _Registry()
 
 
 def automatic(*, train: bool, refit: bool = False, budget: bool = False, ranks: int = 1) -> str:

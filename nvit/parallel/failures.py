@@ -1,11 +1,11 @@
-"""The loss of a rank, and the launcher's wish that rank 0 ends."""
+"""The loss of a rank, and the wish of a person or the launcher that a run ends."""
 
 from __future__ import annotations
 
 import re
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -37,31 +37,38 @@ def watch() -> Iterator[None]:
 
 
 class Ending:
-    """Whether the launcher has asked rank 0 to end (SIGTERM), which it does when another rank is gone.
+    """Whether rank 0 is asked to end: by a person (Ctrl-C), or by the launcher (SIGTERM) when another rank is gone.
 
-    The signal is only noted, so that the run state can still be written: a launcher gives half a minute for that.
+    A signal inside is only noted, so that the step is finished and the run state can still be written: a launcher gives
+    half a minute for that. A second Ctrl-C ends at once, and nothing is written.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked: BaseException | None = None
 
     def __enter__(self) -> Ending:
-        self.before = None
-        if world() > 1 and main():
-            try:
-                self.before = signal.signal(signal.SIGTERM, self._note)
-            except ValueError:  # not in the main thread: the signal keeps its default
-                self.before = None
+        self.before: dict[int, Any] = {}
+        if main():
+            with suppress(ValueError):  # not in the main thread: signals keep their defaults
+                self.before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupted)
+                if world() > 1:
+                    self.before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._ended)
         return self
 
-    def _note(self, *_: Any) -> None:
-        self.asked = True
+    def _interrupted(self, *_: Any) -> None:
+        if self.asked is not None:
+            raise KeyboardInterrupt
+        self.asked = KeyboardInterrupt()
+
+    def _ended(self, *_: Any) -> None:
+        if self.asked is None:
+            self.asked = RankLost("the launcher ends the run (SIGTERM); the same command with --resume goes on")
 
     def __exit__(self, *_: Any) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGTERM, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def check(self) -> None:
-        """Raise RankLost if the end was asked for."""
-        if self.asked:
-            raise RankLost("the launcher ends the run (SIGTERM); the same command with --resume goes on")
+        """Raise what was asked for: KeyboardInterrupt or RankLost."""
+        if self.asked is not None:
+            raise self.asked

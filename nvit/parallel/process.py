@@ -9,6 +9,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from ..utils.launch import launched
+
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others: longer than rank 0 measures or evaluates, so that only a hang exceeds it."""
 
@@ -41,11 +43,6 @@ def leave() -> None:
             _store.wait(["nvit/end"], LAST_WAIT)
         dist.all_reduce(torch.zeros(1))  # rank 0 may be keeping the store that the others have just read
     dist.destroy_process_group()
-
-
-def launched() -> tuple[int, int]:
-    """Rank and number of ranks as the launcher says, before anyone joined; (0, 1) without one."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def rank() -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .. import adapters, parallel
+from .. import adapters, parallel, tasks
 from ..config import PruneConfig
 from ..latency.clock import current_setting
 from ..latency.table import LatencyTable
@@ -73,6 +73,7 @@ def prune(
     device = next(model.parameters()).device
     adapter = adapters.find_maskable(model)
     adapter.prepare(model)
+    tasks.of(config.task, model).check(config)  # before a table is measured
     budget = Budget(config.budget, device, meter) if config.budget else None
     config = config.over_ranks(parallel.world())
     parallel.same_weights_(model)
@@ -80,7 +81,9 @@ def prune(
     pruner = Pruner(model, _checked(table, model, config, progress), config)
     folder = RunFolder(out, resume)
     if config.train:
-        objective = Objective.of(config, dense if config.distill_weight else None, cnn_teacher, renormalise)
+        objective = Objective.of(
+            config, pruner.task, dense if config.distill_weight else None, cnn_teacher, renormalise
+        )
         try:
             snapshots = _prune_training(pruner, loader, objective, folder, progress)
         finally:

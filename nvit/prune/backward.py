@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .. import parallel
+from ..adapters.base import Logits
 from ..criteria.base import Criterion
+from ..tasks import Task
 from ..training.data import seed_draws
-from ..training.distill import sample_labels
 from .plan import Plan
 
 
@@ -31,15 +32,17 @@ def wanting_gradients(params: Mapping[str, nn.Parameter], wanted: bool) -> Itera
 
 @dataclass(frozen=True)
 class LabelLoss:
-    """Cross entropy of a part of a batch, with its labels or with labels drawn from the model's own softmax.
+    """The task's loss of a part of a batch, with its labels or with labels drawn from what the model itself says.
 
     Attributes:
+        task: whose loss.
         labels: of this part; None where they are drawn.
         places: of this part's images in the batch.
         batch: images in the batch, of all parts and ranks.
         number: of the batch, for messages and with `seed` for draws.
     """
 
+    task: Task
     labels: Tensor | None
     places: list[int]
     batch: int
@@ -56,11 +59,11 @@ class LabelLoss:
         """
         seed_draws(self.seed, 2**31 + self.number)
         if self.labels is None:
-            target = sample_labels(logits, self.places if len(logits) < self.batch else (), self.batch)
+            target = self.task.draw(logits, self.places if len(logits) < self.batch else (), self.batch)
         else:
             target = self.labels.to(logits.device)
         ranks = parallel.world()
-        loss = nn.functional.cross_entropy(logits, target) * (len(logits) * ranks / self.batch)
+        loss = self.task.loss(Logits(logits), target) * (len(logits) * ranks / self.batch)
         (whole,) = parallel.sums([loss.detach() / ranks], logits.device)
         if not math.isfinite(whole):
             raise FloatingPointError(f"the loss is {whole} on scoring batch {self.number}; check the data")
@@ -68,7 +71,7 @@ class LabelLoss:
 
 
 def backward(
-    call: nn.Module, criterion: Criterion, images: Tensor, labels: Tensor | None, plan: Plan, seed: int
+    call: nn.Module, criterion: Criterion, task: Task, images: Tensor, labels: Tensor | None, plan: Plan, seed: int
 ) -> None:
     """One batch forward through `call`, and backward what the criterion reads, in the parts of `plan`.
 
@@ -81,5 +84,5 @@ def backward(
     for part in plan.parts(len(images)):
         with plan.running(call.model):
             logits = call(images[part].to(device)).mean
-        loss = LabelLoss(None if labels is None else labels[part], places[part], batch, number, seed)
+        loss = LabelLoss(task, None if labels is None else labels[part], places[part], batch, number, seed)
         criterion.backward(logits.float() if plan.bf16 else logits, loss)

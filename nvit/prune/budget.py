@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..spec import Group
+from ..tasks import Task
 from ..utils.memory import Meter, keep_freed_memory
 from .plan import Plan
 from .rehearse import most_images, rehearse_forward, rehearse_scoring
@@ -81,6 +82,7 @@ class Budget:
         gradients: bool,
         statistics: int,
         later: float,
+        task: Task | None = None,
     ) -> Plan:
         """The first plan that fits, for batches shaped `images`.
 
@@ -88,6 +90,7 @@ class Budget:
             gradients: the criterion reads weight gradients.
             statistics: bytes in which it sums up what batches say.
             later: bytes that compact models will take once scoring is over.
+            task: whose loss; the one that the model tells if None.
 
         Raises:
             ValueError: not even the smallest plan fits; says what would.
@@ -98,7 +101,7 @@ class Budget:
         gates = 0 if gradients else 3 * 4 * batch * sum(g.size for g in groups)
 
         def total(plan: Plan, count: int) -> float:
-            scoring = rehearse_scoring(model, groups, size, count, plan) * _SLACK + gates
+            scoring = rehearse_scoring(model, groups, size, count, plan, task) * _SLACK + gates
             return held + statistics + max(scoring, later) + _FIRST_USE
 
         plan = Plan(weight_gradients=gradients)

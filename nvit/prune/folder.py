@@ -51,6 +51,13 @@ class RunFolder:
     def snapshot(self, target: float) -> Path | None:
         return self._file(f"target-{target:g}")
 
+    def snapshots(self) -> dict[float, Path]:
+        """The snapshots that are there, by target."""
+        if self.path is None or not self.path.is_dir():
+            return {}
+        found = {folder.name.removeprefix("target-"): folder for folder in self.path.glob("target-*")}
+        return {float(t): f for t, f in sorted(found.items()) if _is_number(t) and snapshot.is_snapshot(f)}
+
     def begin(self) -> None:
         """Raise ValueError where a finished run would be overwritten."""
         file = self._file(RESULT)
@@ -103,10 +110,25 @@ class RunFolder:
         if self.path is not None:
             parallel.from_main(lambda: write_csv(self.path / "history.csv", rows))
 
+    def states(self) -> list[Path]:
+        """The files from which an interrupted run goes on, of those that are there."""
+        if self.path is None:
+            return []
+        every = (self.state_file, *sorted(self.path.glob("finetune_state_*.safetensors")))
+        return [file for file in every if file.exists()]
+
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write `result.json`, and remove the states, which nobody will need again; on rank 0 alone."""
         if self.path is None:
             return
         write_result(self.path, result)
-        for state in (self.state_file, *self.path.glob("finetune_state_*.safetensors")):
-            state.unlink(missing_ok=True)
+        for state in self.states():
+            state.unlink()
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True

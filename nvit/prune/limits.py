@@ -5,7 +5,20 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 
+from ..config import PruneConfig
 from ..spec import KINDS, Group
+from ..tasks import Task
+
+
+def free_groups(groups: Sequence[Group], config: PruneConfig, task: Task) -> list[Group]:
+    """The groups that a config allows to shrink, less the stream whose channels are the features of a model without a
+    head: whoever reads them expects as many as before.
+
+    Raises:
+        ValueError: as `prunable_groups`.
+    """
+    kept = () if task.outputs != 0 else ([g.name for g in groups if g.kind == "emb"][-1],)
+    return prunable_groups(groups, config.only, (*config.freeze, *kept), config.stages)
 
 
 def prunable_groups(

@@ -18,6 +18,7 @@ from ..training.batches import images_of
 from ..training.distill import frozen
 from ..utils.memory import most_held
 from ..utils.progress import Progress
+from . import between
 from .budget import Budget
 from .pruner import Pruner
 from .scoring import batches_to_score, score
@@ -28,8 +29,8 @@ def prune_one_shot(pruner: Pruner, loader, keep, budget: Budget | None, progress
     config = pruner.config
     pruner.stop_recording()
     refitter = Refitter(pruner, loader, progress) if config.refit else None
-    snapshots = []
-    for target in pruner.targets:
+    snapshots = between.go_on(pruner, keep)
+    for target in pruner.targets[len(snapshots) :]:
         start = pruner.ratio
         for r in range(1, config.rounds + 1):
             known = refitter.statistics if refitter is not None and not pruner.history else None
@@ -38,6 +39,8 @@ def prune_one_shot(pruner: Pruner, loader, keep, budget: Budget | None, progress
             if refitter is not None:
                 pruner.history[-1] |= refitter.refit()
         snapshots.append(keep.take(pruner, target, pruner.compact()))
+        if budget is None:  # which has no room for what writing a state takes
+            between.keep(pruner, keep)
     return snapshots
 
 
@@ -54,7 +57,7 @@ class Refitter:
         self.total = batches_to_score(pruner, loader)
         pruner.model.eval()
         self.statistics: Mapping[Place, SiteStatistics] = gather_statistics(
-            pruner.model, self._images(), seed=pruner.config.seed, total=self.total, progress=progress
+            pruner.model, self._images(), task=pruner.task, seed=pruner.config.seed, total=self.total, progress=progress
         )
         rotate_(pruner.model, self.statistics)
         self.dense = frozen(copy.deepcopy(pruner.model))

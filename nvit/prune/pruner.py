@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import parallel
@@ -108,9 +109,9 @@ class Pruner(Scorer):
         """Remove the bundles of lowest saliency less latency credit (Eq. 7); returns targets met by that.
 
         Raises:
-            ValueError: only last bundles are left, or ranks disagree; no mask has changed.
+            ValueError: all scores are alike, only last bundles are left, or ranks disagree; no mask has changed.
         """
-        config, scores = self.config, self.scores()
+        config, scores = self.config, self._telling_scores()
         masks = drop_cheapest(
             scores, self.masks, self.groups, self.table, config.bundles_per_step, config.latency_weight
         )
@@ -120,9 +121,24 @@ class Pruner(Scorer):
             )
         return self._take(scores, masks)
 
+    def _telling_scores(self) -> dict[str, Tensor]:
+        """The scores that a decision rests on.
+
+        Raises:
+            ValueError: they tell nothing apart.
+        """
+        scores = self.scores()
+        every = torch.cat([s[self.masks[name].to(s.device)].double().cpu() for name, s in scores.items()])
+        if len(every) > 1 and bool((every == every[0]).all()):
+            raise ValueError(
+                f"all {len(every)} scores are {float(every[0]):g}: criterion {self.criterion.name} tells no unit from "
+                f"another. The loss does not depend on the model; check the labels and --task ({self.task.name} here)"
+            )
+        return scores
+
     def decide_at(self, target: float) -> None:
         """One decision down to `target`, least saliency removed at that latency; no training in between."""
-        scores = self.scores()
+        scores = self._telling_scores()
         masks, eta = drop_to_target(scores, self.masks, self.groups, self.table, target * self.table.dense_ms)
         self._take(scores, masks, eta=eta)
 

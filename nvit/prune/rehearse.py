@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .. import adapters
+from .. import adapters, tasks
 from ..criteria.gates import GateRecorder
 from ..spec import Group
 from ..structure.masks import full_masks
-from ..training.distill import cnn_loss
+from ..tasks import Task
 from ..utils.memory import LiveBytes
 from .plan import Plan
 
@@ -26,18 +26,24 @@ def _fake_twin(mode: FakeTensorMode, model: nn.Module, weight_gradients: bool) -
     return copy.deepcopy(model, fakes)
 
 
-def rehearse_scoring(model: nn.Module, groups: Sequence[Group], size: Sequence[int], images: int, plan: Plan) -> int:
+def rehearse_scoring(
+    model: nn.Module,
+    groups: Sequence[Group],
+    size: Sequence[int],
+    images: int,
+    plan: Plan,
+    task: Task | None = None,
+) -> int:
     """Bytes that scoring `images` images of `size` at once adds to what is held, at most; nothing is computed."""
-    device = next(model.parameters()).device
+    device, task = next(model.parameters()).device, task or tasks.of("auto", model)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         twin = _fake_twin(mode, model, plan.weight_gradients)
         taps = contextlib.nullcontext() if plan.weight_gradients else GateRecorder(twin, groups, full_masks(groups))
         with LiveBytes(twin.parameters()) as counted, taps:
             x = torch.empty(images, *size, device=device, dtype=next(model.parameters()).dtype)
-            labels = torch.zeros(images, dtype=torch.long, device=device)
             with plan.running(twin):
                 logits = adapters.of(twin).logits(twin, x)
-            cnn_loss(logits, labels, None).backward()
+            task.loss(logits, task.draw(logits.mean)).backward()
     return counted.peak
 
 

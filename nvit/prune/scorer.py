@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import adapters, parallel
+from .. import adapters, parallel, tasks
 from ..calibration.capture import Place
 from ..calibration.statistics import SiteStatistics
 from ..config import PruneConfig
@@ -17,7 +17,7 @@ from ..criteria.registry import CRITERIA
 from ..layers import prunable_layers
 from ..structure.masks import Masks, apply_, full_masks
 from .backward import backward, wanting_gradients
-from .limits import prunable_groups
+from .limits import free_groups
 from .plan import Plan
 
 
@@ -27,6 +27,7 @@ class Scorer:
     Attributes:
         model: parameter names do not change.
         call: its logits as a module; `call.model` is `model` itself, or a twin of it in shards (see `work_in`).
+        task: what the model is for.
         groups, free: all of the model's, and those that may shrink.
         criterion: what saliency is.
         masks: what is kept.
@@ -36,8 +37,10 @@ class Scorer:
         config.check()
         adapter = adapters.find_maskable(model)
         self.config, self.model = config, adapter.prepare(model)
+        self.task = tasks.of(config.task, model)
+        self.task.check(config)
         self.groups = adapter.groups(model, config.bundle_sizes)
-        self.free = prunable_groups(self.groups, config.only, config.freeze, config.stages)
+        self.free = free_groups(self.groups, config, self.task)
         self.call = parallel.Call(self.model, adapter.logits)
         self.params = dict(model.named_parameters())
         self.criterion = self._new_criterion()
@@ -71,15 +74,15 @@ class Scorer:
         The model is in eval mode afterwards. Of several ranks each gives its share of the batch.
 
         Args:
-            labels: int64 `(batch,)`; read if the criterion reads any, and drawn from the model's own softmax where the
-                config says `sampled`.
+            labels: as the task has them, int64 `(batch,)` for classification; read if the criterion reads any, and
+                drawn from what the model itself says where the config says `sampled`.
             plan: how the batch goes through the model; whole if None.
 
         Raises:
             ValueError: a score is not finite, or labels are missing.
             FloatingPointError: the loss or a logit is not finite.
         """
-        can, sampled = self.criterion.capabilities, self.config.labels == "sampled"
+        can, sampled = self.criterion.capabilities, self.config.labels == "sampled" or not self.task.reads_labels
         if can.labels and labels is None and not sampled:
             raise ValueError(
                 f"criterion {self.criterion.name} reads labels, and none came with the images; give them, or take "
@@ -89,6 +92,7 @@ class Scorer:
             if not self.criterion.batches:  # every batch would say the same
                 self.score_weights()
             return
+        labels = self.task.labels(images, labels) if can.labels and not sampled else None
         if not (self.criterion.open and self.criterion.context.scoring):
             self.start_scoring()
         self.call.model.eval()
@@ -97,7 +101,7 @@ class Scorer:
             with wanting_gradients(self.params, can.weight_gradients):
                 if can.weight_gradients:
                     self.call.model.zero_grad(set_to_none=True)
-                backward(self.call, self.criterion, images, None if sampled else labels, plan, self.config.seed)
+                backward(self.call, self.criterion, self.task, images, labels, plan, self.config.seed)
                 grads = _grads(self.params) if can.weight_gradients else {}
                 # Shards hold the mean over ranks already.
                 self._observe(grads if self.call.model is not self.model else parallel.mean(grads))
@@ -147,7 +151,7 @@ class Scorer:
 
     def _begin(self, **how: Any) -> None:
         where = (self.call.model, self.free, self.masks)
-        self.criterion.begin(Context(*where, seed=self.config.seed, over_ranks=parallel.mean, **how))
+        self.criterion.begin(Context(*where, seed=self.config.seed, over_ranks=parallel.mean, task=self.task, **how))
 
     def stop_recording(self) -> None:
         """Take captures off the model, if any are on it; what was observed stays. `done` does so by itself."""

@@ -63,7 +63,13 @@ def score(
             if done == 1 and budget is not None:
                 gradients, kept = criterion.capabilities.weight_gradients, criterion.memory(pruner.free)
                 plan = budget.choose(
-                    pruner.call.model, pruner.free, images.shape, gradients=gradients, statistics=kept, later=later
+                    pruner.call.model,
+                    pruner.free,
+                    images.shape,
+                    gradients=gradients,
+                    statistics=kept,
+                    later=later,
+                    task=pruner.task,
                 )
                 progress(0, total, f"budget: {plan}")
             pruner.score(images, labels, None if budget is None else plan)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from .. import adapters
+from .. import adapters, tasks
 from ..config import PruneConfig
 from ..latency.table import LatencyTable
 from ..spec import block_widths
-from .limits import prunable_groups
+from .limits import free_groups
 
 
 def fractions(
@@ -37,7 +37,7 @@ def fractions(
             "latency in ms and images per second need a table that was measured; this one counts multiply-accumulates"
         )
     groups = adapters.of(model).groups(model, config.bundle_sizes)
-    free = {g.name for g in prunable_groups(groups, config.only, config.freeze, config.stages)}
+    free = {g.name for g in free_groups(groups, config, tasks.of(config.task, model))}
     left = {g.name: min(g.multiple, g.size) if g.name in free else g.size for g in groups}
     least, dense, batch = table.model_ms(block_widths(groups, left)), table.dense_ms, table.setting.batch_size
 

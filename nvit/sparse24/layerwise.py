@@ -23,6 +23,7 @@ from ..layers import LinearPart, Prunable, prunable_layers
 from ..layers.sites import PLAIN
 from ..refit.entries import Entry, entries, refittable
 from ..refit.ridge import Moments
+from ..tasks import Task
 from ..utils.progress import Progress, silent
 from .pairs import best_pairs, best_values
 from .profile import row_profiles
@@ -47,6 +48,7 @@ def choose_by_curvature_(
     names: Collection[str],
     *,
     damping: float = DAMPING,
+    task: Task | None = None,
     progress: Progress = silent,
 ) -> dict[str, Tensor]:
     """Make projections 2:4 and change what stays, in place, so that the blocks compute what they did.
@@ -57,6 +59,7 @@ def choose_by_curvature_(
         model: prepared, in evaluation mode, with no masks on.
         batches: calibration images; all are kept, with one block's activations.
         names: of the weights to make sparse, as `masks_2to4` names them; multiples of 4 wide.
+        task: whose probes say how much rows count; the one that the model tells if None.
 
     Returns:
         Bool masks of these weights' shapes.
@@ -76,7 +79,7 @@ def choose_by_curvature_(
     if not batches:
         raise ValueError("no batch of calibration images; the loader gave none")
     dense = copy.deepcopy(model)
-    profiles = row_profiles(dense, _first(batches, _PROFILED))
+    profiles = row_profiles(dense, _first(batches, _PROFILED), task=task)
     ours, theirs = Replay(model), Replay(dense)
     for images in batches:
         for replay in (ours, theirs):

@@ -7,23 +7,28 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .. import adapters
+from .. import adapters, tasks
 from ..calibration.capture import Place, capture
-from ..calibration.gauss_newton import probe
 from ..layers import prunable_layers
 from ..refit.entries import refittable
+from ..tasks import Task
 
 
-def row_profiles(model: nn.Module, batches: Iterable[Tensor], seed: int = 0) -> dict[Place, Tensor]:
+def row_profiles(
+    model: nn.Module, batches: Iterable[Tensor], seed: int = 0, *, task: Task | None = None
+) -> dict[Place, Tensor]:
     """Σ |g|² by row of an image `(rows per image,)` at the places that the blocks' linear layers read, g the gradient
     that a probe of the logits causes.
 
     Weights get no gradient; the model is left as it was.
 
+    Args:
+        task: whose probes are sent backward; the one that the model tells if None.
+
     Raises:
         FloatingPointError: a logit is not finite.
     """
-    layers = prunable_layers(model)
+    layers, task = prunable_layers(model), task or tasks.of("auto", model)
     places = [(name, site) for name, layer in layers.items() if refittable(layer) for site in ("in", "out")]
     profiles: dict[Place, Tensor] = {}
     wanted = {p: p.requires_grad for p in model.parameters()}
@@ -46,7 +51,7 @@ def row_profiles(model: nn.Module, batches: Iterable[Tensor], seed: int = 0) -> 
                     raise FloatingPointError(
                         f"a logit is not finite on calibration batch {batch}; check weights and data"
                     )
-                logits.backward(probe(logits, generator))
+                logits.backward(task.probe(logits, generator))
     finally:
         for p, was in wanted.items():
             p.requires_grad_(was)

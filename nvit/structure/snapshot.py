@@ -34,7 +34,7 @@ SPEC, WEIGHTS, METRICS = "spec.json", "weights.safetensors", "metrics.json"
 
 FINISHERS: list[Callable[[nn.Module], None]] = []
 """What `load` does to a loaded model at last, for speed alone: outputs stay equal. Rooms above this one add to it when
-they are imported, as `nvit.sparse24` does (and `import nvit` imports that), so that nothing is imported upwards."""
+they are imported, as `nvit.sparse24` does (the door `nvit.snapshot` imports it): nothing is imported upwards."""
 
 
 def spec_of(model: nn.Module) -> ViTSpec:

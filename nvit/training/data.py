@@ -3,7 +3,9 @@ epoch and index, so that a resumed run sees what an uninterrupted one would have
 
 from __future__ import annotations
 
+import importlib.util
 import random
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import resources
@@ -14,13 +16,14 @@ import numpy as np
 import torch
 from timm.data import create_dataset, create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision import transforms
 
 from .. import parallel
 from ..config import TrainingConfig
+from ..utils.files import short
 from .batches import Loader, length, parts
-from .folders import ImageFiles, find_broken, scan, split_folder
+from .folders import MODES, ImageFiles, find_broken, scan, split_folder
 from .labels import mapped, numberings, read_class_map
 
 DIGITS_EVAL = 360
@@ -133,7 +136,7 @@ def open_images(
     [0, 1]
     """
     if not Path(where).is_dir():
-        return _timm_images(where, split, class_map, transform)
+        return _timm_images(where, split, class_map, transform, channels)
     if (folder := split_folder(Path(where), split)) is None:
         return None
     found = scan(folder)
@@ -150,24 +153,33 @@ def open_images(
     return ImageFiles(found, numbering, transform=transform, channels=channels, broken=broken)
 
 
-def _timm_images(where: str, split: str, class_map: str, transform: Callable | None) -> Dataset:
+STREAMS = ("hfids/", "tfds/", "wds/")
+"""Prefixes of timm's data sets that are read as a stream."""
+
+
+def _timm_images(where: str, split: str, class_map: str, transform: Callable | None, channels: int) -> Dataset:
     name, _, root = where.partition(":")
-    if "/" not in name or not name.startswith(("torch/", "hfds/", "tfds/", "wds/")):
-        raise ValueError(f"data {where!r}: no such folder, and not a timm data set name as torch/cifar10")
+    if name.lower().startswith(STREAMS):
+        raise ValueError(
+            f"data {where!r} is a stream without an order or a length, which a reproducible run needs; write it out as "
+            "FOLDER/<class>/<image>, or give a loader of your own in Python"
+        )
+    if not name.lower().startswith(("torch/", "hfds/")):
+        raise ValueError(f"data {where!r}: no such folder, and not a timm data set name as torch/cifar10 or hfds/NAME")
+    if name.lower().startswith("hfds/") and importlib.util.find_spec("datasets") is None:
+        raise ValueError(f"data {where!r} is read by Hugging Face's datasets, which is missing: pip install datasets")
     if class_map and not Path(class_map).is_file():
         raise ValueError(f"class map {class_map} does not exist")
+    how = {"input_img_mode": MODES.get(channels, "RGB")} if name.lower().startswith("hfds/") else {}
     try:
-        dataset = create_dataset(name, root=root or ".", split=split, class_map=class_map or None)
-    except (RuntimeError, FileNotFoundError, AssertionError, ModuleNotFoundError) as e:
-        raise ValueError(f"data {where!r}: no images to read for {split} ({' '.join(str(e).split())})") from None
-    if isinstance(dataset, IterableDataset):
-        raise ValueError(
-            f"data {where!r} is a stream without an order or a length, which a reproducible run needs; give a folder "
-            "or a data set of files, or a loader of your own in Python"
-        )
+        dataset = create_dataset(name, root=root or ".", split=split, class_map=class_map or None, **how)
+    except Exception as e:  # every data set's library has exceptions of its own
+        raise ValueError(f"data {where!r}: no images to read for {split} ({short(e, 300)})") from None
     if len(dataset) == 0:
         raise ValueError(f"data {where!r}: no images found for {split}")
     dataset.transform = transform
+    if hasattr(dataset, "_max_retries"):
+        dataset._max_retries = 1  # timm would give the next image for one that cannot be read
     return dataset
 
 
@@ -268,7 +280,7 @@ class TrainingData:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of one epoch, from its batch `start` on."""
         batches = _EpochBatches(self.size, self.batch_size, self.seed, epoch, start, self.repeats)
-        return iter(DataLoader(self.dataset, batch_sampler=batches, num_workers=self.workers))
+        return iter(DataLoader(self.dataset, batch_sampler=batches, **_processes(self.workers)))
 
 
 def shares(loader: Loader, batches: Iterator | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -296,7 +308,7 @@ def shares(loader: Loader, batches: Iterator | None = None) -> Iterator[tuple[Te
         yield mine["images"], mine.get("labels")
 
 
-def endless(loader: Loader, seed: int, start: int = 0) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+def endless(loader: Loader, seed: int, start: int = 0) -> Iterator[tuple[int, tuple[Tensor, Tensor | None]]]:
     """`(step, batch)` from step `start` on, epoch after epoch.
 
     A loader that is not `TrainingData` (any sized iterable of batches) is seeded at each epoch and read from its
@@ -320,8 +332,6 @@ def endless(loader: Loader, seed: int, start: int = 0) -> Iterator[tuple[int, tu
             for _ in range(skip):
                 next(batches)
         for images, labels in shares(loader, batches):
-            if labels is None:
-                raise ValueError("training reads labels, but the loader gives images alone; give (images, labels)")
             yield step, (images, labels)
             step += 1
         if step == start:
@@ -335,4 +345,14 @@ def evaluation_loader(dataset: Dataset, batch_size: int, workers: int = 0) -> Da
     >>> [len(labels) for images, labels in loader]
     [100, 100, 100, 60]
     """
-    return DataLoader(dataset, batch_size=batch_size, num_workers=workers)
+    return DataLoader(dataset, batch_size=batch_size, **_processes(workers))
+
+
+
+def _processes(count: int) -> dict[str, Any]:
+    """A loader's arguments for so many processes, which leave Ctrl-C to the one that started them."""
+    return {"num_workers": count, "worker_init_fn": _deaf if count else None}
+
+
+def _deaf(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

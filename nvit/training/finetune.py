@@ -8,7 +8,7 @@ from pathlib import Path
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
-from .. import adapters, parallel
+from .. import adapters, parallel, tasks
 from ..config import FinetuneConfig
 from ..utils.progress import Progress, showing, silent
 from .batches import Loader
@@ -63,7 +63,7 @@ def finetune(
     parallel.join()
     adapters.find(model).prepare(model)
     parallel.same_weights_(model)
-    objective = Objective.of(config, teacher, cnn_teacher, renormalise)
+    objective = Objective.of(config, tasks.of(config.task, model), teacher, cnn_teacher, renormalise)
     trainer = Trainer(model, objective, config, config.lr, state_file, constrain=constrain)
     if trainer.note:
         progress(0, 0, trainer.note)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,12 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from .. import adapters, parallel
-from ..config import FinetuneConfig, PruneConfig, TrainingConfig
+from ..config import TrainingConfig
 from ..structure.run_state import load_run_state, save_run_state
 from .data import seed_draws
 from .distill import Objective
 from .optimizer import decay_groups, fused_adamw
+from .recipe import recipe_of, refuse_other
 from .step import AMP, GraphedStep, Step
 
 LOOK = 1.0
@@ -111,15 +110,17 @@ class Trainer:
             self.network = self.call if self.sharded else self.accelerator.prepare(self.call)
         self.optimizer = self.accelerator.prepare(optimizer)
 
-    def train_step(self, images: Tensor, labels: Tensor) -> None:
+    def train_step(self, images: Tensor, labels: Tensor | None) -> None:
         """Forward, backward, optimiser step. Gradients stay on the parameters until the next call.
 
         Raises:
+            ValueError: the labels are not the task's.
             FloatingPointError: where the host watches, the loss or a gradient is not finite; weights are left as they
                 were. Elsewhere `look` raises it.
         """
-        self._ending.check()
+        labels = self.objective.task.labels(images, labels)
         self._whole = True
+        self._ending.check()
         self.call.model.train(self.config.train_mode)
         seed_draws(self.config.seed, 2**31 + self.step)
         if isinstance(self._stepper, GraphedStep):
@@ -231,7 +232,8 @@ class Trainer:
 
     @contextmanager
     def surviving(self, state: Callable[[], tuple[Mapping[str, Any], Mapping[str, Tensor]]]) -> Iterator[None]:
-        """Training inside ends with RankLost when another rank is lost.
+        """Training inside ends with KeyboardInterrupt after the step in which a person asks for it, and with RankLost
+        when another rank is lost.
 
         Where rank 0 survives and has the whole model, it writes the run state of the last complete step first.
         """
@@ -239,10 +241,18 @@ class Trainer:
             try:
                 with parallel.watch():
                     yield
-            except parallel.RankLost:
-                if self._whole and self.state_file is not None and parallel.main() and not self.sharded:
+                self._whole = True
+                self._ending.check()
+            except (parallel.RankLost, KeyboardInterrupt, RuntimeError) as e:
+                # A loader's processes may get the signal as well, and fail before anyone looks at it here.
+                cause = self._ending.asked if isinstance(e, RuntimeError) else e
+                if cause is None:
+                    raise
+                saving = cause is self._ending.asked or isinstance(cause, parallel.RankLost)
+                if saving and self._whole and self.state_file is not None and parallel.main() and not self.sharded:
+                    self.look()
                     save_run_state(self.state_file, *self._state(*state()))
-                raise
+                raise cause from None
 
     def save(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Write the run state: model, optimiser, average, step, and what the caller adds.
@@ -271,13 +281,8 @@ class Trainer:
                     plain[f"{index}.{key}"] = value
         scaler = getattr(self.accelerator, "scaler", None)
         own = {"step": self.step, "optimizer": plain, "scaler": None if scaler is None else scaler.state_dict()}
-        own["recipe"] = self._recipe()
+        own["recipe"] = recipe_of(self.config)
         return parallel.to_main(every | dict(tensors)), dict(values) | {"trainer": own}
-
-    def _recipe(self) -> dict[str, Any]:
-        """What decides the course of a run, as JSON gives it back."""
-        names = {f.name for base in (PruneConfig, FinetuneConfig) for f in fields(base)} - WITHOUT_EFFECT
-        return json.loads(json.dumps({k: v for k, v in asdict(self.config).items() if k in names}))
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Restore what `save` wrote; returns the caller's own part.
@@ -286,14 +291,10 @@ class Trainer:
             ValueError: the state is damaged, of another model, or of a run with another recipe.
         """
         tensors, values = load_run_state(self.state_file)
+        if "trainer" not in values:
+            raise ValueError(f"{self.state_file} is of a run without training; resume with the same recipe")
         own = values.pop("trainer")
-        theirs, mine = own["recipe"], self._recipe()
-        if differing := sorted(k for k in theirs.keys() | mine.keys() if theirs.get(k) != mine.get(k)):
-            k = differing[0]
-            raise ValueError(
-                f"{self.state_file} is of a run with {k} {theirs.get(k)}, this one has {mine.get(k)}. "
-                "Resume with the same recipe, or start anew without --resume."
-            )
+        refuse_other(self.state_file, own["recipe"], self.config)
         slots: dict[int, dict[str, Any]] = {}
         params = dict(self.call.model.named_parameters())
         averages = {} if self.ema is None else dict(self.ema.module.named_parameters())
@@ -326,10 +327,6 @@ class Trainer:
         if self._stepper is not None:
             getattr(self._stepper, "step", self._stepper).taken.fill_(self.step)
         return rest, values
-
-
-WITHOUT_EFFECT = {"save_every", "fsdp", "graphs"}
-"""Settings that do not change the course of a run."""
 
 
 def _copy(params: Mapping[str, Tensor], name: str, tensor: Tensor, source: Path | None) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from .files import write_atomically
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 FORMATS = {
     "params": ("params M", lambda v: f"{v / 1e6:.2f}"),
@@ -26,6 +28,12 @@ FORMATS = {
     "peak_memory": ("peak MB", lambda v: f"{v / 1e6:.1f}"),
     "top1": ("top-1 %", lambda v: f"{v:.2f}"),
     "top5": ("top-5 %", lambda v: f"{v:.2f}"),
+    "mAP": ("mAP %", lambda v: f"{v:.2f}"),
+    "accuracy": ("right %", lambda v: f"{v:.2f}"),
+    "mae": ("MAE", lambda v: f"{v:.4g}"),
+    "rmse": ("RMSE", lambda v: f"{v:.4g}"),
+    "r2": ("R²", lambda v: f"{v:.4f}"),
+    "cosine": ("cosine", lambda v: f"{v:.4f}"),
     "spearman": ("Spearman", lambda v: f"{v:.3f}"),
     "loss_change_per_saliency": ("loss change per saliency", lambda v: f"{v:.3g}"),
 }
@@ -50,18 +58,48 @@ def write_csv(path: Path | str, rows: Sequence[Mapping[str, Any]]) -> None:
     write_atomically(Path(path), text.getvalue().encode())
 
 
+DROPPED = ("peak_memory", "top5", "images_per_s", "macs", "predicted_ratio", "params", "speedup", "measured_ratio")
+"""Columns that a narrow terminal goes without, the first first."""
+
+PIPED = 160
+"""Columns of a table that goes to no terminal, where the environment's COLUMNS does not say."""
+
+
 def show(title: str, rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
-    """A table of rows, each with a `name` and any keys of `FORMATS`."""
+    """A table of rows, each with a `name` and any keys of `FORMATS`. Where it is too wide, columns are left out and
+    named; numbers and the title's words are never cut."""
+    from rich.console import Console
+
     console = console or Console()
-    if not console.is_terminal:
-        console = Console(width=140)
+    width = console.width if console.is_terminal or "COLUMNS" in os.environ else PIPED
     keys = [k for k in FORMATS if any(row.get(k) is not None for row in rows)]
+    dropped = []
+    while Console(width=10 * PIPED).measure(table := _table(rows, keys)).maximum > width:
+        if (key := next((k for k in DROPPED if k in keys), None)) is None:
+            break
+        keys.remove(key)
+        dropped.append(FORMATS[key][0])
+    _print(console, title, width)
+    console.print(table, width=width)
+    if dropped:
+        _print(console, f"no room at {width} columns for: {', '.join(dropped)}", width)
+
+
+def _print(console: Console, text: str, width: int) -> None:
+    """Words on lines of so many columns, none of them broken."""
+    for line in textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> Table:
+    from rich import box
+    from rich.table import Table
+
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model", overflow="fold")
     for key in keys:
-        table.add_column(FORMATS[key][0], justify="right")
+        table.add_column(FORMATS[key][0], justify="right", no_wrap=True)
     for row in rows:
         short = "/".join(Path(row["name"]).parts[-2:])
         table.add_row(short, *(FORMATS[k][1](row[k]) if row.get(k) is not None else "–" for k in keys))
-    console.print(title)
-    console.print(table)
+    return table

@@ -7,10 +7,11 @@ import torch
 
 from nvit import adapters
 from nvit.calibration.capture import Enough, capture
-from nvit.calibration.gauss_newton import GateProducts, probe
+from nvit.calibration.gauss_newton import GateProducts
 from nvit.calibration.statistics import StatisticsRecorder, gather_statistics
 from nvit.criteria.gates import GateRecorder
 from nvit.layers import prunable_layers
+from nvit.tasks import Classification
 from tests.hosts import images, masked
 
 FIELDS = ("images", "rows", "x", "xx", "gg", "profile")
@@ -44,7 +45,7 @@ def assert_untouched(model):
 def gates_of(model, groups, masks, x, generator):
     with GateRecorder(model, groups, masks) as recorder:
         z = mean_logits(model, x)
-        z.backward(probe(z, generator))
+        z.backward(Classification(10).probe(z, generator))
     return recorder.pop()
 
 
@@ -85,7 +86,7 @@ def test_captures_may_close_in_any_order(case):
     first.__exit__()
     first.__exit__()  # again, it does nothing
     z = mean_logits(model, x)
-    z.backward(probe(z, torch.Generator().manual_seed(0)))
+    z.backward(Classification(10).probe(z, torch.Generator().manual_seed(0)))
     second.__exit__()
     assert not first.statistics
     gates = second.pop()

@@ -11,9 +11,10 @@ from PIL import Image
 
 import nvit
 from nvit.cli import main as cli
-from nvit.cli.analyze_correlation import CorrelationCommand
-from nvit.cli.finetune import FinetuneCommand
-from nvit.cli.prune import PruneCommand
+from nvit.cli.commands import COMMANDS
+from nvit.cli.flags.correlation import CorrelationCommand
+from nvit.cli.flags.finetune import FinetuneCommand
+from nvit.cli.flags.prune import PruneCommand
 from nvit.cli.recipe import from_toml
 from nvit.structure import snapshot
 from nvit.utils import tensors
@@ -22,12 +23,14 @@ QUICK = ("--table", "analytic", "--latency-seconds", "0.5", "--latency-batch", "
 
 
 @pytest.fixture(scope="module")
-def pruned(tmp_path_factory):
+def pruned(once):
     """A one-shot run on the bundled model, two targets."""
-    out = tmp_path_factory.mktemp("cli") / "run"
-    args = ["prune", "--no-train", "--finetune-epochs", "1", "--latency-target", "0.8", "0.6", "--out", str(out)]
-    assert cli.main([*args, *QUICK]) == 0
-    return out
+    args = ["demo", "--no-train", "--finetune-epochs", "1", "--latency-target", "0.8", "0.6", *QUICK]
+
+    def prune(folder):
+        assert cli.main([*args, "--out", str(folder / "run")]) == 0
+
+    return once("pruned_by_command", prune) / "run"
 
 
 def test_prune_leaves_what_it_promises(pruned, capsys):
@@ -46,7 +49,7 @@ def test_prune_leaves_what_it_promises(pruned, capsys):
 
 
 def test_a_finished_run_is_not_overwritten(pruned, capsys):
-    assert cli.main(["prune", "--out", str(pruned)]) == 1
+    assert cli.main(["demo", "--out", str(pruned)]) == 1
     assert "holds a finished run" in capsys.readouterr().err
 
 
@@ -82,13 +85,13 @@ def test_finetune_and_scratch(pruned, tmp_path):
 
 def test_latency_measures_then_shows(tmp_path, capsys):
     args = ["--latency-batch", "4", "--latency-seconds", "0.2", "--device", "cpu", "--out", str(tmp_path)]
-    assert cli.main(["latency", *args]) == 0
+    assert cli.main(["latency", "digits", *args]) == 0
     measured = capsys.readouterr().out
     assert cli.main(["latency", "--table", str(tmp_path / "latency_table.json")]) == 0
     assert measured.startswith(capsys.readouterr().out.splitlines()[0])
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help(name, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*name.split(), "--help"])
@@ -100,9 +103,10 @@ def test_help(name, capsys):
 def test_recipe_equals_flags(tmp_path):
     recipe = tmp_path / "r.toml"
     recipe.write_text('model = "digits"\nlatency-target = [0.7]\nlr = 1\n')
-    name, words, flags = cli._split(["prune", str(recipe), "--bundles-per-step", "4"])
-    config, _ = cli._configure(name, cli.COMMANDS[name], words, flags)
-    assert config == PruneCommand(config=nvit.PruneConfig(latency_target=(0.7,), lr=1.0, bundles_per_step=4))
+    _, config, _ = cli.parse(["prune", str(recipe), "--bundles-per-step", "4"])
+    assert config == PruneCommand(
+        model="digits", config=nvit.PruneConfig(latency_target=(0.7,), lr=1.0, bundles_per_step=4)
+    )
 
 
 def test_auto_is_hessian_while_training_and_curvature_in_one_shot():
@@ -152,20 +156,20 @@ DEIT = ("--model", "deit_tiny_patch16_224", "--no-pretrained", "--table", "analy
     ("args", "code", "says"),
     [
         (["nonsense"], 2, "unknown command"),
-        (["evaluate"], 2, "found no model"),
-        (["prune", "--latency-target", "1.5"], 2, "not in (0, 1)"),
-        (["prune", "--latency-target", "0.5", "--only", "mpl"], 2, "did you mean 'mlp'"),
-        (["prune", "--no-such-flag"], 2, ""),
+        (["evaluate"], 2, "MODEL is missing"),
+        (["demo", "--latency-target", "1.5"], 2, "not in (0, 1)"),
+        (["demo", "--latency-target", "0.5", "--only", "mpl"], 2, "did you mean 'mlp'"),
+        (["prune", "--no-such-flag"], 2, "has no flag --no-such-flag"),
         (["prune", "no_such.toml"], 2, "does not exist"),
         (["prune", "--model", "resnet18", "--no-pretrained"], 1, "Supported families"),
         (["prune", "--model", "deit_tinny"], 1, "neither a snapshot folder nor a timm model"),
         (["prune", *DEIT], 1, "--data is missing"),
         (["prune", *DEIT, "--data", "/no/such/folder"], 1, "no such folder"),
         (["prune", *DEIT, "--checkpoint", "/no/such/file.safetensors", "--data", "x"], 1, "does not exist"),
-        (["prune", "--device", "gpu7"], 1, "device"),
-        (["prune", "--freeze", "blocks.9.*", "--table", "analytic"], 1, "matches no group"),
-        (["prune", "--no-train", "--latency-target", "0.001", "--table", "analytic"], 1, "cannot be met"),
-        (["prune", "--table", "no_table.json"], 1, "no_table.json"),
+        (["demo", "--device", "gpu7"], 1, "device"),
+        (["demo", "--freeze", "blocks.9.*", "--table", "analytic"], 1, "matches no group"),
+        (["demo", "--no-train", "--latency-target", "0.001", "--table", "analytic"], 1, "cannot be met"),
+        (["demo", "--table", "no_table.json"], 1, "no_table.json"),
         (["evaluate", "."], 1, "not a snapshot"),
     ],
 )
@@ -211,7 +215,7 @@ def test_table_of_another_setting(pruned, tmp_path, capsys):
         "versions": "",
     }
     (tmp_path / "t.json").write_text(json.dumps(table | {"setting": setting}))
-    args = ["prune", "--table", str(tmp_path / "t.json"), "--latency-batch", "16", "--out", str(tmp_path / "o")]
+    args = ["demo", "--table", str(tmp_path / "t.json"), "--latency-batch", "16", "--out", str(tmp_path / "o")]
     assert cli.main(args) == 1
     assert "measured with device Another GPU, this run has" in capsys.readouterr().err
 
@@ -240,7 +244,7 @@ def test_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tensors, "save_file", full)
-    args = ["prune", "--no-train", "--out", str(tmp_path / "o"), *QUICK]
+    args = ["demo", "--no-train", "--out", str(tmp_path / "o"), *QUICK]
     assert cli.main(args) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert not list((tmp_path / "o").glob("*target*"))

@@ -14,7 +14,7 @@ import nvit
 from nvit.cli import main as cli
 from nvit.cli.checkpoint import misfit, unwrapped
 from nvit.cli.flags import ModelFlags
-from nvit.cli.models import open_model
+from nvit.cli.models import open_model, snapshot_of, untrained
 from tests.families import hf
 
 NAME = "vit_tiny_patch16_224"
@@ -158,3 +158,38 @@ def test_the_bundled_snapshot_loads_without_a_word():
         cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 0 and "manifest" not in done.stderr, done.stderr
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a run with two targets."""
+    for target in ("0.8", "0.5"):
+        shutil.copytree(nvit.BUNDLED, tmp_path / "run" / f"target-{target}")
+    (tmp_path / "run" / "target-half").mkdir()
+    return tmp_path / "run"
+
+
+def test_a_runs_folder_is_its_smallest_target_or_the_one_asked_for(run, tmp_path, capsys):
+    assert snapshot_of(str(run)) == str(run / "target-0.5") and snapshot_of(str(run), 0.8) == str(run / "target-0.8")
+    assert snapshot_of("digits") == str(nvit.BUNDLED) and snapshot_of(NAME) == NAME
+    assert not untrained(str(run), ModelFlags(pretrained=False))
+    with pytest.raises(ValueError, match=r"has no snapshot at 0\.3; it has 0\.5, 0\.8"):
+        snapshot_of(str(run), 0.3)
+    with pytest.raises(ValueError, match=r"--target 0\.5 is of a run's folder, which .* is not"):
+        snapshot_of(NAME, 0.5)
+    widths = ["analyze", "widths", "digits", str(run), "--out", str(tmp_path / "w")]
+    assert cli.main(widths) == 0 and str(run) in (tmp_path / "w" / "widths.csv").read_text()
+    assert cli.main(["evaluate", str(run), "--target", "0.8", "--eval-images", "8", "--device", "cpu"]) == 0
+    assert cli.main(["evaluate", str(run), "--target", "0.9", "--device", "cpu"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("nvit: ")
+
+
+def test_a_folder_that_timm_wrote_is_a_model(tmp_path):
+    model = timm.create_model(NAME, **SIZE)
+    timm.models.save_for_hf(model, tmp_path / "m", safe_serialization=True)
+    found = open_model(f"local-dir:{tmp_path / 'm'}", ModelFlags(img_size=32), torch.device("cpu"))
+    theirs = model.state_dict()
+    assert all(torch.equal(t, theirs[n]) for n, t in found.state_dict().items())
+    for name in ("local-dir:/no/such", "hf-hub:no/such"):
+        with pytest.raises(ValueError, match=r"(pretrained weights cannot be had|cannot be made)"):
+            open_model(name, ModelFlags(), torch.device("cpu"))

@@ -8,6 +8,7 @@ import torch
 import nvit
 from nvit.cli import main as cli
 from nvit.cli.command import flat, parts
+from nvit.cli.commands import COMMANDS
 from nvit.layers import functional
 from nvit.utils.memory import Meter
 from tests.runs import arguments
@@ -51,7 +52,7 @@ def test_one_meter_a_run(monkeypatch, tmp_path):
     """A second one would start the peak anew from what is held then."""
     restarts, restart = [], Meter.restart
     monkeypatch.setattr(Meter, "restart", lambda self: (restarts.append(self), restart(self))[1])
-    args = ["prune", "--no-train", "--finetune-epochs", "0", "--budget", "40GB", *QUICK, "--out", str(tmp_path / "o")]
+    args = ["demo", "--no-train", "--finetune-epochs", "0", "--budget", "40GB", *QUICK, "--out", str(tmp_path / "o")]
     assert cli.main(args) == 0
     assert len(restarts) == 1
 
@@ -69,9 +70,9 @@ def test_a_run_under_a_budget_goes_on_with_the_callers_peak():
     assert memory["peak"] >= peak - 2e6  # Linux adds up resident pages in batches
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_no_flag_of_a_part_hides_another(name):
-    command = cli.COMMANDS[name].flags()
+    command = COMMANDS[name].flags()
     own = len(dataclasses.fields(command)) - len(parts(command))
     assert len(flat(command)) == own + sum(len(dataclasses.fields(part)) for part in parts(command).values())
     assert not flat(command).keys() & parts(command).keys()

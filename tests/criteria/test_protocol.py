@@ -157,3 +157,7 @@ def test_configs_ask_the_registry():
     for more in ({"refit": True}, {"budget": "8GB"}):
         with pytest.raises(ValueError, match="one process"):
             PruneConfig(train=False, **more).over_ranks(2)
+
+
+def test_the_registry_knows_each_by_its_own_name():
+    assert {name: c.name for name, c in CRITERIA.items()} == {name: name for name in CRITERIA}

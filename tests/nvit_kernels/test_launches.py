@@ -3,11 +3,14 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from tests.nvit_kernels.conftest import run_apart
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.long
 def test_every_kernel_binds_with_what_eager_calls_pass():
     done = run_apart([str(Path(__file__).with_name("bind_launches.py"))])
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]

@@ -20,8 +20,8 @@ from nvit.layers import Attention
 from nvit.parallel import collectives
 from nvit.parallel import shards as shards_module
 from nvit.structure.run_state import load_run_state
+from nvit.tasks import Classification
 from nvit.training.data import TrainingData, seed_draws
-from nvit.training.distill import sample_labels
 from tests.families import HOSTS, ONE_OF_EACH
 from tests.ranks import PLAYED
 from tests.runs import NoisyImages
@@ -32,13 +32,15 @@ SEVERAL = [(count, name) for count, names in PLAYED.items() for name in names if
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory):
+def played(once):
     """The folder in which `tests.ranks` has played its scenarios."""
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "tests.ranks", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT, env=ENV)
-    assert done.returncode == 0, done.stderr
-    return folder
+
+    def play(folder):
+        command = [sys.executable, "-m", "tests.ranks", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT, env=ENV)
+        assert done.returncode == 0, done.stderr
+
+    return once("ranks", play)
 
 
 def codes(played: Path, name: str) -> list[int]:
@@ -146,7 +148,7 @@ def _ranks_of(launcher: int) -> dict[int, int]:
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks' processes in /proc")
 def test_torchrun_with_a_killed_rank_leaves_a_state_that_one_process_ends(tmp_path):
-    prune = ["prune", "--table", "analytic", "--latency-target", "0.9", "--finetune-epochs", "0", "--device", "cpu"]
+    prune = ["demo", "--table", "analytic", "--latency-target", "0.9", "--finetune-epochs", "0", "--device", "cpu"]
     prune += ["--interval", "10", "--bundles-per-step", "3", "--batch-size", "16", "--latency-batch", "2"]
     prune += ["--latency-seconds", "0.1", "--out", str(tmp_path / "o")]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -241,10 +243,10 @@ def test_training_data_of_a_rank_is_its_share_of_the_same_batches(monkeypatch):
 def test_labels_drawn_for_rows_are_those_of_the_whole_batch():
     logits = torch.randn(12, 7, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(1)
-    whole = sample_labels(logits)
+    whole = Classification(7).draw(logits)
     rows = [1, 4, 5, 11]
     torch.manual_seed(1)
-    assert torch.equal(sample_labels(logits[rows], rows, 12), whole[rows])
+    assert torch.equal(Classification(7).draw(logits[rows], rows, 12), whole[rows])
 
 
 def test_no_more_than_a_few_parameters_are_whole_at_a_time():

@@ -258,7 +258,7 @@ QUICK = ("--no-train", "--finetune-epochs", "0", "--device", "cpu", "--table", "
 
 def test_the_command_reports_plan_and_peak(tmp_path, capsys):
     out = tmp_path / "run"
-    assert cli.main(["prune", *QUICK, "--latency-batch", "4", "--budget", "40GB", "--out", str(out)]) == 0
+    assert cli.main(["demo", *QUICK, "--latency-batch", "4", "--budget", "40GB", "--out", str(out)]) == 0
     said = capsys.readouterr()
     assert "budget: without weight gradients, whole batches" in said.err
     assert "of 40GB; without weight gradients, whole batches" in said.out
@@ -266,7 +266,7 @@ def test_the_command_reports_plan_and_peak(tmp_path, capsys):
     assert result["memory"]["picked"] == "without weight gradients, whole batches"
     assert 1e8 < result["memory"]["peak"] < result["memory"]["budget"] == 40e9
     free = tmp_path / "free"
-    assert cli.main(["prune", *QUICK, "--latency-batch", "4", "--criterion", "fisher", "--out", str(free)]) == 0
+    assert cli.main(["demo", *QUICK, "--latency-batch", "4", "--criterion", "fisher", "--out", str(free)]) == 0
     without = json.loads((free / "result.json").read_text())
     assert "memory" not in without
     for key in ("top1", "params", "macs"):
@@ -283,7 +283,7 @@ def test_the_command_reports_plan_and_peak(tmp_path, capsys):
     ],
 )
 def test_wrong_input_is_one_line(flags, says, tmp_path, capsys):
-    assert cli.main(["prune", *QUICK, *flags, "--out", str(tmp_path / "o")]) in (1, 2)
+    assert cli.main(["demo", *QUICK, *flags, "--out", str(tmp_path / "o")]) in (1, 2)
     said = capsys.readouterr().err
     assert says in said and said.count("\n") == 1
     assert not (tmp_path / "o").exists()

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from nvit import LatencyTable, PruneConfig, adapters, prune
-from nvit.calibration.gauss_newton import GateProducts, probe
+from nvit.calibration.gauss_newton import GateProducts
 from nvit.calibration.replay import Replay
 from nvit.calibration.statistics import gather_statistics
 from nvit.criteria.curvature import curvature_loss
@@ -23,6 +23,7 @@ from nvit.refit.ridge import Moments, ridge
 from nvit.refit.rotation import balanced, rotate_
 from nvit.structure.compact import compact
 from nvit.structure.masks import apply_, full_masks
+from nvit.tasks import Classification
 from tests.hosts import TINY_HOSTS, images, prepared, random_masks
 from tests.runs import arguments
 
@@ -125,7 +126,7 @@ def test_probe_has_the_curvature_of_cross_entropy():
     z = draw(1, 5).requires_grad_()
     exact = torch.autograd.functional.hessian(lambda t: cross_entropy(t, torch.tensor([2])), z)[0, :, 0]
     g = torch.Generator().manual_seed(0)
-    drawn = probe(z.detach().expand(40_000, -1), g)
+    drawn = Classification(10).probe(z.detach().expand(40_000, -1), g)
     torch.testing.assert_close(drawn.T @ drawn / len(drawn), exact, rtol=0, atol=0.01)
 
 
@@ -312,7 +313,7 @@ def test_gate_products_are_those_of_recorded_gates(host):
     with GateRecorder(model, groups, masks) as recorder:
         cls, dist = adapters.find(model).logits(model, x)
         z = cls if dist is None else (cls + dist) / 2
-        z.backward(probe(z, torch.Generator().manual_seed(3)))
+        z.backward(Classification(10).probe(z, torch.Generator().manual_seed(3)))
     recorded = recorder.pop()
     scores = curvature_loss(model, groups, masks, statistics, gates)
     for g in groups:

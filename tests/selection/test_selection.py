@@ -19,6 +19,7 @@ from nvit.selection.lagrangian import drop_to_target
 from nvit.spec import KINDS, block_widths
 from nvit.structure.masks import full_masks, kept_counts, widths
 from tests import references
+from tests.runs import same
 from tests.tables import THREE_STAGES, TWO_STAGES, VIT, groups_of, table_of, with_noise
 
 BUNDLES = {"emb": 4, "heads": 2, "qk_dim": 2, "v_dim": 2, "mlp": 3}
@@ -42,10 +43,6 @@ def scored(draw, models=(VIT, TWO_STAGES)):
 
 def copy(masks):
     return {name: keep.clone() for name, keep in masks.items()}
-
-
-def same(a, b) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
 @given(scored(), st.integers(1, 6), st.sampled_from([0.0, 2.0, 20.0, 100.0]))

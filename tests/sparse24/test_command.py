@@ -52,13 +52,14 @@ def test_what_is_faster_and_what_is_not_are_told_apart():
 
 
 def test_a_large_loss_is_said_with_the_way_out():
-    found = {"choice": "magnitude", "top1_dense": 80.0, "top1": 74.9}
-    line = sparsify.way_out(found, ["deit"])
+    found = {"model": "deit", "metric": "top1", "choice": "magnitude", "top1_dense": 80.0, "top1": 74.9}
+    line = sparsify.way_out(found)
     assert "fell by 5.1 points" in line and "nvit sparsify deit" in line
     assert "--choice curvature" in line and "--epochs 5" in line
-    assert "--choice" not in sparsify.way_out(found | {"choice": "curvature"}, ["deit"])
-    assert sparsify.way_out(found | {"top1": 75.0}, ["deit"]) is None
-    assert sparsify.way_out(found | {"top1_dense": None, "top1": None}, ["deit"]) is None
+    assert "--choice" not in sparsify.way_out(found | {"choice": "curvature"})
+    assert sparsify.way_out(found | {"top1": 75.0}) is None
+    assert sparsify.way_out(found | {"top1_dense": None, "top1": None}) is None
+    assert sparsify.way_out({"metric": "mae", "mae_dense": 80.0, "mae": 1.0}) is None
 
 
 def test_curvature_without_images_is_refused(tmp_path, capsys):

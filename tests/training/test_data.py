@@ -1,6 +1,12 @@
 """Batches are a function of seed, epoch and index; folders that do not fit are refused with the reason."""
 
+import importlib.machinery
+import io
+import os
 import random
+import signal
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -210,3 +216,67 @@ def test_evaluation_reads_in_order_and_all_of_it():
     got = [x.tolist() for x, _ in evaluation_loader(subset(data, 7), 3)]
     assert got == [[0, 1, 2], [4, 5, 7], [8]], "evenly over the set"
     assert subset(data, 0) is data and len(subset(data, 99)) == 10
+
+
+STREAM = "is a stream without an order or a length, .* write it out as FOLDER/<class>/<image>, or give a loader"
+
+
+@pytest.mark.parametrize(
+    ("where", "says"),
+    [
+        ("wds/imagenet:/data", STREAM),
+        ("tfds/mnist", STREAM),
+        ("hfids/cifar10", STREAM),
+        ("hfds/cifar10", "read by Hugging Face's datasets, which is missing: pip install datasets"),
+        ("imagenet/train", "no such folder, and not a timm data set name"),
+        ("torch/nothing_like_it", "no images to read for train .*Unknown torchvision dataset"),
+        ("torch/cifar10:/nowhere", "no images to read for train"),
+    ],
+)
+def test_data_sets_that_cannot_be_read_say_what_to_do(where, says, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=says) as e:
+        open_images(where, "train", classes=10, transform=None)
+    assert "\n" not in str(e.value) and not "".join(capfd.readouterr())
+
+
+class TwoImages:
+    """As much of Hugging Face's `datasets.Dataset` as is read."""
+
+    def __init__(self, *images: bytes) -> None:
+        self.images = images
+        label = types.SimpleNamespace(names=["cat", "dog"])
+        self.info = types.SimpleNamespace(features={"label": label}, splits=None)
+
+    def cast_column(self, name, feature):
+        return self
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return {"image": {"bytes": self.images[i], "path": None}, "label": i % 2}
+
+
+def test_hugging_face_data_sets_are_read_in_the_models_channels(monkeypatch):
+    png = io.BytesIO()
+    Image.fromarray(np.full((30, 30, 3), 255, np.uint8)).save(png, "png")
+    module = types.ModuleType("datasets")
+    module.__spec__ = importlib.machinery.ModuleSpec("datasets", None)
+    module.load_dataset = lambda name, split, cache_dir: TwoImages(png.getvalue(), b"not an image")
+    module.Image = lambda decode: None
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    pipeline = transform(PREPROCESS | {"input_size": (1, 24, 24)})
+    data = open_images("hfds/pets", "train", classes=2, transform=pipeline, channels=1)
+    image, label = data[0]
+    assert image.shape == (1, 24, 24) and label == 0 and len(data) == 2
+    with pytest.raises(RuntimeError):
+        data[1]  # and not the first image under its number
+
+
+def test_loading_processes_leave_ctrl_c_to_the_one_that_started_them():
+    batches = TrainingData(Noisy(), 2, workers=1).epoch(0)
+    first = next(batches)
+    os.kill(batches._workers[0].pid, signal.SIGINT)
+    assert len([first, *batches]) == 11

@@ -8,10 +8,12 @@ from torch import nn
 
 from nvit import adapters
 from nvit.adapters import Logits
-from nvit.training.distill import Objective, cnn_loss, frozen, full_loss, renormalisation, sample_labels
+from nvit.tasks import Classification
+from nvit.training.distill import Objective, frozen, renormalisation
 from tests import references
 from tests.hosts import images, labels, masked, prepared
 
+TASK = Classification(7)
 EXACT = {"rtol": 1e-10, "atol": 1e-12}  # fp64, a few hundred terms
 
 
@@ -36,12 +38,12 @@ SOFT = logits(9).softmax(-1)
 )
 def test_full_loss_is_eq_9(student, teacher, pairs, tau):
     expected = references.full_loss([s for s, _ in pairs], [t for _, t in pairs], tau)
-    torch.testing.assert_close(full_loss(Logits(*student), Logits(*teacher), tau).double(), expected, **EXACT)
+    torch.testing.assert_close(TASK.distance(Logits(*student), Logits(*teacher), tau).double(), expected, **EXACT)
 
 
 def test_full_loss_is_zero_at_the_teacher_and_has_no_gradient_there():
     student = CLS.clone().requires_grad_()
-    loss = full_loss(Logits(student), Logits(CLS), 3.0)
+    loss = TASK.distance(Logits(student), Logits(CLS), 3.0)
     loss.backward()
     assert abs(loss.item()) < 1e-12 and student.grad.abs().max() < 1e-12
 
@@ -51,20 +53,20 @@ def test_full_loss_is_zero_at_the_teacher_and_has_no_gradient_there():
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.8, 1.0])
 def test_cnn_loss_is_eq_8(dist, target, share):
     expected = references.cnn_loss(CLS, dist, target, CNN, share)
-    torch.testing.assert_close(cnn_loss(Logits(CLS, dist), target, CNN, share), expected, **EXACT)
+    torch.testing.assert_close(TASK.loss(Logits(CLS, dist), target, CNN, hard_weight=share), expected, **EXACT)
 
 
 def test_without_a_cnn_teacher_it_is_plain_cross_entropy_of_the_models_own_answer():
     for dist, answer in ((None, CLS), (DIST, (CLS + DIST) / 2)):
         for target in (HARD, SOFT):
             expected = references.cross_entropy(answer, target)
-            torch.testing.assert_close(cnn_loss(Logits(CLS, dist), target, None), expected, **EXACT)
+            torch.testing.assert_close(TASK.loss(Logits(CLS, dist), target), expected, **EXACT)
 
 
 def test_smoothing_spreads_the_true_label_and_leaves_the_cnn_label_hard():
     smooth = F.one_hot(HARD, 7).double() * 0.9 + 0.1 / 7
     expected = references.cnn_loss(CLS, DIST, smooth, CNN, 0.5)
-    torch.testing.assert_close(cnn_loss(Logits(CLS, DIST), HARD, CNN, 0.5, smoothing=0.1), expected, **EXACT)
+    torch.testing.assert_close(TASK.loss(Logits(CLS, DIST), HARD, CNN, smoothing=0.1), expected, **EXACT)
 
 
 @pytest.mark.parametrize("host", ["plain", "deit_distilled"])
@@ -72,7 +74,7 @@ def test_objective_is_their_weighted_sum(host):
     model, teacher = (prepared(host, torch.float64, seed=s)[0] for s in (0, 5))
     cnn = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 7)).double()
     x, y = images(model), labels(model, 3)
-    got = Objective(frozen(teacher), frozen(cnn), weight=10.0, tau=2.0, cnn_weight=0.3)(model, x, y)
+    got = Objective(TASK, frozen(teacher), frozen(cnn), weight=10.0, tau=2.0, cnn_weight=0.3)(model, x, y)
     student, theirs = adapters.find(model).logits(model, x), adapters.find(model).logits(teacher, x)
     kl = references.full_loss([s for s in student if s is not None], [t for t in theirs if t is not None], 2.0)
     expected = 10.0 * kl + references.cnn_loss(*student, y, cnn(x).argmax(-1), 0.3)
@@ -81,14 +83,14 @@ def test_objective_is_their_weighted_sum(host):
 
 def test_objective_reaches_only_the_student():
     model, teacher = prepared("deit_distilled")[0], prepared("deit_distilled", seed=5)[0]
-    Objective(frozen(teacher), None)(model, images(model), labels(model, 3)).backward()
+    Objective(TASK, frozen(teacher), None)(model, images(model), labels(model, 3)).backward()
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     assert all(p.grad is not None for p in model.parameters())
 
 
 def test_a_masked_student_distils_from_its_dense_teacher():
     model, _, _ = masked("plain")
-    loss = Objective(frozen(prepared("plain")[0]), None)(model, images(model), labels(model, 3))
+    loss = Objective(TASK, frozen(prepared("plain")[0]), None)(model, images(model), labels(model, 3))
     assert torch.isfinite(loss) and loss > 0
 
 
@@ -119,14 +121,14 @@ def test_renormalised_images_are_what_the_teacher_would_have_read():
 def test_any_timm_model_can_be_the_cnn_teacher():
     model, _ = prepared("deit_distilled", img_size=32)
     cnn = timm.create_model("resnet10t", num_classes=7)
-    loss = Objective(None, frozen(cnn))(model, images(model), labels(model, 3))
+    loss = Objective(TASK, None, frozen(cnn))(model, images(model), labels(model, 3))
     assert torch.isfinite(loss)
 
 
 def test_sampled_labels_follow_the_softmax():
     row = torch.tensor([[0.0, 1.0, -1e9, 2.0]]).expand(20_000, -1)
     torch.manual_seed(0)
-    counts = torch.bincount(sample_labels(row), minlength=4) / 20_000
+    counts = torch.bincount(TASK.draw(row), minlength=4) / 20_000
     # 4 standard deviations of a share of at most ½ over 20 000 draws
     torch.testing.assert_close(counts, row[0].softmax(-1), rtol=0, atol=0.015)
     assert counts[2] == 0

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from nvit import FinetuneConfig, accuracy, finetune
+from nvit import FinetuneConfig, accuracy, finetune, tasks
 from nvit.structure.compact import compact
 from nvit.training.distill import Objective, frozen
 from nvit.training.trainer import Trainer
 from tests.hosts import images, labels, make, masked, prepared
-from tests.runs import NoisyImages, Stop, TrainingData, stop_after
+from tests.runs import NoisyImages, Stop, TrainingData, same, stop_after, weights
 
 SETTINGS = {"epochs": 3.0, "lr": 0.1, "min_lr": 0.001, "batch_size": 8, "distill_weight": 0.0, "save_every": 0.0}
 
@@ -19,14 +19,6 @@ def arguments(host: str = "plain", **more):
     config = FinetuneConfig(**(SETTINGS | more))
     small = compact(*masked(host, keep=0.6))
     return small, TrainingData(NoisyImages(), config.batch_size, config.seed), config
-
-
-def weights(model):
-    return {n: p.detach().clone() for n, p in model.named_parameters()}
-
-
-def same(a, b) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
 @pytest.mark.parametrize("host", ["plain", "deit_distilled", "registers", "average_pooling"])
@@ -119,7 +111,7 @@ def test_the_teacher_pulls_the_student():
 
 def test_weight_decay_spares_biases_and_norms():
     small, _, config = arguments()
-    trainer = Trainer(small, Objective(), config, config.lr, None)
+    trainer = Trainer(small, Objective(tasks.of("auto", small)), config, config.lr, None)
     names = {id(p): n for n, p in small.named_parameters()}
     for group in trainer.optimizer.param_groups:
         for p in group["params"]:
@@ -141,10 +133,10 @@ def test_gradients_of_a_step_are_the_objectives(tmp_path):
     small, _, config = arguments()
     twin = compact(*masked("plain", keep=0.6))
     x, y = images(small), labels(small, 3)
-    trainer = Trainer(small, Objective(), config, config.lr, None)
+    trainer = Trainer(small, Objective(tasks.of("auto", small)), config, config.lr, None)
     before = weights(small)
     trainer.train_step(x, y)
-    loss = Objective()(twin.eval(), x, y)
+    loss = Objective(tasks.of("auto", twin))(twin.eval(), x, y)
     loss.backward()
     assert trainer.look() == pytest.approx(loss.item())
     assert all(torch.equal(trainer.grads()[n], p.grad) for n, p in twin.named_parameters())

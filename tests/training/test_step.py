@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nvit
-from nvit import adapters, parallel
+from nvit import adapters, parallel, tasks
 from nvit.config import PruneConfig
 from nvit.criteria import base
 from nvit.prune.pruner import Pruner
@@ -17,7 +17,7 @@ from nvit.training.optimizer import decay_groups, fused_adamw
 from nvit.training.step import Step
 from nvit.utils import devices
 from tests.hosts import images, labels, make, prepared
-from tests.runs import arguments, config, table
+from tests.runs import arguments, config, table, weights
 
 READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "item", "_unique2", "unique_dim"}
 
@@ -33,15 +33,11 @@ class NoReads(TorchDispatchMode):
 
 def stepper(model, *, teacher=False, clip=0.0, observe=None, constrain=None, lr=1e-3):
     model = adapters.find(model).prepare(model)
-    objective = Objective(frozen(copy.deepcopy(model)) if teacher else None)
+    objective = Objective(tasks.of("auto", model), frozen(copy.deepcopy(model)) if teacher else None)
     optimizer = torch.optim.AdamW(decay_groups(model, 0.05), lr=lr)
     assert fused_adamw(optimizer)
     call = parallel.Call(model, adapters.find(model).logits)
     return Step(call, objective, optimizer, clip=clip, observe=observe, constrain=constrain)
-
-
-def weights(model):
-    return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.05])

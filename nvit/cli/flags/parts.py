@@ -1,27 +1,44 @@
-"""Flags that several commands share. A command is a frozen dataclass of its own flags and of parts: these here and the
-library's configs. A part's fields are flags and recipe keys as the command's own are; see `Flat`."""
+"""Flags that several commands share. A part's fields are flags and recipe keys as the command's own are."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
-import tyro
+from ...config import _help
 
-from .. import parallel
-from ..config import _help
-from ..latency.clock import as_deployed
-from ..layers import functional
+if TYPE_CHECKING:
+    import torch
 
 DIGITS = "digits"
 """Names the bundled model and the bundled data."""
 
-T = TypeVar("T")
-Flat = Annotated[T, tyro.conf.arg(name="")]
-"""A part whose flags stand among the command's own, without its name before them: `config: Flat[PruneConfig]`."""
+MODEL = _help("a timm name, hf-hub:NAME, local-dir:FOLDER, or the folder of a snapshot, a run or a Hugging Face model")
+"""What MODEL may be, for the help of a command."""
+
+
+MOST_WORKERS = 8
+"""Data loading processes of a rank where nobody says how many."""
+
+TARGET = _help("of a run's folder, the snapshot at this target; 0 for the smallest")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneralFlags:
+    """Every command's."""
+
+    debug: Annotated[bool, _help("print the traceback of an error; else one nobody foresaw is kept in a file")] = False
+    dump_config: Annotated[str, _help("write all settings of this run to a recipe, as run.toml; none if empty")] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchFlags:
+    """What happens when memory runs out."""
+
+    auto_batch: Annotated[bool, _help("where memory runs out, begin again with half of --batch-size")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +49,7 @@ class ModelFlags:
     pretrained: Annotated[bool, _help("load timm's pretrained weights when there is no checkpoint")] = True
     num_classes: Annotated[int, _help("of a timm model; 0 keeps the model's own")] = 0
     img_size: Annotated[int, _help("pixels a side of a timm model's images; 0 keeps the model's own")] = 0
+    target: Annotated[float, TARGET] = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +66,10 @@ class MachineFlags:
         Raises:
             ValueError: unknown, or not there.
         """
+        import torch
+
+        from ... import parallel
+
         try:
             device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         except RuntimeError:
@@ -59,6 +81,10 @@ class MachineFlags:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """A command's work: with these threads, and with kernels or without whichever models it opens."""
+        import torch
+
+        from ...layers import functional
+
         if self.threads:
             torch.set_num_threads(self.threads)
         with functional.kernels(self.kernels):
@@ -73,6 +99,10 @@ class DataFlags:
         str, _help("training images: a folder of class folders, with or without train/, or torch/cifar10[:FOLDER]")
     ] = ""
     eval_data: Annotated[str, _help("evaluation images; val/ of --data when empty, if it has one")] = ""
+    targets: Annotated[
+        str, _help("CSV of image files below --data and their outputs, for --task multilabel and regression")
+    ] = ""
+    eval_targets: Annotated[str, _help("the same for evaluation, of files below --eval-data, or --data if empty")] = ""
     class_map: Annotated[str, _help("file with a class folder's name a line, in index order")] = ""
     class_order: Annotated[
         Literal["auto", "lexical", "natural"],
@@ -87,7 +117,14 @@ class DataFlags:
         True
     )
     eval_images: Annotated[int, _help("evaluate on so many, evenly over the set; 0 for all")] = 0
-    workers: Annotated[int, _help("data loading processes")] = 0
+    workers: Annotated[int, _help("data loading processes; -1: as many as the machine's cores allow, 8 at most")] = -1
+
+    def processes(self) -> int:
+        """Data loading processes of this rank: the cores this machine lets it have, less one for training."""
+        if self.workers >= 0:
+            return self.workers
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(0, min(MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,5 +149,7 @@ class LatencyFlags:
         Raises:
             ValueError: a mode that the device has not.
         """
+        from ...latency.clock import as_deployed
+
         asked = (None if word == "auto" else word for word in (self.latency_mode, self.latency_dtype))
         return as_deployed(device, *asked)

@@ -1,0 +1,16 @@
+"""Every command by its words."""
+
+from .command import Command
+from .flags import compare, correlation, evaluate, finetune, latency, prune, sparsify, widths
+
+COMMANDS: dict[str, Command] = {
+    "demo": prune.DEMO,
+    "prune": prune.COMMAND,
+    "finetune": finetune.COMMAND,
+    "evaluate": evaluate.COMMAND,
+    "compare": compare.COMMAND,
+    "latency": latency.COMMAND,
+    "sparsify": sparsify.COMMAND,
+    "analyze widths": widths.COMMAND,
+    "analyze correlation": correlation.COMMAND,
+}

@@ -1,0 +1,59 @@
+"""What a model is for: what a batch holds, the loss, the metric. One file a task; nobody else knows a softmax.
+
+To add one, write a subclass of `base.Task` in a file of its own and list it in `TASKS`.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .. import adapters
+from .base import Meter, Task
+from .classification import Classification
+from .features import Features
+from .multilabel import MultiLabel
+from .regression import Regression
+
+__all__ = ["TASKS", "Classification", "Features", "Meter", "MultiLabel", "Regression", "Task", "infer", "of"]
+
+TASKS: dict[str, type[Task]] = {t.name: t for t in (Classification, MultiLabel, Regression, Features)}
+
+
+def of(name: str, model: nn.Module) -> Task:
+    """The task called `name` for the outputs of `model`; where it is `auto`, the one that the model tells.
+
+    Raises:
+        ValueError: the model does not tell, or has not the outputs that the task is about.
+    """
+    outputs = adapters.classes(model)
+    name = infer(model) if name == "auto" else name
+    if outputs is None and name != Classification.name:
+        raise ValueError(f"task {name} needs a model that says how many outputs it has, as timm's num_classes does")
+    if name == Features.name and outputs:
+        raise ValueError(
+            f"task features is for models without a classifier, this one has {outputs} outputs; "
+            "model.reset_classifier(0) takes it off"
+        )
+    if name != Features.name and outputs == 0:
+        raise ValueError(f"task {name} needs a classifier, this model has none (num_classes 0); take --task features")
+    if name == Classification.name and outputs == 1:
+        raise ValueError("task classification needs 2 outputs, this model has 1; take --task regression or multilabel")
+    return TASKS[name](outputs)
+
+
+def infer(model: nn.Module) -> str:
+    """The name of the task that a model tells by its config or its head.
+
+    Raises:
+        ValueError: it has one output and does not say what for.
+    """
+    said = adapters.of(model).task(model) if adapters.refusal(model) is None else None
+    if said is not None:
+        return said
+    outputs = adapters.classes(model)
+    if outputs == 1:
+        raise ValueError(
+            "the model has one output and does not say what for; take --task regression (a number) or --task "
+            "multilabel (a yes or no)"
+        )
+    return Features.name if outputs == 0 else Classification.name
