@@ -136,7 +136,8 @@ def test_spec_knows_no_torch():
 
 
 def test_host_names_stay_in_adapters():
-    """timm's model and layer classes are known to adapters alone; its data, optimiser, factory serve everyone."""
+    """timm's model and layer classes are known to adapters alone; its data, optimiser, factory serve everyone. A
+    callback of transformers' Trainer knows that, and no model."""
     for path, names in ENGINE.items():
         if room_of(path) not in ("adapters", "integrations"):  # whose business other libraries are
             hosts = {

@@ -69,6 +69,13 @@ def choose_by_curvature_(
     Raises:
         ValueError: there is no batch.
         FloatingPointError: a logit is not finite.
+
+    >>> model = nvit.load(nvit.BUNDLED)
+    >>> images = torch.stack([image for image, label in nvit.data.Digits(training=False)])
+    >>> names = ["blocks.0.mlp.fc1.weight"]
+    >>> masks = nvit.sparse24.choose_by_curvature_(model, images[:90].split(30), names)
+    >>> float(masks[names[0]].float().mean())
+    0.5
     """
     batches = list(batches)
     if not batches:
