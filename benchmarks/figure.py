@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,5 +32,5 @@ def figure(rows: Sequence[Row], op: str, path: Path, ours: str, pixels: int = PI
             panel.barh(providers, [r.median_ms for r in mine], xerr=[below, above], color=colours)
             panel.invert_yaxis()
             panel.grid(axis="y", visible=False)
-            panel.set_title(name, loc="left")
+            panel.set_title(textwrap.fill(name, 52), loc="left", fontsize=8.5, fontweight="normal")
         axes[-1].set_xlabel("ms")

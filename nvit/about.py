@@ -13,7 +13,12 @@ from .serve import describe_choices
 
 
 def describe() -> str:
-    """A line for each optional part: there, or what is missing and how to get it."""
+    """A line for each optional part: there, or what is missing and how to get it.
+
+    >>> print(nvit.describe())
+    python ..., torch ...
+    CUDA: ...
+    """
     cuda = device_name("cuda") if torch.cuda.is_available() else "no GPU: everything runs on the CPU"
     lines = [f"python {platform.python_version()}, torch {torch.__version__}", f"CUDA: {cuda}"]
     triton = importlib.util.find_spec("triton") is not None

@@ -77,7 +77,14 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class PruneConfig(TrainingConfig):
-    """Prune a vision transformer to one or several latency targets."""
+    """Prune a vision transformer to one or several latency targets.
+
+    >>> config = nvit.PruneConfig(latency_target=0.8, train=False)
+    >>> config
+    PruneConfig(latency_target=(0.8,), train=False)
+    >>> config.saliency, config.bundle_sizes["mlp"]
+    ('curvature', 16)
+    """
 
     latency_target: Annotated[
         tuple[float, ...],
@@ -196,7 +203,13 @@ class PruneConfig(TrainingConfig):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class FinetuneConfig(TrainingConfig):
-    """Train a compact model with the same objective."""
+    """Train a compact model with the same objective.
+
+    >>> nvit.FinetuneConfig(epochs=30, mixup=0.8)
+    FinetuneConfig(mixup=0.8, epochs=30)
+    >>> nvit.PruneConfig(finetune_epochs=3, seed=1).finetuning()
+    FinetuneConfig(seed=1, epochs=3)
+    """
 
     epochs: Annotated[float, _help("passes over the data")] = 300.0
     lr: Annotated[float, _help("at batch 512, scaled linearly")] = 2e-4

@@ -92,6 +92,12 @@ def graphed(model: nn.Module, batch_size: int) -> Graphed:
 
     Raises:
         ValueError: no positive batch, a model in training mode, or one of a family without an adapter.
+
+    >>> small = nvit.graphed(nvit.load(nvit.BUNDLED), batch_size=4)
+    >>> small
+    Graphed(VisionTransformer, 4 images of 1 × 8 × 8, float32; ...)
+    >>> small(torch.zeros(6, 1, 8, 8)).shape
+    torch.Size([6, 10])
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")

@@ -35,6 +35,9 @@ def revit_widths(emb: int, depth: int = 12) -> tuple[BlockWidths, ...]:
 
     Raises:
         ValueError: a width or depth below 1.
+
+    >>> [block.mlp for block in nvit.zoo.revit_widths(200, depth=4)]
+    [600, 1200, 1200, 600]
     """
     if emb < 1 or depth < 1:
         raise ValueError(f"emb {emb} and depth {depth} make no transformer; both have to be at least 1")
@@ -89,6 +92,11 @@ def revit(widths: Sequence[BlockWidths], *, distilled: bool = False, name: str =
 
     Raises:
         ValueError: blocks whose `emb` differ, or an argument that timm does not take.
+
+    >>> widths = nvit.zoo.revit_widths(100, depth=2)
+    >>> model = nvit.zoo.revit(widths, num_classes=5, img_size=32)
+    >>> model(torch.zeros(1, 3, 32, 32)).shape
+    torch.Size([1, 5])
     """
     if len({b.emb for b in widths}) != 1:
         raise ValueError(f"blocks have emb {[b.emb for b in widths]}; one residual stream has one width")
@@ -110,6 +118,9 @@ def revit_swin_widths(emb: int = 88, depths: Sequence[int] = (2, 2, 6, 2)) -> tu
     """The ReViT rule for each stage of a Swin model whose first is `emb` wide and each further twice the one before.
 
     A stage of two blocks is all middle, so that both are doubled. With Swin-T's depths, 88 comes near to its MACs.
+
+    >>> [len(stage) for stage in nvit.zoo.revit_swin_widths()]
+    [2, 2, 6, 2]
     """
     return tuple(revit_widths(emb * 2**stage, depth) for stage, depth in enumerate(depths))
 
@@ -125,6 +136,11 @@ def revit_swin(stages: Sequence[Sequence[BlockWidths]], *, name: str = "revit_sw
 
     Raises:
         ValueError: a stage without blocks or with blocks whose `emb` differ, or an argument that timm does not take.
+
+    >>> stages = nvit.zoo.revit_swin_widths(32, depths=(1, 1))
+    >>> model = nvit.zoo.revit_swin(stages, num_classes=5, img_size=56)
+    >>> model(torch.zeros(1, 3, 56, 56)).shape
+    torch.Size([1, 5])
     """
     for place, blocks in enumerate(stages):
         if len({b.emb for b in blocks}) != 1:
@@ -162,30 +178,55 @@ def _published(size: str, distilled: bool, pretrained: bool, config: dict[str, A
 
 @register_model
 def revit_small_patch16_224(pretrained: bool = False, **config: Any) -> nn.Module:
-    """ReViT-S: published widths at emb 384."""
+    """ReViT-S: published widths at emb 384.
+
+    >>> model = timm.create_model("revit_small_patch16_224", img_size=32)
+    >>> model.embed_dim
+    384
+    """
     return _published("small", False, pretrained, config)
 
 
 @register_model
 def revit_tiny_patch16_224(pretrained: bool = False, **config: Any) -> nn.Module:
-    """ReViT-T: published widths at emb 176."""
+    """ReViT-T: published widths at emb 176.
+
+    >>> model = timm.create_model("revit_tiny_patch16_224", img_size=32)
+    >>> model.embed_dim
+    176
+    """
     return _published("tiny", False, pretrained, config)
 
 
 @register_model
 def revit_small_distilled_patch16_224(pretrained: bool = False, **config: Any) -> nn.Module:
-    """ReViT-S with a distillation token: 23.12 M parameters, 4.705 GMAC."""
+    """ReViT-S with a distillation token: 23.12 M parameters, 4.705 GMAC.
+
+    >>> model = timm.create_model("revit_small_distilled_patch16_224", img_size=32)
+    >>> model.dist_token.shape
+    torch.Size([1, 1, 384])
+    """
     return _published("small", True, pretrained, config)
 
 
 @register_model
 def revit_tiny_distilled_patch16_224(pretrained: bool = False, **config: Any) -> nn.Module:
-    """ReViT-T with a distillation token: 5.34 M parameters, 1.135 GMAC."""
+    """ReViT-T with a distillation token: 5.34 M parameters, 1.135 GMAC.
+
+    >>> model = timm.create_model("revit_tiny_distilled_patch16_224", img_size=32)
+    >>> model.dist_token.shape
+    torch.Size([1, 1, 176])
+    """
     return _published("tiny", True, pretrained, config)
 
 
 @register_model
 def revit_swin_patch4_window7_224(pretrained: bool = False, **config: Any) -> nn.Module:
-    """The rule at Swin-T's depths and windows: 30.60 M parameters, 4.589 GMAC, where Swin-T has 28.29 and 4.491."""
+    """The rule at Swin-T's depths and windows: 30.60 M parameters, 4.589 GMAC, where Swin-T has 28.29 and 4.491.
+
+    >>> model = timm.create_model("revit_swin_patch4_window7_224", num_classes=5)
+    >>> model.num_classes
+    5
+    """
     name = "revit_swin_patch4_window7_224"
     return revit_swin(revit_swin_widths(), name=name, **_timm_arguments(name, pretrained, config))

@@ -17,8 +17,8 @@ def names() -> Iterator[tuple[str, object]]:
 
 def _inside(name: str, thing: object, seen: set[int]) -> Iterator[tuple[str, object]]:
     if inspect.ismodule(thing):
-        listed = getattr(thing, "__all__", None) or [n for n in vars(thing) if not n.startswith("_")]
-        for n in listed:
+        own = [n for n, t in vars(thing).items() if getattr(t, "__module__", "") == thing.__name__ and n[0] != "_"]
+        for n in dict.fromkeys([*getattr(thing, "__all__", []), *own]):
             yield from _inside(f"{name}.{n}", getattr(thing, n), seen)
     elif _ours(thing) and id(thing) not in seen:
         seen.add(id(thing))

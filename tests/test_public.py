@@ -1,10 +1,16 @@
 """What users import says what it takes, what it gives and how it is used."""
 
+import dataclasses
+import doctest
 import inspect
 from pathlib import Path
 
+import pytest
+import timm
+import torch
 from setuptools import Distribution
 
+import nvit
 from tests.public import functions, names
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +40,29 @@ def test_the_walk_sees_classes_functions_and_doors():
 def test_everything_public_is_documented():
     undocumented = [n for n, thing in (*names(), *functions()) if "__" not in n and not inspect.getdoc(thing)]
     assert not undocumented, "\n".join(undocumented)
+
+
+GIVEN = {"dataclasses": dataclasses, "nvit": nvit, "Path": Path, "timm": timm, "torch": torch}
+"""What the examples need not import."""
+
+DOCUMENTED = {name: inspect.getdoc(thing) or "" for name, thing in (*functions(), *names())}
+EXAMPLES = {name: text for name, text in DOCUMENTED.items() if ">>>" in text}
+
+
+def test_everything_public_has_an_example():
+    bare = [name for name, thing in names() if ">>>" not in (inspect.getdoc(thing) or "")]
+    assert not bare, "\n".join(bare)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_example_runs(name, tmp_path, monkeypatch):
+    text = EXAMPLES[name]
+    monkeypatch.chdir(tmp_path)
+    example = doctest.DocTestParser().get_doctest(text, dict(GIVEN), name, None, None)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL)
+    said: list[str] = []
+    runner.run(example, out=said.append)
+    assert not runner.failures, "".join(said)
 
 
 def test_the_packages_say_that_they_are_typed(monkeypatch):

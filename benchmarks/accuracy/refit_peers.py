@@ -8,7 +8,8 @@ arXiv:2407.04616); its gradients are those of the same calibration images that w
 at least the target's share of MACs, ours at most. Ours is criterion `remaining`, without and with a refit, labels
 unread; its rows have the gain over Torch-Pruning's best at that point, with its 95 % interval (paired bootstrap over
 images). Writes refit_peers_cpu.csv (rows that are there of other points stay) and, from it, refit_global_cpu.csv and
-refit_latency_cpu.csv (`benchmarks.accuracy.refit_latency`), refit_cpu.png in benchmarks/results; `--plot` draws without measuring. Needs `pip install torch-pruning`.
+refit_latency_cpu.csv (`benchmarks.accuracy.refit_latency`), refit_cpu.png in benchmarks/results; `--plot` draws without
+measuring. Needs `pip install torch-pruning`.
 """
 
 from __future__ import annotations
@@ -140,8 +141,8 @@ def _read(path: Path) -> list[dict[str, str]]:
 
 
 def points(results: Path) -> dict[str, list[dict]]:
-    """Rows by method: `case`, `macs` as a share of dense, `top1`, and the measured share of latency with its range where
-    refit_latency_cpu.csv has one; the dense model belongs to all."""
+    """Rows by method: `case`, `macs` as a share of dense, `top1`, and the measured share of latency with its range
+    where refit_latency_cpu.csv has one; the dense model belongs to all."""
     rows = _read(results / "refit_peers_cpu.csv")
     dense = next(float(r["top1"]) for r in rows if r["case"] == "dense")
     rows += [

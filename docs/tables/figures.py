@@ -18,11 +18,10 @@ CORRELATION_IMAGES = 200
 
 
 def saliency(path: Path, pixels: int = PIXELS) -> None:
-    """A panel per kind: KL to the dense model by criterion, those of the screening that users can choose; the one that
-    is chosen without a word in a colour."""
-    screened = [
-        (r, SHOWN.get(r["saliency"], r["saliency"])) for r in stage("screen") if r["gate"] in ("leave", "tokens")
-    ]
+    """A panel per kind: KL to the dense model by criterion, of the screening those that users can choose; what
+    `nvit prune --no-train` takes by itself in a colour."""
+    gates = [r for r in stage("screen") if r["gate"] in ("leave", "tokens")]
+    screened = [(r, SHOWN.get(r["saliency"], r["saliency"])) for r in gates]
     public = [(r, name) for r, name in screened if name in PUBLIC]
     kinds, default = list(dict.fromkeys(r["structure"] for r, _ in public)), PruneConfig(train=False).saliency
     with panels(len(kinds), path, pixels=pixels, height=1.7, width=2.3) as axes:
@@ -30,7 +29,7 @@ def saliency(path: Path, pixels: int = PIXELS) -> None:
             mine = {name: float(r["kl_choose"]) for r, name in public if r["structure"] == kind}
             share = next(float(r["fraction"]) for r, _ in public if r["structure"] == kind)
             bars = panel.barh(list(mine), list(mine.values()), color=[ACCENT if n == default else BEHIND for n in mine])
-            panel.bar_label(bars, fmt="%.2f", padding=2, fontsize=7.5, color=INK)
+            panel.bar_label(bars, fmt="%#.2g", padding=2, fontsize=7.5, color=INK)
             panel.invert_yaxis()
             panel.margins(x=0.2)
             panel.grid(axis="y", visible=False)
@@ -40,7 +39,6 @@ def saliency(path: Path, pixels: int = PIXELS) -> None:
 
 def correlation(path: Path, pixels: int = PIXELS) -> None:
     """Loss change over saliency, a panel per criterion of the page's table."""
-    numbers = [
-        {k: float(v) if k in (*CRITERIA, "loss_change") else v for k, v in r.items()} for r in rows("correlation_cpu")
-    ]
+    found = rows("correlation_cpu")
+    numbers = [{k: float(v) if k in (*CRITERIA, "loss_change") else v for k, v in r.items()} for r in found]
     plot(numbers, CRITERIA, path, CORRELATION_IMAGES, pixels)

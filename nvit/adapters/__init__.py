@@ -51,7 +51,12 @@ UNKNOWN = "no adapter knows its class"
 
 
 def refusal(model: nn.Module) -> str | None:
-    """Why no adapter takes `model`, or None."""
+    """Why no adapter takes `model`, or None.
+
+    >>> nvit.adapters.refusal(nvit.load(nvit.BUNDLED))
+    >>> nvit.adapters.refusal(torch.nn.Linear(2, 2))
+    'no adapter knows its class'
+    """
     family = _family(model)
     if family is None:
         hosts = tuple(cls for a in FAMILIES.values() for cls in a.hosts())
@@ -68,6 +73,9 @@ def find(model: nn.Module) -> Adapter:
 
     Raises:
         ValueError: no adapter takes it; names the reason and the supported families.
+
+    >>> nvit.adapters.find(nvit.load(nvit.BUNDLED)).family
+    'timm_vit'
     """
     if (reason := refusal(model)) is not None:
         elsewhere = _family(model) is None and reason != UNKNOWN  # there is a way in
@@ -77,7 +85,11 @@ def find(model: nn.Module) -> Adapter:
 
 
 def of(model: nn.Module) -> Adapter:
-    """The adapter of a prepared model, which `find` took before; its blocks may be wrapped meanwhile (in shards)."""
+    """The adapter of a prepared model, which `find` took before; its blocks may be wrapped meanwhile (in shards).
+
+    >>> nvit.adapters.of(nvit.load(nvit.BUNDLED)).family
+    'timm_vit'
+    """
     return next(a for a in FAMILIES.values() if a.knows(model))
 
 
@@ -87,6 +99,14 @@ def find_maskable(model: nn.Module) -> Adapter:
     Raises:
         ValueError: as `find`; or masks would bypass something in it, an adapter, a hook, a parametrised or quantised
             weight, which is named. The model is left as it was.
+
+    >>> model = nvit.load(nvit.BUNDLED)
+    >>> nvit.adapters.find_maskable(model).family
+    'timm_vit'
+    >>> hook = model.blocks[0].mlp.fc1.register_forward_hook(lambda *call: None)
+    >>> nvit.adapters.find_maskable(model)
+    Traceback (most recent call last):
+    ValueError: ...
     """
     host = next((m for m in model.modules() if any(a.knows(m) for a in FAMILIES.values())), None)
     if (reason := None if host is None else carried(host)) is None:
@@ -98,24 +118,40 @@ def find_maskable(model: nn.Module) -> Adapter:
 
 
 def preprocess(model: nn.Module) -> dict[str, Any]:
-    """How images are prepared for a model of a supported family: timm's data config, at the model's own size."""
+    """How images are prepared for a model of a supported family: timm's data config, at the model's own size.
+
+    >>> nvit.adapters.preprocess(nvit.load(nvit.BUNDLED))["input_size"]
+    (1, 8, 8)
+    """
     return find(model).preprocess(model)
 
 
 def label_names(model: nn.Module) -> dict[str, int]:
-    """Class numbers by the model's own names of its classes; empty where it has none, or no adapter knows it."""
+    """Class numbers by the model's own names of its classes; empty where it has none, or no adapter knows it.
+
+    >>> nvit.adapters.label_names(nvit.load(nvit.BUNDLED))
+    {}
+    """
     return find(model).label_names(model) if refusal(model) is None else {}
 
 
 def predict(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits `(batch, classes)` of any classifier, also one that hands them out in an object, as transformers' do."""
+    """Logits `(batch, classes)` of any classifier, also one that hands them out in an object, as transformers' do.
+
+    >>> nvit.adapters.predict(nvit.load(nvit.BUNDLED), torch.zeros(2, 1, 8, 8)).shape
+    torch.Size([2, 10])
+    """
     out = model(images)
     return out if isinstance(out, Tensor) else out.logits
 
 
 def classes(model: nn.Module) -> int | None:
     """How many outputs a model has (classes that it tells apart), under timm's name for it or transformers'; None where
-    it does not say."""
+    it does not say.
+
+    >>> nvit.adapters.classes(nvit.load(nvit.BUNDLED))
+    10
+    """
     if hasattr(model, "dense_config") and isinstance(head := getattr(model, "head", None), nn.Linear):
         return head.out_features  # a new head does not tell the model
     return getattr(model, "num_classes", getattr(model, "num_labels", None))

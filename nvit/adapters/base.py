@@ -24,6 +24,10 @@ class Logits(NamedTuple):
     Attributes:
         cls: of the class token (or of whatever is pooled), `(batch, classes)`.
         dist: of the distillation token, `(batch, classes)`; None of a model that has none.
+
+    >>> answer = nvit.adapters.Logits(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]]))
+    >>> answer.mean
+    tensor([[1., 0.]])
     """
 
     cls: Tensor
@@ -45,6 +49,11 @@ class Adapter(ABC):
 
     Attributes:
         family: its name in `FAMILIES` and in a spec.
+
+    >>> model = nvit.load(nvit.BUNDLED)
+    >>> adapter = nvit.adapters.find(model)
+    >>> adapter.family, [group.name for group in adapter.groups(model)][:3]
+    ('timm_vit', ['emb', 'blocks.0.heads', 'blocks.0.qk_dim'])
     """
 
     family: ClassVar[str]

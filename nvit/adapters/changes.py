@@ -53,6 +53,11 @@ def changes_of(model: nn.Module, built: nn.Module) -> Changes:
 
     Raises:
         ValueError: they differ in something that a spec cannot say; one line that names the first such place.
+
+    >>> plain, model = nvit.load(nvit.BUNDLED), nvit.load(nvit.BUNDLED)
+    >>> model.norm.eps = 1e-3
+    >>> nvit.adapters.changes_of(model, plain)
+    {'norm': {'eps': 0.001}}
     """
     mine, theirs = (dict(m.named_modules()) for m in (model, built))
     _same_parameters(model, built, mine, theirs)
@@ -79,6 +84,11 @@ def change_(built: nn.Module, changes: Mapping[str, Mapping[str, Any]]) -> None:
 
     Raises:
         ValueError: a place, layer or number that the model does not have.
+
+    >>> model = nvit.load(nvit.BUNDLED)
+    >>> nvit.adapters.change_(model, {"norm": {"eps": 1e-3}})
+    >>> model.norm.eps
+    0.001
     """
     modules = dict(built.named_modules())
     for name, change in changes.items():

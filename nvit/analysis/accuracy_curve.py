@@ -43,7 +43,7 @@ def plot_accuracy(
         lines: rows with `top1` in percent, and the keys of `against`.
         images: that accuracy was measured on.
     """
-    with panels(len(against), path, pixels=pixels, height=2.9, width=2.9, title=title) as axes:
+    with panels(len(against), path, pixels=pixels, height=2.9, width=2.9, title=title, sharey=True) as axes:
         shown: dict[str, Any] = {}
         for panel, cost in zip(axes, against, strict=True):
             for i, (name, rows) in enumerate(lines.items()):
@@ -54,11 +54,9 @@ def plot_accuracy(
                 x, y = ([float(r[key]) for r in mine] for key in (cost.key, "top1"))
                 bars = {"yerr": [standard_error(v, images) for v in y]}
                 if all(f"{cost.key}_low" in r for r in mine):
-                    low, high = ([float(r[f"{cost.key}_{end}"]) for r in mine] for end in ("low", "high"))
-                    bars["xerr"] = [
-                        [v - a for v, a in zip(x, low, strict=True)],
-                        [b - v for v, b in zip(x, high, strict=True)],
-                    ]
+                    below = [r[cost.key] - r[f"{cost.key}_low"] for r in mine]
+                    above = [r[f"{cost.key}_high"] - r[cost.key] for r in mine]
+                    bars["xerr"] = [below, above]
                 shown[name] = panel.errorbar(x, y, **bars, **line(i), elinewidth=0.9)
             panel.set(xlabel=cost.label, title=cost.title)
             panel.set_ylim(bottom=0)

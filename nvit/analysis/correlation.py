@@ -167,6 +167,7 @@ def plot(
     title = f"{len(rows)} bundles removed one by one" + (f", {images} images" if images else "")
     with panels(len(criteria), path, pixels=pixels, height=3.0, title=title, sharey=True) as axes:
         shown: dict[str, Any] = {}
+        both_signs(axes[0].yaxis, [r["loss_change"] for r in rows])  # before the points, whose margins it sets
         for panel, name in zip(axes, criteria, strict=True):
             for i, kind in enumerate(KINDS):
                 mine = [r for r in rows if r["kind"] == kind]
@@ -178,12 +179,12 @@ def plot(
                 panel.set_xscale("log")
                 few_decades(panel.xaxis)
             rho = found[name, "all"]
-            kinds = [f"{kind} {found[name, kind]:.2f}" for kind in KINDS if found.get((name, kind)) is not None]
+            short = {kind: TITLES[kind].partition(" ")[0] for kind in KINDS}
+            kinds = [f"{short[k]} {found[name, k]:.2f}" for k in KINDS if found.get((name, k)) is not None]
             by_kind = "\n".join(", ".join(kinds[at : at + 3]) for at in range(0, len(kinds), 3))
             panel.set(
                 xlabel=f"saliency of the bundle\n{by_kind}",
                 title=name + ("" if rho is None else f": Spearman {rho:.2f}"),
             )
-        both_signs(axes[0].yaxis, [r["loss_change"] for r in rows])
         axes[0].set_ylabel("loss change without the bundle")
         legend_below(axes[0], shown)

@@ -44,6 +44,12 @@ def accuracy(
 
     Raises:
         ValueError: the loader gives no image, or labels that are not the task's.
+
+    >>> model = nvit.load(nvit.BUNDLED)
+    >>> loader = nvit.data.evaluation_loader(nvit.data.Digits(training=False), batch_size=120)
+    >>> found = nvit.accuracy(model, loader)
+    >>> found["images"], found["top1"] > 95
+    (360, True)
     """
     task = tasks.of(task, model) if isinstance(task, str) else task
     if not task.reads_labels and reference is None:

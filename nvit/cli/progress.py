@@ -1,4 +1,4 @@
-"""What a command tells a person: the bar of `utils.progress`, and lines beside it."""
+"""What a command says while it works."""
 
 from __future__ import annotations
 

@@ -33,6 +33,15 @@ class LatencyTable:
 
     Raises:
         ValueError: parts that do not fit the blocks, or leave out a width.
+
+    >>> model = nvit.load(nvit.BUNDLED)
+    >>> table = nvit.LatencyTable.analytic(model)  # or LatencyTable.measure(model, batch_size=64)
+    >>> half = [dataclasses.replace(block, mlp=block.mlp // 2) for block in table.dense]
+    >>> round(table.ratio(half), 2)
+    0.68
+    >>> table.save("table.json")
+    >>> nvit.LatencyTable.load("table.json")
+    LatencyTable(4 blocks, 0.003495 GMACs an image, counted and not measured)
     """
 
     def __init__(
@@ -180,6 +189,11 @@ class LatencyTable:
 
         Raises:
             ValueError: an unsupported model, or a mode that this device has not.
+
+        >>> model = nvit.load(nvit.BUNDLED)
+        >>> table = nvit.LatencyTable.measure(model, batch_size=2, seconds=0.1)
+        >>> table.setting.batch_size, table.setting.dtype
+        (2, 'float32')
         """
         device = torch.device(device)
         mode, dtype = as_deployed(device, mode, dtype)

@@ -59,6 +59,13 @@ def prune(
         ValueError: an unsupported model, a table of another model or setting, a target that cannot be met.
         FloatingPointError: the loss or a gradient is not finite; the last run state stays on disk.
         parallel.RankLost: another process is gone; the last run state is on disk.
+
+    >>> model = nvit.load(nvit.BUNDLED)  # or any timm ViT
+    >>> loader = nvit.data.TrainingData(nvit.data.Digits(training=True), batch_size=32)
+    >>> config = nvit.PruneConfig(latency_target=0.7, train=False, refit=True, score_batches=1)
+    >>> result = nvit.prune(model, loader, config, nvit.LatencyTable.analytic(model))
+    >>> result.snapshots[0].predicted_ratio <= 0.7
+    True
     """
     parallel.join()
     config = config or PruneConfig()

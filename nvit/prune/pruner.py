@@ -29,17 +29,20 @@ __all__ = ["Pruner", "prunable_groups"]
 class Pruner(Scorer):
     """Masks a model in place, decision by decision; for people with their own training loop.
 
-    ```python
-    pruner = nvit.Pruner(model, table, nvit.PruneConfig(latency_target=(0.5,)))
-    for images, labels in loader:
-        loss_fn(model(images), labels).backward()
-        optimizer.step()
-        pruner.step()
-        optimizer.zero_grad()
-        if pruner.done:
-            break
-    small = pruner.compact()
-    ```
+    >>> model = nvit.load(nvit.BUNDLED)
+    >>> loader = nvit.data.TrainingData(nvit.data.Digits(training=True), batch_size=16)
+    >>> config = nvit.PruneConfig(latency_target=0.8, interval=1, bundles_per_step=8)
+    >>> pruner = nvit.Pruner(model, nvit.LatencyTable.analytic(model), config)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    >>> for images, labels in loader:
+    ...     torch.nn.functional.cross_entropy(model(images), labels).backward()
+    ...     optimizer.step()
+    ...     met = pruner.step()
+    ...     optimizer.zero_grad()
+    ...     if pruner.done:
+    ...         break
+    >>> met, pruner.ratio <= 0.8, pruner.compact()(images).shape
+    ([0.8], True, torch.Size([16, 10]))
 
     Or in one shot, with any criterion and `train=False`:
 

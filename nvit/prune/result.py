@@ -66,6 +66,15 @@ class PruneResult:
         dense: a copy of the model as it was given; None under a budget, which is not spent on one.
         memory: under a budget, what `Budget.report` says.
         criterion: what the saliency was.
+
+    >>> model = nvit.load(nvit.BUNDLED)
+    >>> loader = nvit.data.evaluation_loader(nvit.data.Digits(training=True), 16)
+    >>> config = nvit.PruneConfig(latency_target=(0.8, 0.5), train=False, score_batches=1)
+    >>> result = nvit.prune(model, loader, config, nvit.LatencyTable.analytic(model))
+    >>> [row["target"] for row in result.rows()], result.model is result.snapshots[-1].model
+    ([0.8, 0.5], True)
+    >>> nvit.load(result.save("half")).training
+    False
     """
 
     snapshots: list[Pruned]

@@ -29,6 +29,9 @@ class Choice:
             `dense`, no mask at all.
         why: one phrase.
         dense_ms, sparse_ms: measured, None where nothing was.
+
+    >>> nvit.sparse24.Choice("blocks.0.mlp.fc1.weight", nvit.sparse24.DENSE, "CUTLASS is slower here").masked
+    False
     """
 
     weight: str
@@ -44,7 +47,11 @@ class Choice:
 
 
 def backends(device: torch.device, dtype: torch.dtype) -> tuple[tuple[str, ...], str]:
-    """Sparse backends this device can run at this dtype, and why there are none or which they are."""
+    """Sparse backends this device can run at this dtype, and why there are none or which they are.
+
+    >>> nvit.sparse24.backends(torch.device("cpu"), torch.float16)
+    ((), 'no sparse tensor cores on cpu')
+    """
     if device.type != "cuda":
         return (), f"no sparse tensor cores on {device.type}"
     if dtype not in (torch.float16, torch.bfloat16):
@@ -61,7 +68,13 @@ def backends(device: torch.device, dtype: torch.dtype) -> tuple[tuple[str, ...],
 
 @torch.inference_mode()
 def choose(name: str, linear: nn.Linear, tokens: int, seconds: float = 0.2) -> Choice:
-    """Measure one projection dense and in every sparse backend of its device; sparse only where it is faster."""
+    """Measure one projection dense and in every sparse backend of its device; sparse only where it is faster.
+
+    >>> nvit.sparse24.choose("fc1.weight", torch.nn.Linear(64, 128), tokens=32)
+    Choice(weight='fc1.weight', backend='masked', why='no sparse tensor cores on cpu', ...)
+    >>> nvit.sparse24.choose("fc1.weight", torch.nn.Linear(60, 128), tokens=32).why
+    'shape (128, 60) is not in multiples of 16'
+    """
     weight = linear.weight.detach()
     offered, why = backends(weight.device, weight.dtype)
     if reason := refusal(weight):
@@ -98,6 +111,11 @@ def measure(model: nn.Module, images: Tensor, dtype: torch.dtype, progress: Prog
 
     On a device without sparse tensor cores nothing is measured and every projection that a backend could take counts:
     `accelerate_` measures again where the snapshot is loaded.
+
+    >>> model = nvit.load(nvit.BUNDLED)
+    >>> chosen = nvit.sparse24.measure(model, torch.zeros(4, 1, 8, 8), torch.float16)
+    >>> chosen["blocks.0.mlp.fc1.weight"].backend
+    'masked'
     """
     tokens = images.shape[0] * adapters.find(model).tokens(model)
     chosen = {}
@@ -117,6 +135,11 @@ def accelerate_(model: nn.Module, batch_size: int = 64) -> list[Choice]:
 
     Returns:
         What was chosen for every such projection, and why.
+
+    >>> model = nvit.load(nvit.BUNDLED)
+    >>> model.sparse24 = tuple(nvit.sparse24.masks_2to4(model))
+    >>> {choice.backend for choice in nvit.sparse24.accelerate_(model)}
+    {'masked'}
     """
     found = projections(model)
     tokens = batch_size * adapters.find(model).tokens(model)

@@ -13,7 +13,11 @@ CUTLASS, CUSPARSELT = "CUTLASS", "cuSPARSELt"
 
 
 def native() -> dict[str, str]:
-    """Whether the compiled library's halves are loaded, or why not."""
+    """Whether the compiled library's halves are loaded, or why not.
+
+    >>> list(nvit.sparse24.native())
+    ['CPU', 'CUDA']
+    """
     from nvit_kernels import _native
 
     found = _native.load()
@@ -25,6 +29,11 @@ def compressed(weight: Tensor, backend: str) -> Tensor:
 
     Raises:
         ValueError: the shape does not fit the backend.
+
+    >>> weight = torch.ones(32, 64, dtype=torch.float16)
+    >>> weight[:, ::2] = 0  # two of four
+    >>> nvit.sparse24.compressed(weight, nvit.sparse24.CUTLASS).shape
+    torch.Size([32, 64])
     """
     from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 

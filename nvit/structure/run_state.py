@@ -22,6 +22,10 @@ def save_run_state(path: str | Path, tensors: Mapping[str, Tensor], values: Mapp
     Args:
         tensors: by name.
         values: plain JSON values.
+
+    >>> nvit.snapshot.save_run_state("state.safetensors", {"mask": torch.ones(2)}, {"step": 3})
+    >>> nvit.snapshot.load_run_state("state.safetensors")[1]
+    {'step': 3}
     """
     flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     said = json.dumps(values)
@@ -33,6 +37,11 @@ def load_run_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
 
     Raises:
         ValueError: the file is missing, damaged, or another than it was when it was written.
+
+    >>> nvit.snapshot.save_run_state("state.safetensors", {"mask": torch.ones(2)}, {"step": 3})
+    >>> tensors, values = nvit.snapshot.load_run_state("state.safetensors")
+    >>> tensors["mask"], values["step"]
+    (tensor([1., 1.]), 3)
     """
     try:
         read_header(Path(path))

@@ -42,6 +42,10 @@ def spec_of(model: nn.Module) -> ViTSpec:
 
     Raises:
         ValueError: it was changed in a way that a spec cannot say; names the place.
+
+    >>> spec = nvit.snapshot.spec_of(nvit.load(nvit.BUNDLED))
+    >>> spec.family, len(spec.blocks)
+    ('timm_vit', 4)
     """
     adapter = adapters.find(model)
     groups = adapter.groups(model)
@@ -70,6 +74,11 @@ def save(path: str | Path, model: nn.Module, metrics: Mapping[str, Any] | None =
     Raises:
         OSError: the disk is full or the folder cannot be written.
         ValueError: `path` exists and is no snapshot, or the model is not what a snapshot of it would say.
+
+    >>> model = nvit.load(nvit.BUNDLED)
+    >>> folder = nvit.snapshot.save("digits", model, {"top1": 97.5})
+    >>> sorted(file.name for file in folder.iterdir())
+    ['manifest.json', 'metrics.json', 'spec.json', 'weights.safetensors']
     """
     path = Path(path)
     settle(path, is_whole)
@@ -99,7 +108,11 @@ def save(path: str | Path, model: nn.Module, metrics: Mapping[str, Any] | None =
 
 
 def is_snapshot(path: str | Path) -> bool:
-    """Whether a folder holds a snapshot, or began as one."""
+    """Whether a folder holds a snapshot, or began as one.
+
+    >>> nvit.snapshot.is_snapshot(nvit.BUNDLED), nvit.snapshot.is_snapshot("nowhere")
+    (True, False)
+    """
     settle(Path(path), is_whole)
     return (Path(path) / SPEC).exists()
 
@@ -118,6 +131,10 @@ def load(
 
     Raises:
         ValueError: a file is missing, damaged, or does not fit the others; one line that names it.
+
+    >>> model = nvit.load(nvit.BUNDLED)
+    >>> model(torch.zeros(2, 1, 8, 8)).shape
+    torch.Size([2, 10])
     """
     path = Path(path)
     settle(path, is_whole)
@@ -156,6 +173,9 @@ def load_spec(path: str | Path) -> ViTSpec:
 
     Raises:
         ValueError: it is missing or damaged.
+
+    >>> nvit.snapshot.load_spec(nvit.BUNDLED).blocks[0]
+    BlockWidths(emb=64, heads=4, qk_dim=16, v_dim=16, mlp=256)
     """
     path = Path(path)
     settle(path, is_whole)
@@ -170,6 +190,9 @@ def load_metrics(path: str | Path) -> dict[str, Any]:
 
     Raises:
         ValueError: they are damaged.
+
+    >>> list(nvit.snapshot.load_metrics(nvit.BUNDLED))
+    ['top1']
     """
     path = Path(path)
     settle(path, is_whole)
@@ -187,7 +210,12 @@ def load_metrics(path: str | Path) -> dict[str, Any]:
 
 
 def fresh(spec: ViTSpec) -> nn.Module:
-    """A newly initialised model of these widths, to train from scratch."""
+    """A newly initialised model of these widths, to train from scratch.
+
+    >>> model = nvit.snapshot.fresh(nvit.snapshot.load_spec(nvit.BUNDLED))
+    >>> model(torch.zeros(1, 1, 8, 8)).shape
+    torch.Size([1, 10])
+    """
     check_sizes(spec)
     model = family_of(spec).build(spec, "cpu")
     adapters.change_(model, spec.changes)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..adapters.base import Logits
-from .base import Meter, Task, signs
+from .base import Meter, Task, rows_of, signs
 
 
 class Classification(Task):
@@ -86,10 +86,9 @@ class Classification(Task):
     def draw(self, outputs: Tensor, rows: Sequence[int] = (), batch: int = 0) -> Tensor:
         """From the softmax, int64 `(batch,)`."""
         p = outputs.detach().float().softmax(-1)
-        if not rows:
-            return torch.multinomial(p, 1).squeeze(1)
-        # What multinomial does inside, with the whole batch's draws.
-        return (p / p.new_empty(batch, p.shape[1]).exponential_()[list(rows)]).argmax(-1)
+        # What multinomial does inside once it has looked at p, which a GPU would have to wait for.
+        draws = p.new_empty(batch if rows else len(p), p.shape[1]).exponential_()
+        return (p / rows_of(draws, rows)).argmax(-1)
 
     def probe(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """The Hessian is diag(p) - p pᵀ, p the softmax."""

@@ -31,7 +31,13 @@ DIGITS_EVAL = 360
 
 
 class Digits(Dataset):
-    """The bundled 8 × 8 digits (UCI, Alpaydin & Kaynak 1998, CC BY 4.0): float `(1, 8, 8)` in [-1, 1] and the digit."""
+    """The bundled 8 × 8 digits (UCI, Alpaydin & Kaynak 1998, CC BY 4.0): float `(1, 8, 8)` in [-1, 1] and the digit.
+
+    >>> digits = nvit.data.Digits(training=True)
+    >>> image, label = digits[0]
+    >>> len(digits), image.shape, 0 <= int(label) < 10
+    (1437, torch.Size([1, 8, 8]), True)
+    """
 
     def __init__(self, training: bool, augment: bool = False) -> None:
         with resources.files("nvit").joinpath("bundled/digits.npz").open("rb") as f:
@@ -61,7 +67,13 @@ class Digits(Dataset):
 def transform(
     preprocess: Mapping[str, Any], *, resize: bool = True, training: TrainingConfig | None = None
 ) -> Callable[[Any], Tensor]:
-    """timm's evaluation transform of a model, or its training transform with a recipe's augmentation."""
+    """timm's evaluation transform of a model, or its training transform with a recipe's augmentation.
+
+    >>> from PIL import Image
+    >>> pipeline = nvit.data.transform(nvit.adapters.preprocess(nvit.load(nvit.BUNDLED)))
+    >>> pipeline(Image.new("L", (32, 32))).shape
+    torch.Size([1, 8, 8])
+    """
     size = preprocess["input_size"]
     mean, std = (_by_channel(preprocess[k], size[0]) for k in ("mean", "std"))
     shared = {"mean": mean, "std": std, "interpolation": preprocess["interpolation"], "input_size": size}
@@ -114,6 +126,14 @@ def open_images(
 
     Raises:
         ValueError: no such folder, no images, or labels that do not fit the model.
+
+    >>> from PIL import Image
+    >>> for name in ("cat", "dog"):
+    ...     Path(f"pets/val/{name}").mkdir(parents=True)
+    ...     Image.new("RGB", (32, 32)).save(f"pets/val/{name}/0.png")
+    >>> pets = nvit.data.open_images("pets", "validation", classes=2, transform=None)
+    >>> [label for image, label in pets]
+    [0, 1]
     """
     if not Path(where).is_dir():
         return _timm_images(where, split, class_map, transform, channels)
@@ -177,7 +197,14 @@ def spread(size: int, count: int) -> list[int]:
 
 
 def seed_draws(*key: int) -> None:
-    """Seed Python, NumPy and torch from a key, as (seed, step)."""
+    """Seed Python, NumPy and torch from a key, as (seed, step).
+
+    >>> nvit.data.seed_draws(0, 7)
+    >>> first = torch.rand(2)
+    >>> nvit.data.seed_draws(0, 7)
+    >>> torch.equal(torch.rand(2), first)
+    True
+    """
     mixed = int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0])
     random.seed(mixed)
     np.random.seed(mixed % 2**32)
@@ -231,6 +258,13 @@ class TrainingData:
     """Batches of a data set, epoch after epoch, reproducible from any step on; the last ragged batch is left out.
 
     `batch_size` is that of all ranks together: the same batches for any number of them, each reads its share.
+
+    >>> loader = nvit.data.TrainingData(nvit.data.Digits(training=True), batch_size=64, seed=1)
+    >>> len(loader)
+    22
+    >>> third, again = (next(loader.epoch(0, start=2))[0] for _ in range(2))
+    >>> torch.equal(third, again)
+    True
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, seed: int = 0, workers: int = 0, repeats: int = 1) -> None:
@@ -255,6 +289,10 @@ def shares(loader: Loader, batches: Iterator | None = None) -> Iterator[tuple[Te
 
     Raises:
         ValueError: a loader that is not `TrainingData` gives other batches on other ranks, which it must not.
+
+    >>> batches = [{"pixel_values": torch.zeros(2, 1, 8, 8)}]
+    >>> [(len(images), labels) for images, labels in nvit.data.shares(batches)]
+    [(2, None)]
     """
     batches = iter(loader) if batches is None else batches
     alone = isinstance(loader, TrainingData) or parallel.world() == 1
@@ -301,8 +339,14 @@ def endless(loader: Loader, seed: int, start: int = 0) -> Iterator[tuple[int, tu
 
 
 def evaluation_loader(dataset: Dataset, batch_size: int, workers: int = 0) -> DataLoader:
-    """Batches in the order of the data set, all of it, the last one ragged."""
+    """Batches in the order of the data set, all of it, the last one ragged.
+
+    >>> loader = nvit.data.evaluation_loader(nvit.data.Digits(training=False), batch_size=100)
+    >>> [len(labels) for images, labels in loader]
+    [100, 100, 100, 60]
+    """
     return DataLoader(dataset, batch_size=batch_size, **_processes(workers))
+
 
 
 def _processes(count: int) -> dict[str, Any]:

@@ -52,6 +52,13 @@ def finetune(
 
     Raises:
         FloatingPointError: the loss or a gradient is not finite; the last run state stays on disk.
+
+    >>> model = nvit.load(nvit.BUNDLED)
+    >>> loader = nvit.data.TrainingData(nvit.data.Digits(training=True), batch_size=64)
+    >>> config = nvit.FinetuneConfig(epochs=0.1, batch_size=64, distill_weight=0)
+    >>> small = nvit.finetune(model, loader, config)
+    >>> small.training
+    False
     """
     parallel.join()
     adapters.find(model).prepare(model)

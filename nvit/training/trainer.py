@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .. import adapters, parallel
 from ..config import TrainingConfig
 from ..structure.run_state import load_run_state, save_run_state
+from ..utils.devices import sent
 from .data import seed_draws
 from .distill import Objective
 from .optimizer import decay_groups, fused_adamw
@@ -118,16 +119,16 @@ class Trainer:
             FloatingPointError: where the host watches, the loss or a gradient is not finite; weights are left as they
                 were. Elsewhere `look` raises it.
         """
+        labels = self.objective.task.labels(images, labels)
         self._whole = True
         self._ending.check()
-        labels = self.objective.task.labels(images, labels)
         self.call.model.train(self.config.train_mode)
         seed_draws(self.config.seed, 2**31 + self.step)
         if isinstance(self._stepper, GraphedStep):
             images, labels = self._stepper.stage(images, labels)
             torch.cuda.current_stream(images.device).wait_stream(self._stepper.copying)
         else:
-            images, labels = (t.to(self.accelerator.device) for t in (images, labels))
+            images, labels = (sent(t, self.accelerator.device) for t in (images, labels))
         if self.mixup is not None:
             if len(images) % 2:
                 images, labels = images[:-1], labels[:-1]

@@ -34,26 +34,20 @@ def shown(stages: Sequence[Stage] = (), console: Console | None = None) -> Itera
     """One bar for all stages on a terminal; elsewhere a line on stderr every ten seconds, also where the work says
     nothing, and when the work changes; of rank 0 alone."""
     from rich.console import Console
-
-    console = console or Console(stderr=True)
-    tracker = Tracker(stages)
-    if int(os.environ.get("RANK", 0)):  # as the launcher says: the processes may not have joined yet
-        yield silent
-    elif console.is_terminal:
-        with _bar(tracker, console) as tell:
-            yield tell
-    else:
-        lines = _Lines(tracker)
-        with _every(1.0, lines.remind):
-            yield lines
-
-
-@contextlib.contextmanager
-def _bar(tracker: Tracker, console: Console) -> Iterator[Progress]:
     from rich.progress import BarColumn, SpinnerColumn, TextColumn
     from rich.progress import Progress as Bar
     from rich.table import Column
 
+    console = console or Console(stderr=True)
+    if int(os.environ.get("RANK", 0)):  # as the launcher says: the processes may not have joined yet
+        yield silent
+        return
+    tracker = Tracker(stages)
+    if not console.is_terminal:
+        lines = _Lines(tracker)
+        with _every(1.0, lines.remind):
+            yield lines
+        return
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold", ratio=2)),
@@ -65,15 +59,28 @@ def _bar(tracker: Tracker, console: Console) -> Iterator[Progress]:
         task = bar.add_task("", total=1.0, left="")
 
         def draw() -> None:
-            left = tracker.left_in_words() if tracker.stages else ""
+            left = tracker.left_in_words() if stages else ""
             bar.update(task, completed=tracker.fraction, description=tracker.text, left=left)
 
-        def tell(done: int, total: int, text: str) -> None:
+        def progress(done: int, total: int, text: str) -> None:
             tracker(done, total, text)
             draw()
 
         with _every(0.5, draw):
-            yield tell
+            yield progress
+
+
+def showing(function: F) -> F:
+    """Let a function with a callback `progress` also take True, for what the commands show, or False for nothing."""
+
+    @functools.wraps(function)
+    def run(*args: Any, progress: Progress | bool = False, **more: Any) -> Any:
+        if callable(progress):
+            return function(*args, progress=progress, **more)
+        with shown() if progress else contextlib.nullcontext(silent) as told:
+            return function(*args, progress=told, **more)
+
+    return run
 
 
 @contextlib.contextmanager
@@ -92,19 +99,6 @@ def _every(seconds: float, work: Callable[[], None]) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-
-
-def showing(function: F) -> F:
-    """Let a function with a callback `progress` also take True, for what the commands show, or False for nothing."""
-
-    @functools.wraps(function)
-    def run(*args: Any, progress: Progress | bool = False, **more: Any) -> Any:
-        if callable(progress):
-            return function(*args, progress=progress, **more)
-        with shown() if progress else contextlib.nullcontext(silent) as told:
-            return function(*args, progress=told, **more)
-
-    return run
 
 
 class _Lines:

@@ -25,7 +25,8 @@ from tests.figures import SIZES, collisions, texts_drawn
 DENSE = [BlockWidths(768, 12, 64, 64, 3072)] * 12
 MODELS = {
     f"runs/imagenet/target-{t:g}": [
-        BlockWidths(int(768 * t), 2 + i % 11, 8 + 4 * i, 64, 100 + 200 * i) for i in range(12)
+        BlockWidths(int(768 * t), 1 + int(11 * t * (i % 4) / 3), 8 + int(5 * t * i), 64, int(t * (400 + 200 * i)))
+        for i in range(12)
     ]
     for t in (0.8, 0.65, 0.5)
 }

@@ -12,7 +12,7 @@ from .parts import MODEL, BatchFlags, DataFlags, GeneralFlags, MachineFlags, Mod
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateCommand:
-    """Accuracy (top-1 and top-5, or what else the task has), and images/s."""
+    """Accuracy (top-1 and top-5, or what else the task has), and images per second."""
 
     model: Annotated[str, MODEL] = ""
     task: TaskName = "auto"
@@ -27,6 +27,6 @@ class EvaluateCommand:
     general: GeneralFlags = field(default_factory=GeneralFlags)
 
 
-FIRST = ("data", "eval_data", "batch_size", "amp", "out", "device", "target")
+FIRST = ("data", "eval_data", "task", "batch_size", "amp", "out", "device", "target")
 
 COMMAND = Command(EvaluateCommand, "evaluate", first=FIRST)

@@ -1,0 +1,54 @@
+"""The examples are run: the notebook in a kernel of its own, the callbacks' scripts with fewer epochs."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nvit
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.parametrize(
+    ("script", "needs", "fewer", "folder"),
+    [
+        ("prune_with_lightning.py", "lightning", {"max_epochs=20": "max_epochs=4"}, "digits-lightning"),
+        ("prune_with_transformers.py", "transformers", {"EPOCHS = 8": "EPOCHS = 0.5"}, "digits-transformers/pruned"),
+    ],
+)
+def test_a_callbacks_example_prunes_to_its_targets(script, needs, fewer, folder, tmp_path):
+    if importlib.util.find_spec(needs) is None:
+        pytest.skip(f"{needs} is not installed; the extra `test` has it")
+    code = (EXAMPLES / script).read_text()
+    for written, shorter in ({"interval=4": "interval=2"} | fewer).items():
+        assert code.count(written) == 1, written
+        code = code.replace(written, shorter)
+    environment = os.environ | {"PYTHONWARNINGS": "ignore", "PYTHONPATH": str(EXAMPLES.parent)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    reached = [
+        tuple(map(float, found)) for found in re.findall(r"^Pruned\((.*?): predicted ([\d.]+)", done.stdout, re.M)
+    ]
+    assert len(reached) == 2 and all(predicted <= target for target, predicted in reached)
+    assert nvit.load(tmp_path / folder).training is False
+
+
+def test_the_notebook_runs_and_shows_a_table_and_a_picture(tmp_path):
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed; the extra `test` has it")
+    nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed; the extra `test` has it")
+    pytest.importorskip("ipykernel", reason="ipykernel is not installed; the extra `test` has it")
+    notebook = nbformat.read(EXAMPLES / "prune.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "numbers of some machine are not kept in it"
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shown = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+    html = "".join(out["data"]["text/html"] for out in shown if "text/html" in out.get("data", {}))
+    printed = "".join(out["text"] for out in shown if out["output_type"] == "stream" and out["name"] == "stdout")
+    assert html.count("<svg") == 2 and "target 0.6" in html and "ms saved by a unit" in html
+    assert any("image/png" in out.get("data", {}) for out in shown)
+    assert float(re.search(r"finetuned: top-1 ([\d.]+)", printed)[1]) > 85
