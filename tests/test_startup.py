@@ -85,3 +85,8 @@ def test_the_function_is_not_hidden_by_the_room_of_its_name():
 def test_load_knows_what_sparse_weights_are_run_on():
     done, _ = run("import nvit\nnvit.load\nfrom nvit.structure import snapshot\nassert snapshot.FINISHERS")
     assert done.returncode == 0, done.stderr
+
+
+def test_who_is_interrupted_before_torch_is_there_is_answered():
+    done, _ = run(f"import sys\nfrom nvit.cli.flags.prune import PruneCommand\nPruneCommand().states()\n{LIGHT}")
+    assert done.returncode == 0, done.stderr

@@ -15,6 +15,7 @@ from ..structure import snapshot
 from ..utils.report import RESULT, write_csv, write_result
 from .pruner import Pruner
 from .result import Pruned
+from .states import RUN_STATE, finetune_state, states_in
 
 
 class RunFolder:
@@ -43,10 +44,10 @@ class RunFolder:
 
     @property
     def state_file(self) -> Path | None:
-        return self._file("run_state.safetensors")
+        return self._file(RUN_STATE)
 
     def finetune_state(self, target: float) -> Path | None:
-        return self._file(f"finetune_state_{target:g}.safetensors")
+        return self._file(finetune_state(target))
 
     def snapshot(self, target: float) -> Path | None:
         return self._file(f"target-{target:g}")
@@ -110,19 +111,12 @@ class RunFolder:
         if self.path is not None:
             parallel.from_main(lambda: write_csv(self.path / "history.csv", rows))
 
-    def states(self) -> list[Path]:
-        """The files from which an interrupted run goes on, of those that are there."""
-        if self.path is None:
-            return []
-        every = (self.state_file, *sorted(self.path.glob("finetune_state_*.safetensors")))
-        return [file for file in every if file.exists()]
-
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write `result.json`, and remove the states, which nobody will need again; on rank 0 alone."""
         if self.path is None:
             return
         write_result(self.path, result)
-        for state in self.states():
+        for state in states_in(self.path):
             state.unlink()
 
 

@@ -348,7 +348,6 @@ def evaluation_loader(dataset: Dataset, batch_size: int, workers: int = 0) -> Da
     return DataLoader(dataset, batch_size=batch_size, **_processes(workers))
 
 
-
 def _processes(count: int) -> dict[str, Any]:
     """A loader's arguments for so many processes, which leave Ctrl-C to the one that started them."""
     return {"num_workers": count, "worker_init_fn": _deaf if count else None}

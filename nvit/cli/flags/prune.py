@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from ...config import PruneConfig, _help
+from ...prune.states import states_in
 from ..command import Command
 from .parts import MODEL, BatchFlags, DataFlags, GeneralFlags, LatencyFlags, MachineFlags, ModelFlags
 
@@ -47,9 +48,7 @@ class PruneCommand:
 
     def states(self) -> list[Path]:
         """What `--resume` would go on from."""
-        from ...prune.folder import RunFolder
-
-        return RunFolder(self.out).states()
+        return states_in(Path(self.out))
 
     def with_targets(self, model: nn.Module, table: LatencyTable) -> PruneConfig:
         """The config, with `latency_target` in fractions where it was asked for in ms or images per second.
