@@ -77,8 +77,11 @@ def command_of(args: Sequence[str], commands: Mapping[str, Command]) -> tuple[st
 
 
 def _sorted(name: str, command: Command, rest: list[str]) -> Line:
-    hints, models, flags, given, recipes = hints_of(command.flags), [], [], set(), []
-    asks, taken = bool(set(HELP) & set(rest)), ""
+    hints, asks, taken = hints_of(command.flags), bool(set(HELP) & set(rest)), None
+    models: list[str] = []
+    recipes: list[str] = []
+    flags: list[str] = []
+    given: set[str] = set()
     while rest:
         word = rest.pop(0)
         if not word.startswith("-"):
@@ -95,14 +98,15 @@ def _sorted(name: str, command: Command, rest: list[str]) -> Line:
                 raise UsageError(f"{flag} takes no value; leave out {equals}{value}")
             given.add(bare)
             flags.append(word)
-        elif key not in hints or key == "models":
+        elif key not in hints or key in ("model", "models"):
             known = [f"--{k.replace('_', '-')}" for k, hint in hints.items()]
             raise UsageError(f"{name} has no flag {flag}{_nearest(flag, known)}; --help lists them")
         elif get_origin(hints[key]) is tuple:
             found = [value] if equals else _values(rest)
             for v in found:
                 _check(flag, v, hints[key], models)
-            taken = found[-1] if found and not equals else taken
+            if found and not equals and not _choices(hints[key]) and get_args(hints[key])[0] is str:
+                taken = f"{found[-1]!r} is a value of {flag}"  # which may be any word, a MODEL among them
             given.add(key)
             flags += [flag, *found]
         else:
@@ -113,9 +117,7 @@ def _sorted(name: str, command: Command, rest: list[str]) -> Line:
     if len(recipes) > 1:
         raise UsageError(f"one recipe at most, found {', '.join(recipes)}")
     if taken and not models and not recipes and command.models:
-        flags_taken = flags[flags.index(taken) - 1 :: -1]
-        owner = next(f for f in flags_taken if f.startswith("--"))
-        raise UsageError(f"{taken!r} is a value of {owner}; if it is the MODEL, write it before the flags")
+        raise UsageError(f"{taken}; if it is the MODEL, write it before the flags")
     return Line(name, tuple(models), tuple(flags), frozenset(given), recipes[0] if recipes else "", asks)
 
 

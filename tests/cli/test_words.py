@@ -56,6 +56,8 @@ REFUSED = {
     ),
     "two models": (["prune", "M", "N"], "takes one MODEL, found M N"),
     "none": (["prune", "--no-train"], "MODEL is missing: .*nvit demo"),
+    "none beside a list": (["prune", "--latency-target", "0.5"], "MODEL is missing"),
+    "another for the demo": (["demo", "--model", "M"], "demo has no flag --model"),
     "none to compare": (["compare", "--out", "x"], "MODEL is missing: nvit compare"),
     "none to measure": (["latency"], "MODEL is missing: .*--table FILE"),
     "one for the demo": (["demo", "M"], "nvit demo takes no MODEL, found M"),
