@@ -17,13 +17,16 @@ from .. import adapters, parallel
 from ..analysis import compare
 from ..analysis.evaluate import accuracy
 from ..config import PruneConfig, _help
+from ..latency.measure import sample_images
 from ..latency.table import LatencyTable
+from ..prune.aim import Reading
 from ..prune.api import finetune_snapshots, prune
 from ..prune.budget import Budget
 from ..prune.budget import show as show_bytes
 from ..prune.folder import RunFolder
 from ..prune.result import PruneResult
-from ..prune.targets import fractions
+from ..prune.sample import refuse_few
+from ..prune.targets import fractions, refuse_out_of_reach
 from ..structure.masks import unmasked_
 from ..structure.snapshot import BUNDLED
 from ..training.data import TrainingData
@@ -33,7 +36,7 @@ from ..utils.progress import Progress
 from ..utils.report import show
 from .command import Command, flat
 from .flags import DIGITS, DataFlags, Flat, LatencyFlags, MachineFlags, ModelFlags
-from .inputs import open_images, sample_images
+from .inputs import open_images
 from .models import open_cnn_teacher, open_model, untrained
 from .progress import shown
 from .tables import in_words, measured_on, open_table
@@ -50,7 +53,7 @@ class PruneCommand:
     images_per_second: Annotated[tuple[float, ...], _help("targets as throughput at that batch")] = ()
     opening: Flat[ModelFlags] = field(default_factory=ModelFlags)
     machine: Flat[MachineFlags] = field(default_factory=MachineFlags)
-    images: Flat[DataFlags] = field(default_factory=DataFlags)
+    where: Flat[DataFlags] = field(default_factory=DataFlags)
     latency: Flat[LatencyFlags] = field(default_factory=LatencyFlags)
     config: Flat[PruneConfig] = field(default_factory=PruneConfig)
 
@@ -71,6 +74,7 @@ class PruneCommand:
             ValueError: the dense model meets a target already, or no pruning does.
         """
         if not self.latency_ms and not self.images_per_second:
+            refuse_out_of_reach(model, table, self.config)
             return self.config
         found = fractions(model, table, self.config, self.latency_ms, self.images_per_second)
         return dataclasses.replace(self.config, latency_target=found)
@@ -98,9 +102,10 @@ def _open(command: PruneCommand, folder: RunFolder, progress: Progress) -> Opene
     model = open_model(command.model, command.opening, command.machine.pick())
     command.latency.deployed(next(model.parameters()).device)  # a mode that is not here is refused before all else
     images = open_images(
-        model, command.images, witness="never" if untrained(command.model, command.opening) else "always"
+        model, command.where, witness="never" if untrained(command.model, command.opening) else "always"
     )
-    loader = images.training(config, augment=config.train)
+    loader = images.training(config) if config.train else images.calibration(config)
+    refuse_few(loader, config)
     meter = Meter(next(model.parameters()).device) if config.budget else None
     batch_size = _evaluation_batch(model, command, meter) if meter else config.batch_size
 
@@ -111,7 +116,7 @@ def _open(command: PruneCommand, folder: RunFolder, progress: Progress) -> Opene
 
     table = folder.table(measured)
     config = command.with_targets(model, table)
-    evaluation = images.evaluation(batch_size, command.images.eval_images)
+    evaluation = images.evaluation(batch_size, command.where.eval_images)
     teacher = open_cnn_teacher(config.cnn_teacher, model)
     return Opened(model, images, loader, evaluation, meter, table, config, *teacher)
 
@@ -190,12 +195,14 @@ def _measure(
     times = compare.measured(models, images, command.latency.latency_seconds / 4, mode)
     rows = []
     for pruned, ms in zip(result.snapshots, times[1:], strict=True):
-        row = {"measured_ratio": ms["measured_ratio"]} | compare.size(pruned.model) | ms
+        if opened.table.setting is not None and command.config.measure_seconds:
+            pruned.reading = Reading(pruned.predicted_ratio, ms["measured_ratio"], ms["measured_spread"])
+        row = pruned.verdict | ms | compare.size(pruned.model)
         row["top1"] = _top1(pruned.model, command, opened, progress)
         pruned.metrics |= row
         path = pruned.save(folder.snapshot(pruned.target))
         named = {"target": pruned.target, "predicted_ratio": pruned.predicted_ratio}
-        rows.append(named | row | {"path": str(path)})
+        rows.append(named | row | {"in_words": pruned.in_words(), "path": str(path)})
     dense = dense | {key: times[0][key] for key in ("latency_ms", "images_per_s")}
     return {"dense": dense, "snapshots": rows} | measured_on(command.latency, images.device)
 
@@ -209,8 +216,7 @@ def run(command: PruneCommand, words: Sequence[str]) -> None:
     rows += [{"name": f"pruned to {s['target']:g}"} | s for s in found["snapshots"]]
     show(f"{found['model']}: {in_words(found)}", rows)
     for s in found["snapshots"]:
-        off = s["measured_ratio"] / s["predicted_ratio"] - 1
-        print(f"{s['path']}: measured latency is {off:+.1%} of the prediction; nvit.load({s['path']!r})")
+        print(f"{s['in_words']}; nvit.load({s['path']!r})")
     if memory := found.get("memory"):
         print(f"memory: peak {show_bytes(memory['peak'])} of {command.config.budget}; {memory['picked']}")
     if command.config.refit:

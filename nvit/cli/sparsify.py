@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from .. import sparse24
 from ..analysis.evaluate import accuracy
 from ..config import FinetuneConfig, TrainingConfig, _help
+from ..latency.measure import sample_images
 from ..structure import snapshot
 from ..training.data import TrainingData
 from ..training.distill import frozen
@@ -28,7 +29,7 @@ from ..utils.report import show, write_csv, write_result
 from .command import Command
 from .finetune import refuse_snapshot
 from .flags import DataFlags, Flat, MachineFlags, ModelFlags
-from .inputs import NO_DATA, has_images, open_images, sample_images
+from .inputs import NO_DATA, has_images, open_images
 from .models import open_model, open_teacher
 from .progress import shown
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import scipy
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import adapters
 from ..spec import KINDS, BlockWidths, Group, Part, ViTSpec, block_widths
@@ -68,6 +68,13 @@ def samples_of(model: nn.Module, bundle_sizes: Mapping[str, int]) -> Samples:
     bundles = block_widths(groups, {g.name: g.multiple for g in groups})
     parts = tuple(adapter.parts(skeleton))
     return Samples(adapter, skeleton, dense, bundles, parts)
+
+
+def sample_images(model: nn.Module, batch_size: int) -> Tensor:
+    """Random images of the model's input size, on its device and in its dtype."""
+    p = next(model.parameters())
+    size = adapters.preprocess(model)["input_size"]
+    return torch.randn(batch_size, *size, generator=torch.Generator().manual_seed(0)).to(p.device, p.dtype)
 
 
 def points(

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from .. import adapters, parallel
-from ..config import TrainingConfig
-from .data import Digits, TrainingData, evaluation_loader, open_images, spread, subset, transform
+from ..config import PruneConfig, TrainingConfig
+from .data import Digits, TrainingData, calibration_data, evaluation_loader, open_images, spread, subset, transform
 from .folders import ImageFiles, scan, split_folder
 from .labels import WITNESSED, Numbering, ask, mapped, numberings, read_class_map
 
@@ -69,6 +69,14 @@ class Images:
         dataset = self._open(self.where, "train", pipeline)
         repeats = config.repeats if augment else 1
         return TrainingData(dataset, config.batch_size, config.seed, self.workers, repeats)
+
+    def calibration(self, config: PruneConfig) -> TrainingData:
+        """What a run without training reads: `config.images` of the training images, spread over their classes, every
+        one of them; or shuffled training batches where it counts batches."""
+        if config.score_batches:
+            return self.training(config, augment=False)
+        dataset = self._open(self.where, "train", transform(self.preprocess, resize=self.resize))
+        return calibration_data(dataset, config, self.workers)
 
     def evaluation(self, batch_size: int, count: int = 0, *, own: bool = False) -> DataLoader | None:
         """Evaluation batches, in order; None, and a line that says so, where there are no images but those that train.
@@ -152,6 +160,11 @@ class DigitImages:
     def training(self, config: TrainingConfig, *, augment: bool = True) -> TrainingData:
         dataset = Digits(training=True, augment=augment)
         return TrainingData(dataset, config.batch_size, config.seed, repeats=config.repeats if augment else 1)
+
+    def calibration(self, config: PruneConfig) -> TrainingData:
+        if config.score_batches:
+            return self.training(config, augment=False)
+        return calibration_data(Digits(training=True), config)
 
     def evaluation(self, batch_size: int, count: int = 0, *, own: bool = False) -> DataLoader:
         return evaluation_loader(subset(Digits(training=False), count), batch_size)
