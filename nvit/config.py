@@ -156,6 +156,12 @@ class PruneConfig(TrainingConfig):
             return self.criterion
         return automatic(train=self.train, refit=self.refit, budget=bool(self.budget))
 
+    @property
+    def reads_labels(self) -> bool:
+        """Whether a run reads the labels of its images."""
+        scored = self.labels == "true" and CRITERIA[self.saliency].capabilities.labels
+        return self.train or bool(self.finetune_epochs) or scored
+
     def over_ranks(self, ranks: int) -> PruneConfig:
         """This config as so many processes can follow it: a criterion that is `auto` is one that they can share.
 

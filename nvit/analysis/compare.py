@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from .. import adapters
 from ..latency.clock import in_dtype, time_rounds
-from ..latency.spread import ROUNDS, ratio_to_first
+from ..latency.spread import ratio_to_first, typical
 from ..latency.table import LatencyTable
 from ..spec import BUNDLE_SIZES, KINDS
 from ..structure import snapshot
@@ -27,9 +26,9 @@ def measured(
 ) -> list[dict[str, float]]:
     """A row per model, timed in turn on `images` and in their dtype: `measured_ratio`, of the first one's latency,
     with its `measured_spread`, `latency_ms` and `images_per_s`."""
-    rounds = time_rounds([in_dtype(m, images.dtype) for m in models], images, seconds, mode, ROUNDS)
+    rounds = time_rounds([in_dtype(m, images.dtype) for m in models], images, seconds, mode)
     rows = []
-    for i, ms in enumerate(np.median(rounds, axis=0).tolist()):
+    for i, ms in enumerate(typical(rounds).tolist()):
         ratio = ratio_to_first(rounds, i)
         row = {"measured_ratio": ratio.value, "measured_spread": ratio.spread}
         rows.append(row | {"latency_ms": ms, "images_per_s": 1e3 * len(images) / ms})

@@ -16,13 +16,15 @@ from ..training.batches import known_length, labelled
 from ..utils.memory import LiveBytes
 from ..utils.modes import compiled
 from ..utils.progress import Progress, silent
+from .share import standard_error
 
 
 @torch.inference_mode()
 def accuracy(
     model: nn.Module, loader, *, amp: str = "no", compile: bool = False, progress: Progress = silent
 ) -> dict[str, float]:
-    """Top-1 and top-5 in percent, mean cross entropy, images, and images per second of forward passes.
+    """Top-1 with its standard error and top-5 in percent, mean cross entropy, images, and images per second of forward
+    passes.
 
     Args:
         amp: no, bf16 or fp16.
@@ -62,6 +64,7 @@ def accuracy(
         raise ValueError("the evaluation loader gave no image; it needs at least one")
     return {
         "top1": 100 * top1 / seen,
+        "top1_se": standard_error(100 * top1 / seen, seen),
         "top5": 100 * top5 / seen,
         "loss": loss / seen,
         "images": seen,

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from .. import adapters
 from ..analysis.compare import side_by_side, smallest_bundles
 from ..analysis.evaluate import accuracy, peak_memory
+from ..analysis.share import top1
 from ..config import _help
 from ..latency.clock import in_dtype
 from ..latency.measure import sample_images
@@ -57,7 +58,7 @@ def run_compare(names: Sequence[str], command: CompareCommand, progress: Progres
         evaluation = open_evaluation_data(model, command.images, command.batch_size)
         if evaluation is not None:
             top = accuracy(model, evaluation, progress=progress)
-            row |= {"top1": top["top1"], "top5": top["top5"]}
+            row |= top1(top) | {"top5": top["top5"]}
         rows.append(row)
     result = {"models": rows} | measured_on(command.latency, images.device)
     if command.out:

@@ -13,6 +13,7 @@ import torch
 from .. import parallel
 from ..analysis import compare
 from ..analysis.evaluate import accuracy
+from ..analysis.share import top1
 from ..config import FinetuneConfig, _help
 from ..structure import snapshot
 from ..training.finetune import finetune
@@ -55,10 +56,11 @@ def run_finetune(name: str, command: FinetuneCommand, progress: Progress) -> dic
     teacher = open_teacher(command.teacher, command.teacher_checkpoint, device)
     cnn, renormalise = open_cnn_teacher(config.cnn_teacher, model)
 
-    def top1() -> float | None:
-        return None if evaluation is None else accuracy(model, evaluation, progress=progress)["top1"]
+    def evaluated(name: str) -> dict[str, float | None]:
+        known = evaluation is not None and parallel.main()
+        return top1(accuracy(model, evaluation, progress=progress) if known else None, name)
 
-    before = top1() if parallel.main() else None
+    before = evaluated("top1_before")
     state_file = out.with_name(f"{out.name}_state.safetensors")  # beside the snapshot, which appears whole
     model = finetune(
         model,
@@ -73,8 +75,7 @@ def run_finetune(name: str, command: FinetuneCommand, progress: Progress) -> dic
     )
     if not parallel.main():
         return {}
-    found = {"model": name, "epochs": config.epochs, "top1_before": before, "top1": None} | compare.size(model)
-    found["top1"] = top1()
+    found = {"model": name, "epochs": config.epochs} | before | evaluated("top1") | compare.size(model)
     snapshot.save(out, model, found)
     found |= {"path": str(out), "seconds": time.monotonic() - start}
     write_result(out, found)
@@ -93,7 +94,7 @@ def run(command: FinetuneCommand, words: Sequence[str]) -> None:
         found = run_finetune(words[0], command, progress)
     if not found:
         return
-    before = {"name": "before", "top1": found["top1_before"]}
+    before = {"name": "before", "top1": found["top1_before"], "top1_se": found["top1_before_se"]}
     show(f"{words[0]}: {found['epochs']:g} epochs", [before, {"name": "after"} | found])
     print(f"{found['path']}: nvit.load({found['path']!r})")
 

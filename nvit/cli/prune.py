@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from .. import adapters, parallel
 from ..analysis import compare
 from ..analysis.evaluate import accuracy
+from ..analysis.share import top1
 from ..config import PruneConfig, _help
 from ..latency.measure import sample_images
 from ..latency.table import LatencyTable
@@ -147,7 +148,7 @@ def run_prune(command: PruneCommand, progress: Progress) -> dict[str, Any]:
     folder.begin()
     opened = _open(command, folder, progress)
     config, teacher = opened.config, {"cnn_teacher": opened.cnn_teacher, "renormalise": opened.renormalise}
-    dense = compare.size(opened.model) | {"latency_ms": None, "top1": _top1(opened.model, command, opened, progress)}
+    dense = compare.size(opened.model) | {"latency_ms": None} | _top1(opened.model, command, opened, progress)
     result = prune(
         opened.model,
         opened.loader,
@@ -178,10 +179,10 @@ def run_prune(command: PruneCommand, progress: Progress) -> dict[str, Any]:
     return found
 
 
-def _top1(model: nn.Module, command: PruneCommand, opened: Opened, progress: Progress) -> float | None:
+def _top1(model: nn.Module, command: PruneCommand, opened: Opened, progress: Progress) -> dict[str, float | None]:
     if opened.evaluation is None or not parallel.main():
-        return None
-    return accuracy(model, opened.evaluation, amp=command.config.amp, progress=progress)["top1"]
+        return top1(None)
+    return top1(accuracy(model, opened.evaluation, amp=command.config.amp, progress=progress))
 
 
 def _measure(
@@ -198,7 +199,7 @@ def _measure(
         if opened.table.setting is not None and command.config.measure_seconds:
             pruned.reading = Reading(pruned.predicted_ratio, ms["measured_ratio"], ms["measured_spread"])
         row = pruned.verdict | ms | compare.size(pruned.model)
-        row["top1"] = _top1(pruned.model, command, opened, progress)
+        row |= _top1(pruned.model, command, opened, progress)
         pruned.metrics |= row
         path = pruned.save(folder.snapshot(pruned.target))
         named = {"target": pruned.target, "predicted_ratio": pruned.predicted_ratio}

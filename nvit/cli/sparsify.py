@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from .. import sparse24
 from ..analysis.evaluate import accuracy
+from ..analysis.share import top1
 from ..config import FinetuneConfig, TrainingConfig, _help
 from ..latency.measure import sample_images
 from ..structure import snapshot
@@ -137,10 +138,11 @@ def run_sparsify(name: str, command: SparsifyCommand, progress: Progress) -> dic
     opened = _open(name, command)
     model = opened.model
 
-    def top1() -> float | None:
-        return None if opened.evaluation is None else accuracy(model, opened.evaluation, progress=progress)["top1"]
+    def evaluated(stage: str) -> dict[str, float | None]:
+        data = opened.evaluation
+        return top1(None if data is None else accuracy(model, data, progress=progress), stage)
 
-    found: dict[str, Any] = {"model": name, "choice": command.choice, "top1_dense": top1()}
+    found: dict[str, Any] = {"model": name, "choice": command.choice} | evaluated("top1_dense")
     teacher = None
     if config.epochs and config.distill_weight:
         teacher = open_teacher(command.teacher, command.teacher_checkpoint, command.machine.pick())
@@ -151,11 +153,12 @@ def run_sparsify(name: str, command: SparsifyCommand, progress: Progress) -> dic
     before = _magnitudes(model)
     masks = _choose_(opened, command, [n for n, choice in layers.items() if choice.masked], progress)
     model.sparse24 = tuple(masks)
-    found |= {"top1_sparse": top1(), "top1": None}
+    found |= evaluated("top1_sparse")
     if config.epochs:
         constrain = partial(sparse24.apply_masks_, model, masks)
         model = finetune(model, opened.training, config, teacher=teacher, constrain=constrain, progress=progress)
-    found["top1"] = top1() if config.epochs else found["top1_sparse"]
+    now = {"top1": found["top1_sparse"], "top1_se": found["top1_sparse_se"]}
+    found |= evaluated("top1") if config.epochs else now
     found["layers"] = _layers(model, layers, before)
     found["sparse_layers"] = len(masks)
     snapshot.save(out, model, {k: v for k, v in found.items() if k != "layers"})
@@ -213,10 +216,10 @@ def way_out(found: Mapping[str, Any], words: Sequence[str]) -> str | None:
 def run(command: SparsifyCommand, words: Sequence[str]) -> None:
     with command.machine.running(), shown() as progress:
         found = run_sparsify(words[0], command, progress)
-    rows = [{"name": "dense", "top1": found["top1_dense"]}]
-    rows.append({"name": f"2:4 by {found['choice']}", "top1": found["top1_sparse"]})
+    stages = {"dense": "top1_dense", f"2:4 by {found['choice']}": "top1_sparse"}
     if command.config.epochs:
-        rows.append({"name": f"2:4 finetuned {command.config.epochs:g} epochs", "top1": found["top1"]})
+        stages[f"2:4 finetuned {command.config.epochs:g} epochs"] = "top1"
+    rows = [{"name": name, "top1": found[key], "top1_se": found[f"{key}_se"]} for name, key in stages.items()]
     show(f"{words[0]}: {found['sparse_layers']} of {len(found['layers'])} projections are 2:4", rows)
     for line in summary(found["layers"]):
         print(f"  {line}")

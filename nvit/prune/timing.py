@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from .. import parallel
 from ..latency.clock import Setting, in_dtype, time_rounds
 from ..latency.measure import sample_images
-from ..latency.spread import ROUNDS, Ratio, ratio_to_first
+from ..latency.spread import Ratio, ratio_to_first
 from .aim import Clock
 
-Timer = Callable[[Sequence[nn.Module], Tensor, float, str, int], np.ndarray]
-"""Milliseconds `(rounds, models)` of models on images, for seconds, in a mode, in so many rounds at least."""
+Timer = Callable[[Sequence[nn.Module], Tensor, float, str], np.ndarray]
+"""Milliseconds `(rounds, models)` of models on images, for seconds, in a mode."""
 
 
 def clock_of(
@@ -35,7 +35,7 @@ def clock_of(
 
         def timed() -> Ratio:
             images = sample_images(models[0], setting.batch_size)
-            return ratio_to_first(timer(models, images, seconds, setting.mode, ROUNDS), 1)
+            return ratio_to_first(timer(models, images, seconds, setting.mode), 1)
 
         return parallel.from_main(timed)
 

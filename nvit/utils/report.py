@@ -31,6 +31,9 @@ FORMATS = {
 }
 """Column heads with units and number formats of tables, by key of result.json."""
 
+OFF = {"top1": "top1_se", "measured_ratio": "measured_spread"}
+"""By key, the key of how far its value may be off, shown behind it."""
+
 RESULT = "result.json"
 """The file in which every command leaves what it found; a run's folder that has it is finished."""
 
@@ -62,6 +65,14 @@ def show(title: str, rows: Sequence[Mapping[str, Any]], console: Console | None 
         table.add_column(FORMATS[key][0], justify="right")
     for row in rows:
         short = "/".join(Path(row["name"]).parts[-2:])
-        table.add_row(short, *(FORMATS[k][1](row[k]) if row.get(k) is not None else "–" for k in keys))
+        table.add_row(short, *(_cell(row, k) for k in keys))
     console.print(title)
     console.print(table)
+
+
+def _cell(row: Mapping[str, Any], key: str) -> str:
+    """A value of a row for people, with how far it may be off where the row says."""
+    if row.get(key) is None:
+        return "–"
+    in_words, off = FORMATS[key][1], row.get(OFF.get(key, ""))
+    return in_words(row[key]) + (f" ± {in_words(off)}" if off else "")

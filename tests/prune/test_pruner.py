@@ -519,7 +519,9 @@ def test_config_refuses_what_makes_no_sense():
             "criterion: unknown value 'hesian'.*'hessian'.*expected one of auto, curvature, remaining, hes",
         ),
         ({"labels": "drawn"}, "labels: unknown value 'drawn'; expected one of true, sampled"),
-        ({"score_batches": -1}, "score_batches is -1; it must be at least 1, or 0 for all"),
+        ({"score_batches": -1}, "score_batches is -1; it must be at least 1, or 0 for as many as --images says"),
+        ({"images": -1}, "images is -1; it must be at least 1, or 0 for all images"),
+        ({"measure_seconds": -1.0}, "measure_seconds is -1; it must be at least 0"),
     ):
         with pytest.raises(ValueError, match=message):
             model = make("plain")
