@@ -26,7 +26,7 @@ from ..prune.budget import Budget
 from ..prune.budget import show as show_bytes
 from ..prune.folder import RunFolder
 from ..prune.result import PruneResult
-from ..prune.sample import refuse_few
+from ..prune.sample import count_images, refuse_few
 from ..prune.targets import fractions, refuse_out_of_reach
 from ..structure.masks import unmasked_
 from ..structure.snapshot import BUNDLED
@@ -35,11 +35,13 @@ from ..training.images import DigitImages, Images
 from ..utils.memory import Meter
 from ..utils.progress import Progress
 from ..utils.report import show
+from .advice import few_images, ways_back
 from .command import Command, flat
+from .dry_run import Plan, Work, plan
 from .flags import DIGITS, DataFlags, Flat, LatencyFlags, MachineFlags, ModelFlags
 from .inputs import open_images
 from .models import open_cnn_teacher, open_model, untrained
-from .progress import shown
+from .progress import say, shown
 from .tables import in_words, measured_on, open_table
 
 
@@ -50,6 +52,9 @@ class PruneCommand:
     model: Annotated[str, _help("a timm name, a snapshot folder, or a Hugging Face folder")] = DIGITS
     out: Annotated[str, _help("folder for snapshots, table, history and result.json")] = "nvit-run"
     resume: Annotated[bool, _help("go on where an interrupted run in --out stopped")] = False
+    dry_run: Annotated[bool, _help("print what the run would take, from a few timed batches, and write nothing")] = (
+        False
+    )
     latency_ms: Annotated[tuple[float, ...], _help("targets in ms a batch of --latency-batch images")] = ()
     images_per_second: Annotated[tuple[float, ...], _help("targets as throughput at that batch")] = ()
     opening: Flat[ModelFlags] = field(default_factory=ModelFlags)
@@ -84,7 +89,7 @@ class PruneCommand:
 @dataclass(frozen=True)
 class Opened:
     """What a run works on. `meter` measures the memory of the whole run, under a budget; `config` has the targets as
-    fractions."""
+    fractions; `measuring` is how many seconds of the opening a new latency table took."""
 
     model: nn.Module
     images: Images | DigitImages
@@ -95,20 +100,28 @@ class Opened:
     config: PruneConfig
     cnn_teacher: nn.Module | None
     renormalise: Any
+    measuring: float
 
 
 def _open(command: PruneCommand, folder: RunFolder, progress: Progress) -> Opened:
     config = command.config
+    config.over_ranks(parallel.world())
     torch.manual_seed(config.seed)  # of a model without weights of its own
     model = open_model(command.model, command.opening, command.machine.pick())
-    command.latency.deployed(next(model.parameters()).device)  # a mode that is not here is refused before all else
+    # What is not here or cannot be done is refused before all else.
+    command.latency.deployed(next(model.parameters()).device)
+    adapters.find_maskable(model)
     images = open_images(
         model, command.where, witness="never" if untrained(command.model, command.opening) else "always"
     )
     loader = images.training(config) if config.train else images.calibration(config)
     refuse_few(loader, config)
+    if line := few_images(config, count_images(loader, config)):
+        say(line)
     meter = Meter(next(model.parameters()).device) if config.budget else None
     batch_size = _evaluation_batch(model, command, meter) if meter else config.batch_size
+
+    measuring = time.monotonic()
 
     def measured() -> LatencyTable:
         table = open_table(model, command.latency, config.bundle_sizes, progress)
@@ -116,10 +129,11 @@ def _open(command: PruneCommand, folder: RunFolder, progress: Progress) -> Opene
         return table
 
     table = folder.table(measured)
+    measuring = time.monotonic() - measuring
     config = command.with_targets(model, table)
     evaluation = images.evaluation(batch_size, command.where.eval_images)
     teacher = open_cnn_teacher(config.cnn_teacher, model)
-    return Opened(model, images, loader, evaluation, meter, table, config, *teacher)
+    return Opened(model, images, loader, evaluation, meter, table, config, *teacher, measuring)
 
 
 def _evaluation_batch(model: nn.Module, command: PruneCommand, meter: Meter) -> int:
@@ -138,6 +152,22 @@ def _evaluation_batch(model: nn.Module, command: PruneCommand, meter: Meter) -> 
             + (f"--latency-batch {most} or less, or a larger budget" if most else "a larger budget")
         )
     return max(1, fits(model, size, config.batch_size, targets))
+
+
+def plan_prune(command: PruneCommand, progress: Progress) -> Plan:
+    """What `run_prune` would take; nothing is written, but for a latency table in the cache."""
+    start = time.monotonic()
+    RunFolder(command.out, command.resume).begin()
+    if parallel.world() > 1:
+        raise ValueError("--dry-run runs in one process; start it without torchrun")
+    opened = _open(command, RunFolder(), progress)
+    training = opened.images.training(opened.config) if opened.config.finetune_epochs else None
+    took = time.monotonic() - start
+    kept = min(opened.measuring, command.latency.latency_seconds / 20)  # a table at hand is looked at, not measured
+    given = (opened.model, opened.loader, training, opened.evaluation, opened.table, opened.config)
+    latency = (command.latency.latency_batch, command.latency.latency_seconds)
+    teachers = (opened.cnn_teacher, opened.renormalise)
+    return plan(Work(command.model, *given, took - opened.measuring + kept, *latency, *teachers))
 
 
 def run_prune(command: PruneCommand, progress: Progress) -> dict[str, Any]:
@@ -169,6 +199,17 @@ def run_prune(command: PruneCommand, progress: Progress) -> dict[str, Any]:
     found = {"model": command.model, "criterion": result.criterion, "targets": [p.target for p in result.snapshots]}
     found |= _measure(command, opened, result, folder, dense, progress)
     found |= {"seconds": time.monotonic() - start, "recipe": flat(command)}
+    lines = ways_back(
+        command.model,
+        config,
+        None if config.train else count_images(opened.loader, config),
+        found,
+        opening=command.opening,
+        machine=command.machine,
+        where=command.where,
+        labelled=opened.images.unlabelled is None,
+    )
+    found["ways_back"] = list(lines)
     if opened.meter:
         found["memory"] = result.memory | {"peak": opened.meter.peak}
     if config.refit:
@@ -209,6 +250,11 @@ def _measure(
 
 
 def run(command: PruneCommand, words: Sequence[str]) -> None:
+    if command.dry_run:
+        with command.machine.running(), shown() as progress:
+            found = plan_prune(command, progress)
+        print("\n".join(found.lines(command.out)))
+        return
     with command.machine.running(), shown() as progress:
         found = run_prune(command, progress)
     if not found:
@@ -222,6 +268,8 @@ def run(command: PruneCommand, words: Sequence[str]) -> None:
         print(f"memory: peak {show_bytes(memory['peak'])} of {command.config.budget}; {memory['picked']}")
     if command.config.refit:
         print(f"refit: {found['refit_seconds']:.0f} s, peak memory {found['refit_peak_memory'] / 1e6:.0f} MB")
+    for line in found["ways_back"]:
+        print(line)
     print(f"{command.out}/result.json written after {found['seconds']:.0f} s")
 
 

@@ -27,6 +27,7 @@ from ..training.finetune import finetune
 from ..training.images import DigitImages, Images
 from ..utils.progress import Progress
 from ..utils.report import show, write_csv, write_result
+from .advice import fall
 from .command import Command
 from .finetune import refuse_snapshot
 from .flags import DataFlags, Flat, MachineFlags, ModelFlags
@@ -36,9 +37,6 @@ from .progress import shown
 
 PROJECTIONS = "projections.csv"
 """The file with a row per projection."""
-
-LOSS = 5.0
-"""Points of top-1 whose loss is worth a word."""
 
 CALIBRATION_BATCH = 32
 
@@ -201,14 +199,13 @@ def summary(layers: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def way_out(found: Mapping[str, Any], words: Sequence[str]) -> str | None:
-    """What to do about a loss of more than `LOSS` points; None where it is less or unknown."""
-    dense, now = found["top1_dense"], found["top1"]
-    if dense is None or dense - now <= LOSS:
+    """What to do about a loss of more than `advice.LOSS` points; None where it is less or unknown."""
+    if (lost := fall(found["top1_dense"], found["top1"])) is None:
         return None
     ways = [] if found["choice"] == "curvature" else ["--choice curvature (calibration images, no training)"]
     ways.append("--epochs 5 (training under the masks, the dense model as teacher)")
     return (
-        f"top-1 fell by {dense - now:.1f} points. Run `nvit sparsify {words[0]}` again, into another --out, with "
+        f"top-1 fell by {lost:.1f} points. Run `nvit sparsify {words[0]}` again, into another --out, with "
         + " or ".join(ways)
     )
 

@@ -49,6 +49,16 @@ def count_batches(loader, config: PruneConfig) -> int:
     return asked if there is None else min(asked, there)
 
 
+def count_images(loader, config: PruneConfig) -> int | None:
+    """How many images `sampled` gives; None where only reading them would tell."""
+    size, batches = batch_size(loader), count_batches(loader, config)
+    if size is None or not batches:
+        return None
+    there = getattr(loader, "size", None) if getattr(loader, "whole", False) else None  # a last batch that is smaller
+    found = min(batches * size, batches * size if there is None else there)
+    return min(found, config.images) if config.images and not config.score_batches else found
+
+
 def batch_size(loader) -> int | None:
     """Images of a loader's first batch; None where only reading it would tell."""
     if isinstance(size := getattr(loader, "batch_size", None), int):

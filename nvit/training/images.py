@@ -189,6 +189,8 @@ class Images:
 class DigitImages:
     """The bundled digits, for the bundled model, with the methods of `Images`."""
 
+    unlabelled = None
+
     def training(self, config: TrainingConfig, *, augment: bool = True) -> TrainingData:
         dataset = Digits(training=True, augment=augment)
         return TrainingData(dataset, config.batch_size, config.seed, repeats=config.repeats if augment else 1)
