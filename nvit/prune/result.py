@@ -52,6 +52,8 @@ class Pruned:
                 f"target {self.target:g}: {word} by the table's word, {self.predicted_ratio:.3f} of the dense latency"
             )
         r = self.reading
+        if r.misses(self.target) and self.met:
+            word = "met, further than asked"
         return (
             f"target {self.target:g}: {word}, measured {r.measured:.3f} ± {r.spread:.3f} of the dense latency "
             f"(predicted {self.predicted_ratio:.3f})"

@@ -16,6 +16,7 @@ from nvit.latency.grid import Grid
 from nvit.latency.spread import Ratio
 from nvit.latency.table import LatencyTable
 from nvit.prune.aim import ATTEMPTS, Aim, Reading
+from nvit.prune.result import Pruned
 from nvit.structure import snapshot
 from tests.runs import Stop, arguments, loader, stop_after
 
@@ -75,6 +76,15 @@ def test_a_miss_is_one_by_more_than_the_spread_and_than_what_bundles_can_hit():
 
 def test_without_a_clock_the_tables_word_counts():
     assert Aim().at(0.5) == 0.5 and Aim().hit(0.5, lambda ratio: (ratio, "choice"), None) == ("choice", None)
+
+
+def test_a_model_much_faster_than_asked_is_named_too():
+    def said(measured):
+        return Pruned(0.5, None, 0.49, reading=Reading(0.49, measured, 0.01)).in_words()
+
+    assert said(0.505).startswith("target 0.5: met, measured 0.505 ± 0.010 of the dense latency (predicted 0.490)")
+    assert said(0.48).startswith("target 0.5: met, further than asked, measured 0.480")
+    assert said(0.52).startswith("target 0.5: missed, measured 0.520")
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------

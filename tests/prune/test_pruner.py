@@ -253,7 +253,7 @@ def test_without_a_table_one_is_measured(monkeypatch):
         LatencyTable, "measure", classmethod(lambda cls, *a, **k: measured(cls, *a, **(k | {"seconds": 0.05})))
     )
     settings, model = (
-        config(train=False, latency_target=(0.9,)),
+        config(train=False, latency_target=(0.9,), measure_seconds=0.0),
         make("plain", img_size=64, embed_dim=96, mlp_ratio=4.0),
     )
     result = nvit.prune(model, [(images(model, 8), labels(model, 8))], settings)
