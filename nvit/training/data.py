@@ -302,11 +302,14 @@ def endless(loader, seed: int, start: int = 0) -> Iterator[tuple[int, tuple[Tens
 
 
 def calibration_data(dataset: Dataset, config: PruneConfig, workers: int = 0) -> TrainingData:
-    """`config.images` items evenly over the data set, or all of it for 0, shuffled, every one of them; where the config
-    counts batches, shuffled batches of all items as training gives them."""
+    """`config.images` items evenly over the data set, or all of it for 0, shuffled, every one of them (in one process:
+    of several each needs its share of the last batch); where the config counts batches, shuffled batches as training
+    gives them."""
     if config.score_batches:
         return TrainingData(dataset, config.batch_size, config.seed, workers)
-    return TrainingData(subset(dataset, config.images), config.batch_size, config.seed, workers, whole=True)
+    return TrainingData(
+        subset(dataset, config.images), config.batch_size, config.seed, workers, whole=parallel.world() == 1
+    )
 
 
 def evaluation_loader(dataset: Dataset, batch_size: int, workers: int = 0) -> DataLoader:

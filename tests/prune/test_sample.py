@@ -5,6 +5,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import nvit
+from nvit import parallel
 from nvit.prune import api
 from nvit.prune.sample import count_batches, count_images, sampled
 from nvit.training.data import TrainingData, calibration_data
@@ -54,6 +55,12 @@ def test_the_command_takes_images_evenly_over_the_set_and_every_one_of_them():
     counted = settings(score_batches=2)
     training = TrainingData(TensorDataset(X, Y), counted.batch_size, counted.seed)
     assert read(calibration_data(TensorDataset(X, Y), counted)) == read(training), "as training gives them"
+
+
+def test_of_several_ranks_none_is_left_without_a_share(monkeypatch):
+    monkeypatch.setattr(parallel, "world", lambda: 4)
+    data, asked = calibration_data(TensorDataset(X, Y), settings(images=17)), settings(images=17)
+    assert len(data) == count_batches(data, asked) == 2, "the last image is nobody's"
 
 
 def test_a_run_reads_so_many_images_and_no_more():
