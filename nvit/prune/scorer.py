@@ -68,7 +68,13 @@ class Scorer:
                 f"criterion {self.criterion.name} sends a signal of its own backward and reads no other; call "
                 "score(images) in place of observe()"
             )
-        self._observe(_grads(self.params) if grads is None else grads)
+        grads = _grads(self.params) if grads is None else grads
+        if not grads:
+            raise ValueError(
+                "no parameter has a gradient: call pruner.step() after optimizer.step() and before "
+                "optimizer.zero_grad(), which takes the gradients away"
+            )
+        self._observe(grads)
 
     def score(self, images: Tensor, labels: Tensor | None = None, plan: Plan | None = None) -> None:
         """Add a batch to the saliency: forward and, as the criterion wants it, backward. Weights stay as they are.

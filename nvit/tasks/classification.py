@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -101,7 +102,7 @@ class Classification(Task):
 
 
 class TopK(Meter):
-    """Top-1 and top-5 in percent, and mean cross entropy."""
+    """Top-1 with its standard error and top-5 in percent, and mean cross entropy."""
 
     def __init__(self) -> None:
         self.top1 = self.top5 = self.images = 0
@@ -119,7 +120,15 @@ class TopK(Meter):
 
     def value(self) -> dict[str, float]:
         n = self.images
-        return {"top1": 100 * self.top1 / n, "top5": 100 * self.top5 / n, "loss": self.entropy / n}
+        top1 = 100 * self.top1 / n
+        return {"top1": top1, "top1_se": standard_error(top1, n), "top5": 100 * self.top5 / n, "loss": self.entropy / n}
+
+
+def standard_error(percent: float, images: int) -> float:
+    """Standard error, in points, of `percent` of so many images. Two right and two wrong ones are added, so that none
+    right of a few images is not certainty (Agresti & Coull 1998)."""
+    share = (percent / 100 * images + 2) / (images + 4)
+    return 100 * math.sqrt(share * (1 - share) / (images + 4))
 
 
 def _shape(t: Tensor) -> str:
