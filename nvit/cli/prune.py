@@ -249,6 +249,6 @@ def tell(command: PruneCommand, found: dict[str, Any]) -> None:
         print(f"memory: peak {show_bytes(memory['peak'])} of {found['recipe']['budget']}; {memory['picked']}")
     if "refit_seconds" in found:
         print(f"refit: {found['refit_seconds']:.0f} s, peak memory {found['refit_peak_memory'] / 1e6:.0f} MB")
-    for line in found["ways_back"]:
+    for line in found.get("ways_back", ()):
         print(line)
     print(f"{command.out}/result.json written after {found['seconds']:.0f} s")

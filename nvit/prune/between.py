@@ -38,4 +38,4 @@ def go_on(pruner: Pruner, folder: RunFolder) -> list[Pruned]:
         for name, p in pruner.params.items():
             p.copy_(parallel.like(tensors[f"model.{name}"], p))
     pruner.restore(values, tensors)
-    return folder.again(pruner.met, next(pruner.model.parameters()).device)
+    return folder.again(pruner, next(pruner.model.parameters()).device)

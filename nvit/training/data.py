@@ -3,9 +3,7 @@ epoch and index, so that a resumed run sees what an uninterrupted one would have
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import resources
@@ -14,17 +12,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data import create_dataset, create_transform
+from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision import transforms
 
 from .. import parallel
 from ..config import PruneConfig, TrainingConfig
-from ..utils.files import short
 from .batches import Loader, length, parts
-from .folders import MODES, ImageFiles, find_broken, scan, split_folder
+from .folders import ImageFiles, find_broken, scan, split_folder
 from .labels import mapped, numberings, read_class_map
+from .timm_sets import timm_images
+from .workers import processes
 
 DIGITS_EVAL = 360
 """So many of the bundled digits, drawn once and for all, are for evaluation."""
@@ -136,7 +135,7 @@ def open_images(
     [0, 1]
     """
     if not Path(where).is_dir():
-        return _timm_images(where, split, class_map, transform, channels)
+        return timm_images(where, split, class_map, transform, channels)
     if (folder := split_folder(Path(where), split)) is None:
         return None
     found = scan(folder)
@@ -151,36 +150,6 @@ def open_images(
         )
     broken = find_broken(found, channels) if skip_broken else ()
     return ImageFiles(found, numbering, transform=transform, channels=channels, broken=broken)
-
-
-STREAMS = ("hfids/", "tfds/", "wds/")
-"""Prefixes of timm's data sets that are read as a stream."""
-
-
-def _timm_images(where: str, split: str, class_map: str, transform: Callable | None, channels: int) -> Dataset:
-    name, _, root = where.partition(":")
-    if name.lower().startswith(STREAMS):
-        raise ValueError(
-            f"data {where!r} is a stream without an order or a length, which a reproducible run needs; write it out as "
-            "FOLDER/<class>/<image>, or give a loader of your own in Python"
-        )
-    if not name.lower().startswith(("torch/", "hfds/")):
-        raise ValueError(f"data {where!r}: no such folder, and not a timm data set name as torch/cifar10 or hfds/NAME")
-    if name.lower().startswith("hfds/") and importlib.util.find_spec("datasets") is None:
-        raise ValueError(f"data {where!r} is read by Hugging Face's datasets, which is missing: pip install datasets")
-    if class_map and not Path(class_map).is_file():
-        raise ValueError(f"class map {class_map} does not exist")
-    how = {"input_img_mode": MODES.get(channels, "RGB")} if name.lower().startswith("hfds/") else {}
-    try:
-        dataset = create_dataset(name, root=root or ".", split=split, class_map=class_map or None, **how)
-    except Exception as e:  # every data set's library has exceptions of its own
-        raise ValueError(f"data {where!r}: no images to read for {split} ({short(e, 300)})") from None
-    if len(dataset) == 0:
-        raise ValueError(f"data {where!r}: no images found for {split}")
-    dataset.transform = transform
-    if hasattr(dataset, "_max_retries"):
-        dataset._max_retries = 1  # timm would give the next image for one that cannot be read
-    return dataset
 
 
 def subset(dataset: Dataset, count: int) -> Dataset:
@@ -294,7 +263,7 @@ class TrainingData:
         """Batches of one epoch, from its batch `start` on."""
         order = np.random.default_rng([self.seed, epoch]).permutation(self.size).repeat(self.repeats)
         batches = _EpochBatches(order, self.batch_size, epoch, start, len(self))
-        return iter(DataLoader(self.dataset, batch_sampler=batches, **_processes(self.workers)))
+        return iter(DataLoader(self.dataset, batch_sampler=batches, **processes(self.workers)))
 
 
 def shares(loader: Loader, batches: Iterator | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -370,13 +339,4 @@ def evaluation_loader(dataset: Dataset, batch_size: int, workers: int = 0) -> Da
     >>> [len(labels) for images, labels in loader]
     [100, 100, 100, 60]
     """
-    return DataLoader(dataset, batch_size=batch_size, **_processes(workers))
-
-
-def _processes(count: int) -> dict[str, Any]:
-    """A loader's arguments for so many processes, which leave Ctrl-C to the one that started them."""
-    return {"num_workers": count, "worker_init_fn": _deaf if count else None}
-
-
-def _deaf(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return DataLoader(dataset, batch_size=batch_size, **processes(workers))

@@ -78,7 +78,7 @@ FIRST = (
     "batch_size",
     "eval_data",
     "checkpoint",
-    "table",
+    "dry_run",
     "device",
     "resume",
 )
