@@ -65,7 +65,7 @@ class LabelLoss:
         ranks = parallel.world()
         loss = nn.functional.cross_entropy(logits, target) * (len(logits) * ranks / self.batch)
         self.finite.add(self.number, parallel.mean({"loss": loss.detach()})["loss"])
-        self.finite.check_if_free()
+        self.finite.check_if_free(forget=True)
         return loss
 
 
