@@ -192,7 +192,7 @@ def captured(place: Place) -> Found:
             for name in (n for n, m in inside.items() if refittable(m)):
                 for end in ("in", "out"):
                     with place.quiet():
-                        weights = row_weights(known[name, end].profile, 0.2)
+                        weights = row_weights(known, (name, end), 0.2)
                         halves = moments_at(pair, (name, end), weights, entered.get(name) if end == "out" else None)
                     for i, (fitted, held) in enumerate(halves):
                         found |= {f"{name}.{end} {i}": fitted.rx.cpu(), f"{name}.{end} {i}, held": held.rx.cpu()}

@@ -29,10 +29,10 @@ class Probes:
         Raises:
             FloatingPointError: a logit is not finite. Where looking makes the host wait, `check` raises it.
         """
-        self.batches += 1
-        self.finite.add(self.batches, logits.detach().abs().amax())
-        self.finite.check_if_free()
+        self.finite.add(self.batches + 1, logits.detach().abs().amax())
+        self.finite.check_if_free(forget=True)
         logits.backward(self.task.probe(logits, self.generator))
+        self.batches += 1
 
     def check(self) -> None:
         """All probes are through.

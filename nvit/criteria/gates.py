@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class GateRecorder:
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[Group], masks: Mapping[str, Tensor]) -> None:
-        self.model, self.groups = model, {g.name: g for g in groups}
+        self.model, self.groups, self.masks = model, {g.name: g for g in groups}, masks
         self.sums: dict[str, Tensor] = {}
         self.units: dict[Place, list[tuple[str, int]]] = {}
         for name, layer in prunable_layers(model).items():
@@ -39,8 +40,6 @@ class GateRecorder:
                 leaving = [(layer.axes[kind], dim) for kind, dim in declared.axes.items() if kind in layer.axes]
                 if mine := [(group, dim) for group, dim in leaving if group in self.groups]:
                     self.units[name, site] = mine
-        device = next(model.parameters()).device
-        self.kept = {n: None if (i := index(masks[n])) is None else sent(i, device) for n in self.groups}
         self.captured = None
 
     def __enter__(self) -> GateRecorder:
@@ -65,6 +64,12 @@ class GateRecorder:
         products = (wide(a) * wide(g) for a, g in zip(act.split(few), grad.split(few), strict=True))
         part = torch.cat([p.sum(others) if others else p for p in products])
         self.sums[name] = self.sums[name] + part if name in self.sums else part
+
+    @cached_property
+    def kept(self) -> dict[str, Tensor | None]:
+        """Kept units by group, on the model's device; None for all."""
+        device, kept = next(self.model.parameters()).device, {n: index(self.masks[n]) for n in self.groups}
+        return {name: units if units is None else sent(units, device) for name, units in kept.items()}
 
     def pop(self) -> dict[str, Tensor]:
         """Gate gradients since the last call, `(batch, group.size)`, zero at pruned units.

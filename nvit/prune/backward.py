@@ -68,7 +68,7 @@ class LabelLoss:
         ranks = parallel.world()
         loss = self.task.loss(Logits(logits), target) * (len(logits) * ranks / self.batch)
         self.finite.add(self.number, parallel.mean({"loss": loss.detach()})["loss"])
-        self.finite.check_if_free()
+        self.finite.check_if_free(forget=True)
         return loss
 
 

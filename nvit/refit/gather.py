@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from ..calibration.capture import Enough, Place, capture
 from ..calibration.replay import Replay
+from ..calibration.statistics import SiteStatistics
 from ..layers import LinearPart, prunable_layers
 from ..layers.sites import PLAIN
 from .entries import Entry
@@ -44,11 +45,15 @@ def parts(layer: nn.Module, end: str) -> list[LinearPart]:
     return [part for part in layer.linears() if part.end == end]
 
 
-def row_weights(profile: Tensor | None, uniform: float) -> Tensor | None:
+def row_weights(statistics: Mapping[Place, SiteStatistics] | None, place: Place, uniform: float) -> Tensor | None:
+    """`weights_of` what statistics know of a place. None, where they do not, for all alike."""
+    known = None if statistics is None else statistics.get(place)
+    return None if known is None else weights_of(known.profile, uniform)
+
+
+def weights_of(profile: Tensor, uniform: float) -> Tensor:
     """How much each row of an image counts, `(rows per image,)` with mean 1: by the energy of its Gauss-Newton
-    gradients, but for a share `uniform` that all have alike. None, where it is not known, for all alike."""
-    if profile is None:
-        return None
+    gradients, but for a share `uniform` that all have alike."""
     mean = profile.mean()
     return torch.where(mean > 0, uniform + (1 - uniform) * profile / mean, 1.0)
 

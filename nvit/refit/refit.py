@@ -64,8 +64,7 @@ def refit_(
         entered = entries(pair.theirs, inside) if stream else {}
         for name in (n for n, m in inside.items() if refittable(m)):
             for end in ("in", "out") if readers else ("out",):
-                known = (statistics or {}).get((name, end))
-                weights = row_weights(None if known is None else known.profile, uniform)
+                weights = row_weights(statistics, (name, end), uniform)
                 moments = moments_at(pair, (name, end), weights, entered.get(name) if end == "out" else None)
                 for part, halves in zip(parts(layers[name], end), moments, strict=True):
                     report.append(_change_(f"{name}.{end}", part, halves))

@@ -22,7 +22,7 @@ from ..calibration.replay import Replay
 from ..layers import LinearPart, Prunable, prunable_layers
 from ..layers.sites import PLAIN
 from ..refit.entries import Entry, entries, refittable
-from ..refit.gather import row_weights
+from ..refit.gather import weights_of
 from ..refit.ridge import Moments
 from ..tasks import Task
 from ..utils.devices import sent
@@ -95,7 +95,8 @@ def choose_by_curvature_(
             layer = prunable_layers(model)[name]
             for site in ("in", "out"):
                 read = _reading(layer, site)
-                weights = row_weights(profiles.get((name, site)), _UNIFORM)
+                profile = profiles.get((name, site))
+                weights = None if profile is None else weights_of(profile, _UNIFORM)
                 moments = _moments(ours, (name, site), recorded, _reading(inside[name], site), weights)
                 for part, mine in zip(read, _split(moments, read), strict=True):
                     weight = f"{name}.{part.name}.weight"

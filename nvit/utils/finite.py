@@ -49,7 +49,15 @@ class Finite:
         if (at := int(self.at)) >= 0:
             raise FloatingPointError(self.say(at, float(self.value)))
 
-    def check_if_free(self) -> None:
-        """`check` where looking makes nobody wait."""
+    def check_if_free(self, *, forget: bool = False) -> None:
+        """`check` where looking makes nobody wait.
+
+        Args:
+            forget: what was found; for a caller who has left the bad number out.
+        """
         if devices.reading_is_free(self.at.device):
-            self.check()
+            try:
+                self.check()
+            finally:
+                if forget:
+                    self.at.fill_(-1)

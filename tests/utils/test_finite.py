@@ -25,3 +25,12 @@ def test_another_number_counts_and_good_ones_pass():
     finite.add(torch.tensor(1), torch.tensor(3.0), torch.tensor(float("inf")))
     with pytest.raises(FloatingPointError, match=r"^3.0 at 1$"):
         finite.check_if_free()
+
+
+def test_what_was_left_out_is_forgotten():
+    finite = Finite(torch.device("cpu"), lambda at, value: f"{value} at {at}")
+    finite.add(1, torch.tensor(float("nan")))
+    with pytest.raises(FloatingPointError):
+        finite.check_if_free(forget=True)
+    finite.add(2, torch.tensor(1.0))
+    finite.check()
