@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .. import adapters
 from ..analysis import compare
 from ..analysis.evaluate import accuracy
 from ..config import PruneConfig
-from ..latency.spread import ROUNDS
+from ..latency.clock import PATIENCE, time_rounds
+from ..latency.measure import sample_images
+from ..latency.spread import ROUNDS, STEADY, ratio_to_first
 from ..latency.table import LatencyTable
 from ..prune.budget import parse
 from ..prune.budget import show as show_bytes
@@ -125,17 +126,17 @@ def plan(work: Work) -> Plan:
 
 
 def _latency(work: Work, watch: Watch) -> Stage:
-    """Measuring compact models: at each target twice, as a corrected aim does, and all of them at the end."""
-    config = work.config
-    size = adapters.preprocess(work.model)["input_size"]
-    p = next(work.model.parameters())
-    images = torch.randn(work.latency_batch, *size, device=p.device, dtype=p.dtype)
-    with torch.inference_mode():
-        work.model.eval()(images)
-        dense = watch.of(lambda: work.model(images))[0]
+    """Measuring compact models: at each target twice, as a corrected aim does, and all of them at the end; for longer
+    where the machine is as busy as the dense model's timings against itself say."""
+    config, images = work.config, sample_images(work.model, work.latency_batch)
+    rounds: list[np.ndarray] = []
+    took, _ = watch.of(lambda: rounds.append(time_rounds([work.model] * 2, images, 0.0)))
+    dense = took / (2 * (ROUNDS + 1))
+    needed = ROUNDS * max(1.0, (ratio_to_first(rounds[0], 1).spread / STEADY) ** 2)
 
     def measured(seconds: float, ratios: Sequence[float]) -> float:
-        return max(seconds, (ROUNDS + 1) * dense * (1 + sum(ratios)))
+        one = dense * (1 + sum(ratios))
+        return one + max(ROUNDS * one, min(max(seconds, needed * one), PATIENCE * seconds))
 
     total = measured(work.latency_seconds / 4, config.latency_target)
     if work.table.setting is not None and config.measure_seconds and not config.budget:

@@ -24,6 +24,7 @@ from ..utils.memory import Meter
 from .api import prune
 from .pruner import Pruner
 from .sample import count_images
+from .scoring import score
 
 TIMED_STEPS = 3
 """Training steps that are timed, after one that is not."""
@@ -95,7 +96,10 @@ def forecast_one_shot(model: nn.Module, loader, config: PruneConfig, table: Late
         twin, few = copy.deepcopy(model), [_cut(batch, slice(i * size, (i + 1) * size)) for i in (0, 1)]
         return watch.of(lambda: prune(twin, few, little, table))
 
-    rehearse(1)  # what is loaded, chosen and tuned at first use
+    def warm_up() -> None:
+        score(Pruner(copy.deepcopy(model), table, little, timer=None), [_cut(batch, slice(0, 1))])
+
+    watch.of(warm_up)  # what is loaded, chosen and tuned at first use
     (some, held), (more, held_more) = rehearse(small), rehearse(large)
     each = (more - some) / (2 * (large - small)) if large > small else more / (2 * large)
     beside = max(0.0, more - 2 * large * each)
