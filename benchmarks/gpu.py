@@ -35,6 +35,8 @@ sys.argv = ["setup.py", "build_ext", "--inplace"]
 runpy.run_path("setup.py", run_name="__main__")
 """
 """The native library for the GPU that is here, and no other."""
+SECONDS = 480.0
+"""All stages together, whatever their limits add up to: what is late is cut, and what comes after it skipped."""
 SKIPPED = 77
 """The exit status by which a stage says that it cannot run here; the last line it printed says why."""
 
@@ -231,7 +233,7 @@ def main() -> int:
     parser.add_argument("--logs", type=Path, help="folder for the stages' logs; OUT/logs, or runs/gpu by default")
     parser.add_argument("--only", nargs="+", choices=names, metavar="STAGE", help=f"of {', '.join(names)}")
     parser.add_argument("--skip", nargs="+", choices=names, metavar="STAGE", default=[], help="all but these")
-    parser.add_argument("--seconds", type=float, default=480.0, help="for all stages together")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all stages together")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     logs = (arguments.logs or (ROOT / "runs/gpu" if out == RESULTS.resolve() else out / "logs")).resolve()

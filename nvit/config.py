@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -105,7 +106,14 @@ class PruneConfig(TrainingConfig):
         float, _help("eta in `score = saliency - eta * latency saved`, loss² per dense latency (training only)")
     ] = 4.85e-4
     momentum: Annotated[float, _help("of the saliency's running mean, while training")] = 0.9
-    score_batches: Annotated[int, _help("batches scored with --no-train; 0 for one pass over the data")] = 0
+    measure_seconds: Annotated[
+        float,
+        _help("to measure a compact model where a target is met, and correct the aim; 0: the table's word counts"),
+    ] = 5.0
+    images: Annotated[
+        int, _help("calibration images with --no-train, spread over the classes; 0 for one pass over the data")
+    ] = 512
+    score_batches: Annotated[int, _help("calibration in batches as training gives them, in place of --images")] = 0
     refit: Annotated[
         bool, _help("with --no-train: rotate queries, keys and values first, refit in closed form what is left")
     ] = False
@@ -161,8 +169,11 @@ class PruneConfig(TrainingConfig):
         for name in (*positive, "bundle_emb", "bundle_heads", "bundle_qk", "bundle_v", "bundle_mlp"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.score_batches < 0:
-            raise ValueError(f"score_batches is {self.score_batches}; it must be at least 1, or 0 for all batches")
+        for name, none in (("images", "all images"), ("score_batches", "as many as --images says")):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1, or 0 for {none}")
+        if not 0 <= self.measure_seconds < math.inf:
+            raise ValueError(f"measure_seconds is {self.measure_seconds:g}; it must be at least 0")
 
     @property
     def saliency(self) -> str:
@@ -170,6 +181,12 @@ class PruneConfig(TrainingConfig):
         if self.criterion != "auto":
             return self.criterion
         return automatic(train=self.train, refit=self.refit, budget=bool(self.budget))
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether a run reads the labels of its images."""
+        scored = self.labels == "true" and CRITERIA[self.saliency].capabilities.labels
+        return self.train or bool(self.finetune_epochs) or scored
 
     def over_ranks(self, ranks: int) -> PruneConfig:
         """This config as so many processes can follow it: a criterion that is `auto` is one that they can share.

@@ -81,10 +81,11 @@ def prune(variant: str, host: str, **more):
     return result, model, list(dict.fromkeys(decided))
 
 
-def fork(folder: Path, count: int, job: Callable, *args, seconds: float = 60) -> list[int | None]:
+def fork(folder: Path, count: int, job: Callable, *args, seconds: float = 300) -> list[int | None]:
     """Exit codes of `count` ranks of `job(*args)`: negative for a signal, None for one that had to be killed.
 
-    That is after `seconds`. What a rank prints goes to `folder`/rank-N.txt.
+    That is after `seconds`, which only a rank that hangs takes, however busy the machine. What a rank prints goes to
+    `folder`/rank-N.txt.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as s:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from benchmarks.accuracy.library import MODEL, data_flags, data_folder
 from benchmarks.harness import RESULTS, Records
-from nvit import cli
 from nvit.analysis.accuracy_curve import Against, plot_accuracy
 from nvit.analysis.figure import PIXELS
+from nvit.cli import main as cli
 
 RECIPE = Path(__file__).parents[2] / "recipes/deit_tiny_cpu.toml"
 FIGURE = RESULTS / "deit_tiny_cpu.png"

@@ -22,6 +22,7 @@ from ..layers import Attention, Layout, Prunable, StreamEntry, head_layout
 from ..layers.functional import Rotary
 from ..spec import Part, ViTSpec
 from .declare import EMB, fill_buffers_, with_axes
+from .rotary_table import RotaryTable, keep_table_
 from .scaled_block import ScaledBlock, block_refusal, scaled_block
 from .timm_config import known, mlp_ratio, norm_layer
 from .timm_layers import inner_norm, is_norm, is_norm_or_none, stream_norm
@@ -77,7 +78,7 @@ class TimmEva(TimmPlain):
     architectures: ClassVar = {"Eva": Eva}
 
     def refusal(self, model: nn.Module) -> str | None:
-        if model.rope is not None and type(model.rope) not in ROPES.values():
+        if model.rope is not None and type(model.rope) not in (*ROPES.values(), RotaryTable):
             return f"rotary embedding type {type(model.rope).__name__}"
         return super().refusal(model)
 
@@ -101,6 +102,8 @@ class TimmEva(TimmPlain):
         if hasattr(model, "dense_config"):
             return prepare_heads(model)
         model.dense_config = _config(model)
+        if type(model.rope) is RotaryEmbeddingDinoV3:
+            keep_table_(model.rope)
         entry = model.norm_pre
         model.norm_pre = stream_norm(entry, entry=True) if is_norm(entry) else with_axes(EMB, StreamEntry(), entry)
         for i, block in enumerate(model.blocks):

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import adapters
-from ..latency.clock import in_dtype, time_models
+from ..latency.clock import in_dtype, time_rounds
+from ..latency.spread import ratio_to_first, typical
 from ..latency.table import LatencyTable
 from ..spec import BUNDLE_SIZES, KINDS
 from ..structure import snapshot
@@ -24,9 +25,14 @@ def measured(
     models: Sequence[nn.Module], images: Tensor, seconds: float, mode: str = "eager"
 ) -> list[dict[str, float]]:
     """A row per model, timed in turn on `images` and in their dtype: `measured_ratio`, of the first one's latency,
-    `latency_ms` and `images_per_s`."""
-    times = time_models([in_dtype(m, images.dtype) for m in models], images, seconds, mode)
-    return [{"measured_ratio": ms / times[0], "latency_ms": ms, "images_per_s": 1e3 * len(images) / ms} for ms in times]
+    with its `measured_spread`, `latency_ms` and `images_per_s`."""
+    rounds = time_rounds([in_dtype(m, images.dtype) for m in models], images, seconds, mode)
+    rows = []
+    for i, ms in enumerate(typical(rounds).tolist()):
+        ratio = ratio_to_first(rounds, i)
+        row = {"measured_ratio": ratio.value, "measured_spread": ratio.spread}
+        rows.append(row | {"latency_ms": ms, "images_per_s": 1e3 * len(images) / ms})
+    return rows
 
 
 def predicted_ratio(table: LatencyTable, model: nn.Module) -> float | None:

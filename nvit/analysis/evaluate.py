@@ -31,8 +31,8 @@ def accuracy(
     compile: bool = False,
     progress: Progress | bool = silent,
 ) -> dict[str, float]:
-    """What the task's meter says of a model's answers (top-1, top-5 in percent and mean cross entropy, for
-    classification), images, and images per second of forward passes.
+    """What the task's meter says of a model's answers (top-1 with its standard error and top-5 in percent
+    and mean cross entropy, for classification), images, and images per second of forward passes.
 
     Args:
         task: one of `nvit.tasks`, or its name; `auto` for the one that the model tells.

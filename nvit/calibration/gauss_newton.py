@@ -5,7 +5,42 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..tasks import Task
+from ..utils.finite import Finite
 from .capture import Place
+
+
+class Probes:
+    """Sends probes of a task backward, batch by batch.
+
+    Attributes:
+        batches: so far.
+    """
+
+    def __init__(self, task: Task, device: torch.device, seed: int = 0) -> None:
+        self.task, self.generator, self.batches = task, torch.Generator().manual_seed(seed), 0
+        self.finite = Finite(
+            device, lambda batch, _: f"a logit is not finite on calibration batch {batch}; check weights and data"
+        )
+
+    def send(self, logits: Tensor) -> None:
+        """Send a probe of the logits `(images, classes)` of a batch backward.
+
+        Raises:
+            FloatingPointError: a logit is not finite. Where looking makes the host wait, `check` raises it.
+        """
+        self.batches += 1
+        self.finite.add(self.batches, logits.detach().abs().amax())
+        self.finite.check_if_free()
+        logits.backward(self.task.probe(logits, self.generator))
+
+    def check(self) -> None:
+        """All probes are through.
+
+        Raises:
+            FloatingPointError: a logit was not finite; names the batch.
+        """
+        self.finite.check()
 
 
 class GateProducts:

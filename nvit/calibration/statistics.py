@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from .. import adapters, tasks
 from ..layers import prunable_layers
 from ..tasks import Task
+from ..utils.devices import sent
 from ..utils.progress import Progress, silent
 from .capture import Place, capture
-from .gauss_newton import GateProducts
+from .gauss_newton import GateProducts, Probes
 
 
 @dataclass
@@ -65,19 +66,16 @@ class StatisticsRecorder:
         task: whose probes are sent backward; the one that the model tells if None.
 
     Attributes:
-        statistics: by place.
         gates: products of gate gradients, gathered beside if given.
-        batches: seen so far.
     """
 
     def __init__(
         self, model: nn.Module, *, task: Task | None = None, gates: GateProducts | None = None, seed: int = 0
     ) -> None:
-        self.task = task or tasks.of("auto", model)
         self.layers, self.gates, self.model = prunable_layers(model), gates, model
-        self.generator = torch.Generator().manual_seed(seed)
-        self.statistics: dict[Place, SiteStatistics] = {}
-        self.batches, self._images, self._captured = 0, 0, None
+        self.probes = Probes(task or tasks.of("auto", model), next(model.parameters()).device, seed)
+        self._sums: dict[Place, SiteStatistics] = {}
+        self._images, self._captured = 0, None
         # What enters a layer matters where linear layers read it.
         self.places = [
             (name, site)
@@ -100,21 +98,27 @@ class StatisticsRecorder:
         """Send a probe of the logits `(images, classes)` of a batch backward.
 
         Raises:
-            FloatingPointError: a logit is not finite.
+            FloatingPointError: a logit is not finite. Off the CPU `statistics` raises it.
         """
-        if not bool(logits.isfinite().all()):
-            found = f"a logit is not finite on calibration batch {self.batches + 1}"
-            raise FloatingPointError(f"{found}; check weights and data")
         self._images = len(logits)
-        logits.backward(self.task.probe(logits, self.generator))
+        self.probes.send(logits)
         if self.gates is not None:
             self.gates.close_batch()
-        self.batches += 1
+
+    @property
+    def statistics(self) -> dict[Place, SiteStatistics]:
+        """By place, of all batches so far.
+
+        Raises:
+            FloatingPointError: a logit was not finite.
+        """
+        self.probes.check()
+        return self._sums
 
     def _add(self, place: Place, act: Tensor, grad: Tensor) -> None:
         name, site = place
         x, g = (self.layers[name].sites()[site].rows(t).float() for t in (act, grad))
-        self.statistics.setdefault(place, SiteStatistics()).add(x, g, self._images)
+        self._sums.setdefault(place, SiteStatistics()).add(x, g, self._images)
         if self.gates is not None and site != "in":
             where = (self.layers[name].axes["emb"], "emb") if site == "emb" else place
             self.gates.add(where, (x * g).view(self._images, -1, x.shape[1]).sum(1))
@@ -155,8 +159,9 @@ def gather_statistics(
     device = next(model.parameters()).device
     with _frozen(model), StatisticsRecorder(model, task=task, gates=gates, seed=seed) as recorder:
         for done, images in enumerate(batches, start=1):
-            recorder.backward(adapters.find(model).logits(model, images.to(device)).mean)
+            recorder.backward(adapters.find(model).logits(model, sent(images, device)).mean)
             progress(done, total, "statistics")
-    if not recorder.statistics:
+    found = recorder.statistics
+    if not found:
         raise ValueError("no batch of calibration images; the loader gave none")
-    return recorder.statistics
+    return found

@@ -10,11 +10,12 @@ from .. import adapters
 from ..analysis.compare import side_by_side, smallest_bundles
 from ..analysis.evaluate import accuracy, peak_memory
 from ..latency.clock import in_dtype
+from ..latency.measure import sample_images
 from ..utils.progress import Progress
 from ..utils.report import show, write_csv, write_result
 from ..utils.stages import Stage
 from .flags.compare import CompareCommand
-from .inputs import open_evaluation_data, sample_images
+from .inputs import open_evaluation_data
 from .models import open_model
 from .progress import shown
 from .tables import in_words, measured_on, open_table

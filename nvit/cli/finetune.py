@@ -11,6 +11,7 @@ import torch
 from .. import parallel, tasks
 from ..analysis import compare
 from ..analysis.evaluate import accuracy
+from ..analysis.share import kept
 from ..structure import snapshot
 from ..training.finetune import finetune
 from ..utils.progress import Progress
@@ -39,12 +40,12 @@ def run_finetune(name: str, command: FinetuneCommand, progress: Progress) -> dic
 
     task = tasks.of(config.task, model)
 
-    def quality() -> float | None:
-        if evaluation is None or not parallel.main():
-            return None
-        return accuracy(model, evaluation, task=task, reference=teacher, progress=progress)[task.metric]
+    def evaluated(name: str) -> dict[str, float | None]:
+        known = evaluation is not None and parallel.main()
+        how = {"task": task, "reference": teacher, "progress": progress}
+        return kept(accuracy(model, evaluation, **how) if known else None, task.metric, name)
 
-    before = quality()
+    before = evaluated(f"{task.metric}_before")
     model = finetune(
         model,
         loader,
@@ -58,13 +59,8 @@ def run_finetune(name: str, command: FinetuneCommand, progress: Progress) -> dic
     )
     if not parallel.main():
         return {}
-    found = {
-        "model": name,
-        "epochs": config.epochs,
-        f"{task.metric}_before": before,
-        "metric": task.metric,
-    } | compare.size(model)
-    found[task.metric] = quality()
+    found = {"model": name, "epochs": config.epochs, "metric": task.metric} | before | evaluated(task.metric)
+    found |= compare.size(model)
     snapshot.save(out, model, found)
     found |= {"path": str(out), "seconds": time.monotonic() - start}
     write_result(out, found)
@@ -91,6 +87,6 @@ def run(command: FinetuneCommand) -> None:
 def tell(command: FinetuneCommand, found: dict[str, Any]) -> None:
     """Print what a run found: its own, or what stands in the `result.json` of one that is finished."""
     metric = found["metric"]
-    before = {"name": "before", metric: found[f"{metric}_before"]}
+    before = {"name": "before", metric: found[f"{metric}_before"], f"{metric}_se": found.get(f"{metric}_before_se")}
     show(f"{command.model}: {found['epochs']:g} epochs", [before, {"name": "after"} | found])
     print(f"{found['path']}: nvit.load({found['path']!r})")

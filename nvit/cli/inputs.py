@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from .. import adapters, tasks
@@ -87,10 +86,3 @@ def _uses_digits(model: nn.Module, data: str) -> bool:
     if data == DIGITS and not bundled:
         raise ValueError("the bundled digits are 1 × 8 × 8 and fit the bundled model alone; give --data for this one")
     return data == DIGITS or (bundled and not data)
-
-
-def sample_images(model: nn.Module, batch_size: int) -> Tensor:
-    """Random images of the model's input size, on its device and in its dtype."""
-    p = next(model.parameters())
-    size = adapters.preprocess(model)["input_size"]
-    return torch.randn(batch_size, *size, generator=torch.Generator().manual_seed(0)).to(p.device, p.dtype)

@@ -13,13 +13,17 @@ from torch.utils.data import DataLoader
 from .. import adapters, parallel, tasks
 from ..analysis import compare
 from ..analysis.evaluate import accuracy
+from ..analysis.share import kept
 from ..config import PruneConfig
+from ..latency.measure import sample_images
 from ..latency.table import LatencyTable
+from ..prune.aim import Reading
 from ..prune.api import finetune_snapshots, prune
 from ..prune.budget import Budget
 from ..prune.budget import show as show_bytes
 from ..prune.folder import RunFolder
 from ..prune.result import PruneResult
+from ..prune.sample import count_images, refuse_few
 from ..structure.masks import unmasked_
 from ..training.data import TrainingData
 from ..training.images import DigitImages, Images
@@ -28,18 +32,20 @@ from ..utils.memory import Meter
 from ..utils.progress import Progress
 from ..utils.report import show
 from ..utils.stages import Stage
+from .advice import few_images, ways_back
 from .command import flat
+from .dry_run import Plan, Work, plan
 from .flags.prune import PruneCommand
-from .inputs import open_images, sample_images
+from .inputs import open_images
 from .models import open_cnn_teacher, open_model, untrained
-from .progress import shown
+from .progress import say, shown
 from .tables import in_words, measured_on, open_table
 
 
 @dataclass(frozen=True)
 class Opened:
     """What a run works on. `meter` measures the memory of the whole run, under a budget; `config` has the targets as
-    fractions."""
+    fractions; `measuring` is how many seconds of the opening a new latency table took."""
 
     model: nn.Module
     images: Images | TargetImages | DigitImages
@@ -50,22 +56,31 @@ class Opened:
     config: PruneConfig
     cnn_teacher: nn.Module | None
     renormalise: Any
+    measuring: float
 
 
 def _open(command: PruneCommand, folder: RunFolder, progress: Progress) -> Opened:
     config = command.config
+    config.over_ranks(parallel.world())
     torch.manual_seed(config.seed)  # of a model without weights of its own
     model = open_model(command.model, command.opening, command.machine.pick())
-    command.latency.deployed(next(model.parameters()).device)  # a mode that is not here is refused before all else
+    # What is not here or cannot be done is refused before all else.
+    command.latency.deployed(next(model.parameters()).device)
+    adapters.find_maskable(model)
     images = open_images(
         model,
         command.where,
         task=config.task,
         witness="never" if untrained(command.model, command.opening) else "always",
     )
-    loader = images.training(config, augment=config.train)
+    loader = images.training(config) if config.train else images.calibration(config)
+    refuse_few(loader, config)
+    if line := few_images(config, count_images(loader, config)):
+        say(line)
     meter = Meter(next(model.parameters()).device) if config.budget else None
     batch_size = _evaluation_batch(model, command, meter) if meter else config.batch_size
+
+    measuring = time.monotonic()
 
     def measured() -> LatencyTable:
         table = open_table(model, command.latency, config.bundle_sizes, progress)
@@ -73,10 +88,11 @@ def _open(command: PruneCommand, folder: RunFolder, progress: Progress) -> Opene
         return table
 
     table = folder.table(measured)
+    measuring = time.monotonic() - measuring
     config = command.with_targets(model, table)
     evaluation = images.evaluation(batch_size, command.where.eval_images)
     teacher = open_cnn_teacher(config.cnn_teacher, model)
-    return Opened(model, images, loader, evaluation, meter, table, config, *teacher)
+    return Opened(model, images, loader, evaluation, meter, table, config, *teacher, measuring)
 
 
 def _evaluation_batch(model: nn.Module, command: PruneCommand, meter: Meter) -> int:
@@ -95,6 +111,22 @@ def _evaluation_batch(model: nn.Module, command: PruneCommand, meter: Meter) -> 
             + (f"--latency-batch {most} or less, or a larger budget" if most else "a larger budget")
         )
     return max(1, fits(model, size, config.batch_size, targets))
+
+
+def plan_prune(command: PruneCommand, progress: Progress) -> Plan:
+    """What `run_prune` would take; nothing is written, but for a latency table in the cache."""
+    start = time.monotonic()
+    RunFolder(command.out, command.resume).begin()
+    if parallel.world() > 1:
+        raise ValueError("--dry-run runs in one process; start it without torchrun")
+    opened = _open(command, RunFolder(), progress)
+    training = opened.images.training(opened.config) if opened.config.finetune_epochs else None
+    took = time.monotonic() - start
+    kept = min(opened.measuring, command.latency.latency_seconds / 20)  # a table at hand is looked at, not measured
+    given = (opened.model, opened.loader, training, opened.evaluation, opened.table, opened.config)
+    latency = (command.latency.latency_batch, command.latency.latency_seconds)
+    teachers = (opened.cnn_teacher, opened.renormalise)
+    return plan(Work(command.model, *given, took - opened.measuring + kept, *latency, *teachers))
 
 
 def run_prune(command: PruneCommand, progress: Progress) -> dict[str, Any]:
@@ -126,6 +158,17 @@ def run_prune(command: PruneCommand, progress: Progress) -> dict[str, Any]:
     found = {"model": command.model, "criterion": result.criterion, "targets": [p.target for p in result.snapshots]}
     found |= _measure(command, opened, result, folder, dense, progress)
     found |= {"seconds": time.monotonic() - start, "recipe": flat(command)}
+    lines = ways_back(
+        command.model,
+        config,
+        None if config.train else count_images(opened.loader, config),
+        found,
+        opening=command.opening,
+        machine=command.machine,
+        where=command.where,
+        labelled=opened.images.unlabelled is None,
+    )
+    found["ways_back"] = list(lines)
     if opened.meter:
         found["memory"] = result.memory | {"peak": opened.meter.peak}
     if config.refit:
@@ -140,9 +183,9 @@ def _quality(model: nn.Module, reference: nn.Module, opened: Opened, progress: P
     """What the task goes by, of a model; None where it is not evaluated."""
     task = tasks.of(opened.config.task, model)
     if opened.evaluation is None or not parallel.main():
-        return {task.metric: None}
+        return kept(None, task.metric)
     how = {"task": task, "reference": reference, "amp": opened.config.amp, "progress": progress}
-    return {task.metric: accuracy(model, opened.evaluation, **how)[task.metric]}
+    return kept(accuracy(model, opened.evaluation, **how), task.metric)
 
 
 def _measure(
@@ -157,12 +200,14 @@ def _measure(
     times = compare.measured(models, images, command.latency.latency_seconds / 4, mode)
     rows = []
     for pruned, ms in zip(result.snapshots, times[1:], strict=True):
-        row = {"measured_ratio": ms["measured_ratio"]} | compare.size(pruned.model) | ms
+        if opened.table.setting is not None and command.config.measure_seconds:
+            pruned.reading = Reading(pruned.predicted_ratio, ms["measured_ratio"], ms["measured_spread"])
+        row = pruned.verdict | ms | compare.size(pruned.model)
         row |= _quality(pruned.model, reference, opened, progress)
         pruned.metrics |= row
         path = pruned.save(folder.snapshot(pruned.target))
         named = {"target": pruned.target, "predicted_ratio": pruned.predicted_ratio}
-        rows.append(named | row | {"path": str(path)})
+        rows.append(named | row | {"in_words": pruned.in_words(), "path": str(path)})
     dense = dense | {key: times[0][key] for key in ("latency_ms", "images_per_s")}
     return {"dense": dense, "snapshots": rows} | measured_on(command.latency, images.device)
 
@@ -182,6 +227,11 @@ def stages(command: PruneCommand) -> list[Stage]:
 
 
 def run(command: PruneCommand) -> None:
+    if command.dry_run:
+        with command.machine.running(), shown(stages(command)) as progress:
+            plan = plan_prune(command, progress)
+        print("\n".join(plan.lines(command.out)))
+        return
     with command.machine.running(), shown(stages(command)) as progress:
         found = run_prune(command, progress)
     if found:
@@ -194,10 +244,11 @@ def tell(command: PruneCommand, found: dict[str, Any]) -> None:
     rows += [{"name": f"pruned to {s['target']:g}"} | s for s in found["snapshots"]]
     show(f"{found['model']}: {in_words(found)}", rows)
     for s in found["snapshots"]:
-        off = s["measured_ratio"] / s["predicted_ratio"] - 1
-        print(f"{s['path']}: measured latency is {off:+.1%} of the prediction; nvit.load({s['path']!r})")
+        print(f"{s['in_words']}; nvit.load({s['path']!r})")
     if memory := found.get("memory"):
         print(f"memory: peak {show_bytes(memory['peak'])} of {found['recipe']['budget']}; {memory['picked']}")
     if "refit_seconds" in found:
         print(f"refit: {found['refit_seconds']:.0f} s, peak memory {found['refit_peak_memory'] / 1e6:.0f} MB")
+    for line in found["ways_back"]:
+        print(line)
     print(f"{command.out}/result.json written after {found['seconds']:.0f} s")

@@ -17,7 +17,9 @@ from torch.utils.data import DataLoader
 
 from .. import sparse24, tasks
 from ..analysis.evaluate import accuracy
+from ..analysis.share import kept
 from ..config import TrainingConfig
+from ..latency.measure import sample_images
 from ..structure import snapshot
 from ..training.data import TrainingData
 from ..training.distill import frozen
@@ -27,17 +29,15 @@ from ..training.targets import TargetImages
 from ..utils.progress import Progress
 from ..utils.report import show, write_csv, write_result
 from ..utils.stages import Stage
+from .advice import fall
 from .finetune import refuse_snapshot
 from .flags.sparsify import SparsifyCommand
-from .inputs import NO_DATA, has_images, open_images, sample_images
+from .inputs import NO_DATA, has_images, open_images
 from .models import open_model, open_teacher
 from .progress import shown
 
 PROJECTIONS = "projections.csv"
 """The file with a row per projection."""
-
-LOSS = 5.0
-"""Points of top-1 whose loss is worth a word."""
 
 CALIBRATION_BATCH = 32
 
@@ -111,13 +111,13 @@ def run_sparsify(name: str, command: SparsifyCommand, progress: Progress) -> dic
     task = tasks.of(config.task, model)
     reference = None if task.reads_labels else copy.deepcopy(model)
 
-    def quality() -> float | None:
-        if opened.evaluation is None:
-            return None
-        return accuracy(model, opened.evaluation, task=task, reference=reference, progress=progress)[task.metric]
+    def evaluated(name: str) -> dict[str, float | None]:
+        how = {"task": task, "reference": reference, "progress": progress}
+        data = opened.evaluation
+        return kept(None if data is None else accuracy(model, data, **how), task.metric, name)
 
     metric = task.metric
-    found: dict[str, Any] = {"model": name, "choice": command.choice, "metric": metric, f"{metric}_dense": quality()}
+    found: dict[str, Any] = {"model": name, "choice": command.choice, "metric": metric} | evaluated(f"{metric}_dense")
     teacher = None
     if config.epochs and config.distill_weight:
         teacher = open_teacher(command.teacher, command.teacher_checkpoint, command.machine.pick())
@@ -128,11 +128,13 @@ def run_sparsify(name: str, command: SparsifyCommand, progress: Progress) -> dic
     before = _magnitudes(model)
     masks = _choose_(opened, command, [n for n, choice in layers.items() if choice.masked], progress)
     model.sparse24 = tuple(masks)
-    found |= {f"{metric}_sparse": quality(), metric: None}
+    sparse = evaluated(f"{metric}_sparse")
+    found |= sparse
     if config.epochs:
         constrain = partial(sparse24.apply_masks_, model, masks)
         model = finetune(model, opened.training, config, teacher=teacher, constrain=constrain, progress=progress)
-    found[metric] = quality() if config.epochs else found[f"{metric}_sparse"]
+    unchanged = {name.replace("_sparse", ""): value for name, value in sparse.items()}
+    found |= evaluated(metric) if config.epochs else unchanged
     found["layers"] = _layers(model, layers, before)
     found["sparse_layers"] = len(masks)
     snapshot.save(out, model, {k: v for k, v in found.items() if k != "layers"})
@@ -175,16 +177,13 @@ def summary(layers: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def way_out(found: Mapping[str, Any]) -> str | None:
-    """What to do about a loss of more than `LOSS` points; None where it is less or unknown, or no share of images."""
-    if found["metric"] != "top1":
-        return None
-    dense, now = found["top1_dense"], found["top1"]
-    if dense is None or dense - now <= LOSS:
+    """What to do about a loss of more than `advice.LOSS` points; None where it is less or unknown, or no top-1."""
+    if found["metric"] != "top1" or (lost := fall(found["top1_dense"], found["top1"])) is None:
         return None
     ways = [] if found["choice"] == "curvature" else ["--choice curvature (calibration images, no training)"]
     ways.append("--epochs 5 (training under the masks, the dense model as teacher)")
     return (
-        f"top-1 fell by {dense - now:.1f} points. Run `nvit sparsify {found['model']}` again, into another --out, with "
+        f"top-1 fell by {lost:.1f} points. Run `nvit sparsify {found['model']}` again, into another --out, with "
         + " or ".join(ways)
     )
 
@@ -200,10 +199,10 @@ def run(command: SparsifyCommand) -> None:
     with command.machine.running(), shown(stages(command)) as progress:
         found = run_sparsify(command.model, command, progress)
     metric = found["metric"]
-    rows = [{"name": "dense", metric: found[f"{metric}_dense"]}]
-    rows.append({"name": f"2:4 by {found['choice']}", metric: found[f"{metric}_sparse"]})
+    steps = {"dense": f"{metric}_dense", f"2:4 by {found['choice']}": f"{metric}_sparse"}
     if command.config.epochs:
-        rows.append({"name": f"2:4 finetuned {command.config.epochs:g} epochs", metric: found[metric]})
+        steps[f"2:4 finetuned {command.config.epochs:g} epochs"] = metric
+    rows = [{"name": name, metric: found[key], f"{metric}_se": found.get(f"{key}_se")} for name, key in steps.items()]
     show(f"{command.model}: {found['sparse_layers']} of {len(found['layers'])} projections are 2:4", rows)
     for line in summary(found["layers"]):
         print(f"  {line}")

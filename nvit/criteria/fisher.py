@@ -24,8 +24,9 @@ class Fisher(RecordedGates):
     @staticmethod
     def score(groups: Sequence[Group], batch: Evidence) -> dict[str, Tensor]:
         """Mean over samples of the products of two units' gate gradients, `(group.size, group.size)`."""
-        here = torch.tensor([float(len(batch.gates[groups[0].name]))], dtype=torch.float64)
-        share = float(batch.over_ranks({"samples": here})["samples"])  # each gate gradient is one of so many
+        some = batch.gates[groups[0].name]
+        here = some.new_full((), len(some), dtype=torch.float64)
+        share = batch.over_ranks({"samples": here})["samples"]  # each gate gradient is one of so many
         return batch.over_ranks({g.name: share * batch.gates[g.name].T @ batch.gates[g.name] for g in groups})
 
     @staticmethod

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from ..calibration.capture import Place, capture
 from ..layers import prunable_layers
+from ..layers.base import index
 from ..spec import Group
+from ..utils.devices import sent
 from .base import BatchMean, Capabilities, Context, Evidence
 from .gradients import gate_gradients, wide
 
@@ -29,7 +31,7 @@ class GateRecorder:
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[Group], masks: Mapping[str, Tensor]) -> None:
-        self.model, self.groups, self.masks = model, {g.name: g for g in groups}, masks
+        self.model, self.groups = model, {g.name: g for g in groups}
         self.sums: dict[str, Tensor] = {}
         self.units: dict[Place, list[tuple[str, int]]] = {}
         for name, layer in prunable_layers(model).items():
@@ -37,6 +39,8 @@ class GateRecorder:
                 leaving = [(layer.axes[kind], dim) for kind, dim in declared.axes.items() if kind in layer.axes]
                 if mine := [(group, dim) for group, dim in leaving if group in self.groups]:
                     self.units[name, site] = mine
+        device = next(model.parameters()).device
+        self.kept = {n: None if (i := index(masks[n])) is None else sent(i, device) for n in self.groups}
         self.captured = None
 
     def __enter__(self) -> GateRecorder:
@@ -70,9 +74,9 @@ class GateRecorder:
         """
         out = {}
         for name, g in self.groups.items():
-            narrow = self.sums[name]
-            out[name] = narrow.new_zeros(narrow.shape[0], g.size)
-            out[name][:, self.masks[name].to(narrow.device)] = narrow
+            narrow, kept = self.sums[name], self.kept[name]
+            wide = narrow if kept is None else narrow.new_zeros(len(narrow), g.size).index_copy_(1, kept, narrow)
+            out[name] = wide
         self.sums.clear()
         return out
 

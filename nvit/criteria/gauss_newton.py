@@ -47,12 +47,14 @@ class GaussNewton(Criterion):
 
         Raises:
             ValueError: neither.
+            FloatingPointError: a logit was not finite.
         """
         if self.context is not None and not self.wants_images:
             return self.context.statistics
-        if self.recorder is None or not self.recorder.statistics:
+        found = {} if self.recorder is None else self.recorder.statistics
+        if not found:
             raise ValueError("no batch of calibration images; the loader gave none")
-        return self.recorder.statistics
+        return found
 
     def close(self) -> None:
         super().close()

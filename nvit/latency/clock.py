@@ -17,9 +17,13 @@ from torch import Tensor, nn
 
 from ..utils import modes
 from ..utils.memory import keep_freed_memory
+from .spread import ROUNDS, steady, typical
 
 ENOUGH_MS, MOST_REPLAYS = 2.0, 20
 """Replays of a graph between two events: until they take so long together, and no more than so many."""
+
+PATIENCE = 8
+"""Times the seconds given that a busy machine may take."""
 
 
 def device_name(device: torch.device | str) -> str:
@@ -152,12 +156,17 @@ class Stopwatch:
         """Milliseconds of every function, each timed once."""
         return [self._ms(run, repeats) for run, repeats in self._runs]
 
-    def medians(self, end: float) -> list[float]:
-        """Median milliseconds of every function over rounds, at least one, until `time.perf_counter()` is `end`."""
-        rounds = [self.round()]
+    def rounds(self, end: float, least: int = 1) -> np.ndarray:
+        """Milliseconds of every function in rounds, at least so many, until `time.perf_counter()` is `end`:
+        `(rounds, functions)`."""
+        rounds = [self.round() for _ in range(least)]
         while time.perf_counter() < end:
             rounds.append(self.round())
-        return np.median(rounds, axis=0).tolist()
+        return np.array(rounds)
+
+    def medians(self, end: float) -> list[float]:
+        """Median milliseconds of every function over `rounds`."""
+        return np.median(self.rounds(end), axis=0).tolist()
 
 
 def time_each(calls: Sequence[Callable[[], object]], device: torch.device | str, seconds: float) -> list[float]:
@@ -170,14 +179,24 @@ def time_each(calls: Sequence[Callable[[], object]], device: torch.device | str,
 
 
 @torch.inference_mode()
-def time_models(models: Sequence[nn.Module], images: Tensor, seconds: float = 10.0, mode: str = "eager") -> list[float]:
-    """Median milliseconds of a forward pass of each model on `images`, measured in turn."""
+def time_rounds(models: Sequence[nn.Module], images: Tensor, seconds: float, mode: str = "eager") -> np.ndarray:
+    """Milliseconds of a forward pass of each model on `images`, in turn: `(rounds, models)`.
+
+    For about `seconds`, and on a busy machine up to `PATIENCE` times as long, until the models' ratios are `steady`.
+    """
     end = time.perf_counter() + seconds
     was = [m.training for m in models]
     watch = Stopwatch(images.device, mode)
     for model in models:
         watch.add(model.eval(), images)
-    times = watch.medians(end)
+    times = watch.rounds(end, ROUNDS)
+    while not steady(times) and time.perf_counter() < end + (PATIENCE - 1) * seconds:
+        times = np.concatenate([times, watch.rounds(0.0)])
     for m, training in zip(models, was, strict=True):
         m.train(training)
     return times
+
+
+def time_models(models: Sequence[nn.Module], images: Tensor, seconds: float = 10.0, mode: str = "eager") -> list[float]:
+    """Milliseconds of a forward pass of each model on `images`, measured in turn, see `time_rounds`."""
+    return typical(time_rounds(models, images, seconds, mode)).tolist()

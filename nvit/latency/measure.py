@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import scipy
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import adapters
 from ..spec import KINDS, BlockWidths, Group, Part, ViTSpec, block_widths
@@ -22,6 +22,7 @@ from ..structure.compact import compact, meta_copy
 from ..structure.masks import full_masks, widths
 from .clock import Setting, Stopwatch
 from .grid import Grid
+from .spread import drifted, typical
 
 LEVELS = {"emb": 4, "heads": 3, "qk_dim": 3, "v_dim": 3, "mlp": 5}
 """Grid points per width, dense and smallest included."""
@@ -70,6 +71,13 @@ def samples_of(model: nn.Module, bundle_sizes: Mapping[str, int]) -> Samples:
     return Samples(adapter, skeleton, dense, bundles, parts)
 
 
+def sample_images(model: nn.Module, batch_size: int) -> Tensor:
+    """Random images of the model's input size, on its device and in its dtype."""
+    p = next(model.parameters())
+    size = adapters.preprocess(model)["input_size"]
+    return torch.randn(batch_size, *size, generator=torch.Generator().manual_seed(0)).to(p.device, p.dtype)
+
+
 def points(
     part: Part, blocks: Sequence[BlockWidths], bundles: Sequence[BlockWidths], levels: Mapping[str, int]
 ) -> list[list[int]]:
@@ -110,11 +118,25 @@ def time_pieces(
         if not more or time.perf_counter() + pieces.seconds(len(more)) < end:
             break
     pieces.add(more)
-    dense_ms, *times = pieces.watch.medians(end)
+    rounds = pieces.watch.rounds(end)
+    if drifted(rounds[:, 0]):  # pieces that were timed in one state of the machine do not add up with those of another
+        rounds = pieces.watch.rounds(time.perf_counter() + seconds / 2)
+    dense_ms, *times = typical(rounds).tolist()
     grids = {}
     for i, (part, mine) in enumerate(zip(samples.parts, axes, strict=True)):
         grids[part.name] = _grid(part, mine, [times[pieces.at[i, widths]] for widths in product(*mine)])
     return grids, dense_ms
+
+
+@torch.inference_mode()
+def time_dense(
+    samples: Samples, batch_size: int, device: torch.device, dtype: torch.dtype, seconds: float, mode: str = "eager"
+) -> np.ndarray:
+    """Milliseconds of the whole dense model as the machine is now, `(rounds,)`: for `seconds`, three at least."""
+    end = time.perf_counter() + seconds
+    pieces = _Pieces(samples, batch_size, device, dtype, mode)
+    pieces.add([])
+    return pieces.watch.rounds(end, 3)[:, 0]
 
 
 Sample = tuple[int, tuple[int, ...]]

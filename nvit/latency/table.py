@@ -16,7 +16,8 @@ from ..utils import html
 from ..utils.files import cache_folder, write_atomically
 from .clock import Setting, as_deployed, current_setting
 from .grid import Grid
-from .measure import count_macs, fingerprint, samples_of, time_pieces
+from .measure import count_macs, fingerprint, samples_of, time_dense, time_pieces
+from .spread import differ
 
 
 class LatencyTable:
@@ -185,7 +186,8 @@ class LatencyTable:
             dtype: parameters' and inputs', as `torch.bfloat16` or `"bfloat16"`; bfloat16 on CUDA and float32 elsewhere
                 when None.
             mode: `graph` (replays of CUDA graphs), `eager` or `compile`; graph on CUDA and eager elsewhere when None.
-            cache: a folder; a table measured there for the same model shape and setting is used again.
+            cache: a folder; a table measured there for the same model shape and setting is used again, unless the
+                dense model takes another time now than it took then.
 
         Raises:
             ValueError: an unsupported model, or a mode that this device has not.
@@ -200,9 +202,11 @@ class LatencyTable:
         samples = samples_of(model, bundle_sizes)
         setting = current_setting(device, dtype, batch_size, samples.adapter.tokens(samples.skeleton), mode)
         whole, coarse = (f"{fingerprint(samples, setting)}{end}.json" for end in ("", f"-{seconds:g}s"))
-        for path in () if cache is None else (cache / whole, cache / coarse):
-            if path.exists():
-                return cls.load(path)
+        paths = () if cache is None else (cache / whole, cache / coarse)
+        if (found := next((path for path in paths if path.exists()), None)) is not None:
+            table = cls.load(found)
+            if not differ(time_dense(samples, batch_size, device, dtype, seconds / 20, mode), table.dense_ms):
+                return table
         grids, dense_ms = time_pieces(samples, batch_size, device, dtype, seconds, mode)
         # Pieces timed alone add up to a little more or less than the model; the table speaks for the model.
         scale = dense_ms / cls(samples.parts, grids, samples.dense, setting).dense_ms

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import adapters, parallel, tasks
 from ..config import PruneConfig
-from ..latency.clock import current_setting
+from ..latency.clock import current_setting, time_rounds
 from ..latency.table import LatencyTable
 from ..training.batches import Loader
 from ..training.data import endless
@@ -24,6 +24,8 @@ from .folder import RunFolder
 from .oneshot import prune_one_shot
 from .pruner import Pruner
 from .result import Pruned, PruneResult
+from .sample import refuse_few
+from .timing import Timer
 
 
 @showing
@@ -38,6 +40,7 @@ def prune(
     out: str | Path | None = None,
     resume: bool = False,
     meter: Meter | None = None,
+    timer: Timer = time_rounds,
     progress: Progress | bool = silent,
 ) -> PruneResult:
     """Prune `model` to `config.latency_target`: the paper's iterative loop, or one shot with `train=False`.
@@ -53,6 +56,7 @@ def prune(
         out: a folder for the run state and, as soon as a target is met, its snapshot; see `RunFolder`.
         resume: go on from the run state in `out`, if there is one.
         meter: of the memory under a budget, where the caller measures already; the peak is then the caller's too.
+        timer: what measures compact models, see `Pruner`; a budget leaves no room for it.
         progress: a callback; True shows what the command shows, a bar with the stage and its loss.
 
     Raises:
@@ -70,6 +74,7 @@ def prune(
     parallel.join()
     config = config or PruneConfig()
     config.check()
+    refuse_few(loader, config)
     device = next(model.parameters()).device
     adapter = adapters.find_maskable(model)
     adapter.prepare(model)
@@ -78,7 +83,7 @@ def prune(
     config = config.over_ranks(parallel.world())
     parallel.same_weights_(model)
     dense = None if budget else frozen(copy.deepcopy(model))
-    pruner = Pruner(model, _checked(table, model, config, progress), config)
+    pruner = Pruner(model, _checked(table, model, config, progress), config, timer=None if budget else timer)
     folder = RunFolder(out, resume)
     if config.train:
         objective = Objective.of(
@@ -140,7 +145,7 @@ def _prune_training(
     if folder.resumable():
         tensors, values = trainer.load()
         pruner.restore(values, tensors)
-        snapshots = folder.again(pruner.met, next(pruner.model.parameters()).device)
+        snapshots = folder.again(pruner, next(pruner.model.parameters()).device)
     last = pruner.targets[-1]
     if pruner.done:
         return snapshots

@@ -86,7 +86,7 @@ class RunFolder:
 
     def take(self, pruner: Pruner, target: float, model: nn.Module) -> Pruned:
         """The compact model that meets `target`, written as soon as it is there."""
-        pruned = Pruned(target, model, pruner.ratio)
+        pruned = Pruned(target, model, pruner.ratio, reading=pruner.readings.get(target))
         self.save(pruned)
         return pruned
 
@@ -95,15 +95,17 @@ class RunFolder:
         if self.path is not None:
             parallel.from_main(lambda: pruned.save(self.snapshot(pruned.target)))
 
-    def again(self, targets: Sequence[float], device: torch.device) -> list[Pruned]:
+    def again(self, pruner: Pruner, device: torch.device) -> list[Pruned]:
         """Snapshots of targets met before the interruption."""
         found = []
-        for target in targets:
+        for target in pruner.met:
             folder = self.snapshot(target)
             metrics = snapshot.load_metrics(folder)
             ratio = metrics.pop("predicted_ratio")
-            metrics.pop("target", None)
-            found.append(Pruned(target, snapshot.load(folder, device, sparse=False), ratio, metrics))
+            for name in ("target", "met", "judged_by", "measured_ratio", "measured_spread"):
+                metrics.pop(name, None)
+            model = snapshot.load(folder, device, sparse=False)
+            found.append(Pruned(target, model, ratio, metrics, pruner.readings.get(target)))
         return found
 
     def write_history(self, rows: Sequence[Mapping[str, Any]]) -> None:

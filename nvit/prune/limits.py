@@ -6,7 +6,8 @@ import fnmatch
 from collections.abc import Sequence
 
 from ..config import PruneConfig
-from ..spec import KINDS, Group
+from ..latency.table import LatencyTable
+from ..spec import KINDS, Group, block_widths
 from ..tasks import Task
 
 
@@ -47,3 +48,24 @@ def prunable_groups(
         found = f"only={list(only)}, freeze={list(freeze)} and stages={list(stages)}"
         raise ValueError(f"nothing is left to prune with {found}")
     return free
+
+
+def least_ms(table: LatencyTable, groups: Sequence[Group], free: Sequence[Group]) -> float:
+    """Milliseconds by the table of the smallest model that pruning may leave: the last bundle of every group in `free`,
+    the rest whole."""
+    names = {g.name for g in free}
+    left = {g.name: min(g.multiple, g.size) if g.name in names else g.size for g in groups}
+    return table.model_ms(block_widths(groups, left))
+
+
+def check_reachable(
+    targets: Sequence[float], table: LatencyTable, groups: Sequence[Group], free: Sequence[Group]
+) -> None:
+    """Raise ValueError where a target, a fraction of the dense latency, is below what pruning can leave."""
+    least = least_ms(table, groups, free) / table.dense_ms
+    for target in targets:
+        if target < least:
+            raise ValueError(
+                f"latency target {target:g} of dense cannot be met: the smallest allowed widths reach {least:.3f}. "
+                "Raise the target, or allow more groups to be pruned."
+            )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator, Mapping
-from itertools import islice
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +20,8 @@ from ..utils.progress import Progress
 from . import between
 from .budget import Budget
 from .pruner import Pruner
-from .scoring import batches_to_score, score
+from .sample import count_batches, sampled
+from .scoring import score
 
 
 def prune_one_shot(pruner: Pruner, loader, keep, budget: Budget | None, progress: Progress) -> list:
@@ -35,7 +35,8 @@ def prune_one_shot(pruner: Pruner, loader, keep, budget: Budget | None, progress
         for r in range(1, config.rounds + 1):
             known = refitter.statistics if refitter is not None and not pruner.history else None
             score(pruner, loader, budget, statistics=known, progress=progress)
-            pruner.decide_at(start + (target - start) * r / config.rounds)
+            last = r == config.rounds
+            pruner.decide_at(target if last else start + (pruner.aim.at(target) - start) * r / config.rounds)
             if refitter is not None:
                 pruner.history[-1] |= refitter.refit()
         snapshots.append(keep.take(pruner, target, pruner.compact()))
@@ -54,7 +55,7 @@ class Refitter:
 
     def __init__(self, pruner: Pruner, loader, progress: Progress) -> None:
         self.pruner, self.loader, self.progress = pruner, loader, progress
-        self.total = batches_to_score(pruner, loader)
+        self.total = count_batches(loader, pruner.config)
         pruner.model.eval()
         self.statistics: Mapping[Place, SiteStatistics] = gather_statistics(
             pruner.model, self._images(), task=pruner.task, seed=pruner.config.seed, total=self.total, progress=progress
@@ -63,7 +64,7 @@ class Refitter:
         self.dense = frozen(copy.deepcopy(pruner.model))
 
     def _images(self) -> Iterator[Tensor]:
-        return images_of(islice(self.loader, self.total))
+        return images_of(sampled(self.loader, self.pruner.config))
 
     def refit(self) -> dict[str, Any]:
         """Refit what the last decision left, and return time and memory of it for the history."""

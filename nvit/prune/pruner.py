@@ -7,7 +7,9 @@ latency credit leave (`Pruner.decide`), until the table says that a target is me
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,13 +17,16 @@ from torch import Tensor, nn
 
 from .. import parallel
 from ..config import PruneConfig
+from ..latency.clock import time_rounds
 from ..latency.table import LatencyTable
 from ..selection.greedy import drop_cheapest
 from ..selection.lagrangian import drop_to_target
 from ..structure.compact import compact
-from ..structure.masks import Masks, widths
-from .limits import prunable_groups
+from ..structure.masks import Masks, full_masks, widths
+from .aim import Aim, Reading
+from .limits import check_reachable, least_ms, prunable_groups
 from .scorer import Scorer
+from .timing import Timer, clock_of
 
 __all__ = ["Pruner", "prunable_groups"]
 
@@ -52,14 +57,29 @@ class Pruner(Scorer):
     pruner.decide_at(0.5)
     ```
 
+    A target is met when the compact model is, as measured; by the table's word where the table counts operations, or
+    `config.measure_seconds` is 0.
+
+    Args:
+        timer: what measures, the stopwatch unless it is a simulated one; None for the table's word.
+
     Attributes:
         targets: of latency, as fractions of dense, largest first.
-        met: those met so far.
+        met: those settled so far: met, or as near as pruning comes.
+        readings: what was measured at each of them.
+        aim: where they lie by the table.
         history: a row per decision.
         steps: so far.
     """
 
-    def __init__(self, model: nn.Module, table: LatencyTable, config: PruneConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        table: LatencyTable,
+        config: PruneConfig | None = None,
+        *,
+        timer: Timer | None = time_rounds,
+    ) -> None:
         super().__init__(model, config or PruneConfig())
         self.table = table
         self.targets = sorted(self.config.latency_target, reverse=True)
@@ -71,6 +91,12 @@ class Pruner(Scorer):
                 f"the latency table is for a model whose first block is {self.table.dense[0]}; this model's is "
                 f"{widths(self.groups, self.masks)[0]}. Measure a table for this model."
             )
+        check_reachable(self.targets, table, self.groups, self.free)
+        least = least_ms(table, self.groups, self.free) / table.dense_ms
+        seconds = 0.0 if timer is None else self.config.measure_seconds
+        self.aim = Aim(clock_of(table.setting, seconds, self._whole, timer or time_rounds), least)
+        self.readings: dict[float, Reading] = {}
+        self._asked_for = False  # whether the masks are those of a target
         if self.criterion.capabilities.training:
             self.start_recording()
 
@@ -119,7 +145,8 @@ class Pruner(Scorer):
             raise ValueError(
                 f"only last bundles are left at {self.ratio:.3f} of dense latency; raise the latency target"
             )
-        return self._take(scores, masks)
+        self._take(scores, masks)
+        return self._settle()
 
     def _telling_scores(self) -> dict[str, Tensor]:
         """The scores that a decision rests on.
@@ -130,6 +157,11 @@ class Pruner(Scorer):
         scores = self.scores()
         every = torch.cat([s[self.masks[name].to(s.device)].double().cpu() for name, s in scores.items()])
         if len(every) > 1 and bool((every == every[0]).all()):
+            if self.config.train and not every[0]:
+                raise ValueError(
+                    f"all scores are 0 after {self.steps} steps: gradients were zeroed before pruner.step() read them "
+                    "(call it before optimizer.zero_grad()), or the loss does not depend on the model"
+                )
             raise ValueError(
                 f"all {len(every)} scores are {float(every[0]):g}: criterion {self.criterion.name} tells no unit from "
                 f"another. The loss does not depend on the model; check the labels and --task ({self.task.name} here)"
@@ -137,13 +169,28 @@ class Pruner(Scorer):
         return scores
 
     def decide_at(self, target: float) -> None:
-        """One decision down to `target`, least saliency removed at that latency; no training in between."""
-        scores = self._telling_scores()
-        masks, eta = drop_to_target(scores, self.masks, self.groups, self.table, target * self.table.dense_ms)
-        self._take(scores, masks, eta=eta)
+        """One decision down to `target`, least saliency removed at that latency; no training in between.
 
-    def _take(self, scores: Mapping[str, Tensor], masks: Masks, **more: Any) -> list[float]:
-        """Mask what a decision chose, once every rank has decided alike; returns targets met by that."""
+        Where `target` is one of `targets`, what was chosen is measured, and chosen again where it misses.
+        """
+        scores = self._telling_scores()
+
+        def choose(ratio: float) -> tuple[float, tuple[Masks, float]]:
+            masks, eta = drop_to_target(scores, self.masks, self.groups, self.table, ratio * self.table.dense_ms)
+            return self.table.ratio(widths(self.groups, masks)), (masks, eta)
+
+        if target not in self.targets:
+            masks, eta = choose(target)[1]
+            self._take(scores, masks, eta=eta)
+            self._settle_to(self.ratio)
+        else:
+            (masks, eta), reading = self.aim.hit(target, choose, lambda choice: self._cut(choice[0]))
+            self._take(scores, masks, eta=eta, **_measured(reading))
+            self._settle_to(self.ratio if reading is None else target, reading)
+        self._asked_for = True
+
+    def _take(self, scores: Mapping[str, Tensor], masks: Masks, **more: Any) -> None:
+        """Mask what a decision chose, once every rank has decided alike."""
         found = {f"score of {n}": s for n, s in scores.items()} | {f"mask of {n}": m for n, m in masks.items()}
         parallel.agree(f"the decision at step {self.steps}", found)
         if self.config.train:
@@ -151,22 +198,61 @@ class Pruner(Scorer):
         else:
             self._forget()
         self._set_masks(masks)
-        now = self.ratio
-        self.history.append({"step": self.steps, "predicted_ratio": now} | more)
-        met = [t for t in self.targets[len(self.met) :] if now <= t]
-        self.met += met
+        self.history.append({"step": self.steps, "predicted_ratio": self.ratio} | more)
+
+    def _settle(self) -> list[float]:
+        """Targets that the last decision met, or that no further one could meet."""
+        found = []
+        for target in self.targets[len(self.met) :]:
+            if self.ratio > self.aim.at(target):
+                break
+            if self.aim.clock is not None:
+                reading = self.aim.read(self.ratio, lambda: self._cut(self.masks))
+                self.history[-1] |= _measured(reading)
+                if not reading.meets(target) and not self.aim.beyond(target):
+                    break  # the aim is corrected, and pruning goes on to there
+                self.readings[target] = reading
+            found.append(target)
+        self._settle_to(found[-1] if found else 1.0)
+        return found
+
+    def _settle_to(self, least: float, reading: Reading | None = None) -> None:
+        """Every open target from `least` on is settled, by one reading if there is one."""
+        found = [t for t in self.targets[len(self.met) :] if t >= least]
+        self.met += found
+        self._asked_for = bool(found)
+        if reading is not None:
+            self.readings |= dict.fromkeys(found, reading)
         if self.done:
             self.stop_recording()
-        return met
+
+    def _cut(self, masks: Masks, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
+        weights = parallel.gathered(self.params) if weights is None else weights
+        return compact(self.model, self.groups, masks, weights).eval()
+
+    def _whole(self) -> nn.Module:
+        """A model of all widths to be timed; what was pruned is zero in it."""
+        return self._cut(full_masks(self.groups))
 
     def compact(self, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """A narrower copy that computes what the masked model does; or with other full `weights`, as an average."""
-        weights = parallel.gathered(self.params) if weights is None else weights
-        return compact(self.model, self.groups, self.masks, weights).eval()
+        """A narrower copy that computes what the masked model does; or with other full `weights`, as an average.
+
+        Warns where the masks are not those of a target while targets are open: a loop that ended early.
+        """
+        if not self.done and not self._asked_for:
+            still = ", ".join(f"{t:g}" for t in self.targets[len(self.met) :])
+            warnings.warn(
+                f"compact(): the model is at {self.ratio:.3f} of the dense latency by the table and latency target "
+                f"{still} is open; go on with step() until pruner.done",
+                stacklevel=2,
+            )
+        return self._cut(self.masks, weights)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Plain values and tensors from which `restore` goes on."""
         values = {"met": self.met, "history": self.history, "steps": self.steps, "scored": self.mean.count}
+        values["aim"] = [asdict(r) for r in self.aim.readings]
+        values["readings"] = {str(t): asdict(r) for t, r in self.readings.items()}
         tensors = {f"mask.{n}": m for n, m in self.masks.items()}
         values["decisions"] = self.mean.decisions
         for part, held in (("mean", self.mean.sums), ("past", self.mean.past)):
@@ -184,5 +270,12 @@ class Pruner(Scorer):
             held |= {n.removeprefix(part): t.to(device) for n, t in tensors.items() if n.startswith(part)}
         self.mean.count, self.mean.decisions, self.steps = mine["scored"], mine["decisions"], mine["steps"]
         self.met, self.history = list(mine["met"]), list(mine["history"])
+        self.aim.readings = [Reading(**r) for r in mine["aim"]]
+        self.readings = {float(t): Reading(**r) for t, r in mine["readings"].items()}
         if self.done:
             self.stop_recording()
+
+
+def _measured(reading: Reading | None) -> dict[str, float]:
+    """What a decision's row says of a measurement."""
+    return {} if reading is None else {"measured_ratio": reading.measured, "measured_spread": reading.spread}

@@ -13,6 +13,7 @@ from ..latency.table import LatencyTable
 from ..structure import snapshot
 from ..structure.masks import Masks
 from . import display
+from .aim import Reading
 
 if TYPE_CHECKING:
     import pandas
@@ -25,12 +26,42 @@ class Pruned:
     Attributes:
         target, predicted_ratio: fractions of the dense latency, asked for and by the table.
         metrics: plain values that go into the snapshot beside these two.
+        reading: what was measured; None where the table's word counts.
     """
 
     target: float
     model: nn.Module
     predicted_ratio: float
     metrics: dict[str, Any] = field(default_factory=dict)
+    reading: Reading | None = None
+
+    @property
+    def met(self) -> bool:
+        """Whether the target is met: as measured, within the spread, or else by the table."""
+        return self.predicted_ratio <= self.target if self.reading is None else self.reading.meets(self.target)
+
+    @property
+    def verdict(self) -> dict[str, Any]:
+        """Plain values: met or not, judged by what, and the measured ratio with its spread where there is one."""
+        if self.reading is None:
+            return {"met": self.met, "judged_by": "table"}
+        measured = {"measured_ratio": self.reading.measured, "measured_spread": self.reading.spread}
+        return {"met": self.met, "judged_by": "clock"} | measured
+
+    def in_words(self) -> str:
+        """The verdict as a line."""
+        word = "met" if self.met else "missed"
+        if self.reading is None:
+            return (
+                f"target {self.target:g}: {word} by the table's word, {self.predicted_ratio:.3f} of the dense latency"
+            )
+        r = self.reading
+        if r.misses(self.target) and self.met:
+            word = "met, further than asked"
+        return (
+            f"target {self.target:g}: {word}, measured {r.measured:.3f} ± {r.spread:.3f} of the dense latency "
+            f"(predicted {self.predicted_ratio:.3f})"
+        )
 
     def __repr__(self) -> str:
         return f"Pruned({self.target:g}: {self._found()})"
@@ -50,7 +81,7 @@ class Pruned:
         """Write the snapshot folder (of several ranks, the first does)."""
         if not parallel.main():
             return Path(path)
-        plain = {"target": self.target, "predicted_ratio": self.predicted_ratio} | self.metrics
+        plain = {"target": self.target, "predicted_ratio": self.predicted_ratio} | self.verdict | self.metrics
         return snapshot.save(path, self.model, plain)
 
 

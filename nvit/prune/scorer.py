@@ -16,6 +16,7 @@ from ..criteria.base import Context, Criterion, Evidence, RunningMean
 from ..criteria.registry import CRITERIA
 from ..layers import prunable_layers
 from ..structure.masks import Masks, apply_, full_masks
+from ..utils.finite import Finite
 from .backward import backward, wanting_gradients
 from .limits import free_groups
 from .plan import Plan
@@ -44,6 +45,7 @@ class Scorer:
         self.call = parallel.Call(self.model, adapter.logits)
         self.params = dict(model.named_parameters())
         self.criterion = self._new_criterion()
+        self.finite = Finite(next(model.parameters()).device, _not_finite)
         self._set_masks(full_masks(self.groups))
 
     def _set_masks(self, masks: Masks) -> None:
@@ -66,7 +68,13 @@ class Scorer:
                 f"criterion {self.criterion.name} sends a signal of its own backward and reads no other; call "
                 "score(images) in place of observe()"
             )
-        self._observe(_grads(self.params) if grads is None else grads)
+        grads = _grads(self.params) if grads is None else grads
+        if not grads:
+            raise ValueError(
+                "no parameter has a gradient: call pruner.step() after optimizer.step() and before "
+                "optimizer.zero_grad(), which takes the gradients away"
+            )
+        self._observe(grads)
 
     def score(self, images: Tensor, labels: Tensor | None = None, plan: Plan | None = None) -> None:
         """Add a batch to the saliency: forward and, as the criterion wants it, backward. Weights stay as they are.
@@ -80,7 +88,7 @@ class Scorer:
 
         Raises:
             ValueError: a score is not finite, or labels are missing.
-            FloatingPointError: the loss or a logit is not finite.
+            FloatingPointError: the loss or a logit is not finite. Off the CPU `scores` raises it.
         """
         can, sampled = self.criterion.capabilities, self.config.labels == "sampled" or not self.task.reads_labels
         if can.labels and labels is None and not sampled:
@@ -101,7 +109,7 @@ class Scorer:
             with wanting_gradients(self.params, can.weight_gradients):
                 if can.weight_gradients:
                     self.call.model.zero_grad(set_to_none=True)
-                backward(self.call, self.criterion, self.task, images, labels, plan, self.config.seed)
+                backward(self.call, self.criterion, self.task, images, labels, plan, self.config.seed, self.finite)
                 grads = _grads(self.params) if can.weight_gradients else {}
                 # Shards hold the mean over ranks already.
                 self._observe(grads if self.call.model is not self.model else parallel.mean(grads))
@@ -122,7 +130,13 @@ class Scorer:
         self.criterion.observe(Evidence(params, grads, seed=self.config.seed, over_ranks=parallel.mean))
 
     def scores(self) -> dict[str, Tensor]:
-        """Saliency of what may be pruned, by group, from the batches observed so far: `(group.size,)`."""
+        """Saliency of what may be pruned, by group, from the batches observed so far: `(group.size,)`.
+
+        Raises:
+            ValueError: no batch was observed, or a score is not finite.
+            FloatingPointError: the loss or a logit of a batch was not finite.
+        """
+        self.finite.check()
         return self.criterion.finish()
 
     @property
@@ -171,6 +185,10 @@ class Scorer:
         if self.call.model is not self.model:
             parallel.fill_(self.model, parallel.gathered(self.params))
             self.work_in(parallel.Call(self.model, self.call.function))
+
+
+def _not_finite(batch: int, loss: float) -> str:
+    return f"the loss is {loss} on scoring batch {batch}; check the data"
 
 
 def _grads(params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

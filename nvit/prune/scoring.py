@@ -6,22 +6,11 @@ from collections.abc import Mapping
 
 from ..calibration.capture import Place
 from ..calibration.statistics import SiteStatistics
-from ..training.batches import known_length, length
 from ..training.data import shares
 from ..utils.progress import Progress, silent
 from .budget import Budget
 from .pruner import Pruner
-
-
-def batches_to_score(pruner: Pruner, loader) -> int:
-    """`score_batches`, or all of one pass, and never more than there are, if the loader says.
-
-    Raises:
-        ValueError: it does not, and `score_batches` is not given.
-    """
-    asked = pruner.config.score_batches
-    there = known_length(loader) if asked else length(loader, "to score one pass; set score_batches")
-    return asked if there is None else min(asked or there, there)
+from .sample import count_batches, sampled
 
 
 def score(
@@ -32,7 +21,7 @@ def score(
     statistics: Mapping[Place, SiteStatistics] | None = None,
     progress: Progress = silent,
 ) -> None:
-    """Add one pass over the data (or `score_batches`) to the pruner's saliency; weights stay as they are.
+    """Add the calibration images of a run to the pruner's saliency; weights stay as they are.
 
     Criteria that read no weight gradients have the weights frozen meanwhile, which is faster and takes less memory.
     Under a budget a batch may go through the model in parts; its scores are those of the whole batch, up to rounding.
@@ -45,7 +34,7 @@ def score(
         ValueError: the budget does not hold what is needed.
         FloatingPointError: the loss or a logit is not finite.
     """
-    criterion, total = pruner.criterion, batches_to_score(pruner, loader)
+    criterion, total = pruner.criterion, count_batches(loader, pruner.config)
     weights = sum(p.numel() * p.element_size() for p in pruner.params.values())
     # A compact model has about its target's share of the weights.
     later = weights * sum(pruner.targets[len(pruner.met) :])
@@ -59,7 +48,7 @@ def score(
                 budget.allow(later)
             pruner.score_weights()
             return
-        for done, (images, labels) in enumerate(shares(loader), start=1):
+        for done, (images, labels) in enumerate(shares(loader, sampled(loader, pruner.config)), start=1):
             if done == 1 and budget is not None:
                 gradients, kept = criterion.capabilities.weight_gradients, criterion.memory(pruner.free)
                 plan = budget.choose(
@@ -74,7 +63,5 @@ def score(
                 progress(0, total, f"budget: {plan}")
             pruner.score(images, labels, None if budget is None else plan)
             progress(done, total, "score")
-            if done >= total:
-                break
     finally:
         pruner.stop_recording()

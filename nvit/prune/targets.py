@@ -10,8 +10,7 @@ from torch import nn
 from .. import adapters, tasks
 from ..config import PruneConfig
 from ..latency.table import LatencyTable
-from ..spec import block_widths
-from .limits import free_groups
+from .limits import check_reachable, free_groups, least_ms
 
 
 def fractions(
@@ -37,9 +36,8 @@ def fractions(
             "latency in ms and images per second need a table that was measured; this one counts multiply-accumulates"
         )
     groups = adapters.of(model).groups(model, config.bundle_sizes)
-    free = {g.name for g in free_groups(groups, config, tasks.of(config.task, model))}
-    left = {g.name: min(g.multiple, g.size) if g.name in free else g.size for g in groups}
-    least, dense, batch = table.model_ms(block_widths(groups, left)), table.dense_ms, table.setting.batch_size
+    free = free_groups(groups, config, tasks.of(config.task, model))
+    least, dense, batch = least_ms(table, groups, free), table.dense_ms, table.setting.batch_size
 
     asked = [(ms, f"latency_ms {ms:g}") for ms in latency_ms]
     asked += [(1e3 * batch / rate, f"images_per_second {rate:g}") for rate in images_per_second]
@@ -58,3 +56,10 @@ def fractions(
             )
         found.append(fraction)
     return tuple(found)
+
+
+def refuse_out_of_reach(model: nn.Module, table: LatencyTable, config: PruneConfig) -> None:
+    """Raise ValueError where a target of the config is below what pruning can leave of `model`, as `fractions` does."""
+    groups = adapters.of(model).groups(model, config.bundle_sizes)
+    free = free_groups(groups, config, tasks.of(config.task, model))
+    check_reachable(config.latency_target, table, groups, free)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..calibration.capture import Place, capture
@@ -64,7 +65,7 @@ def entries(replay: Replay, layers: Mapping[str, Prunable]) -> dict[str, Entry]:
         end = replay.run(0)
     end = end if isinstance(end, Tensor) else end[0]
     calls.append(("", end, end))
-    found = {}
+    found, misses = [], []
     for i, (name, x, out) in enumerate(calls[:-1]):
         before = next((c for c in calls[:i] if c[0] in norms and c[2] is x), None)
         after = next((c[1] for c in calls[i + 1 :] if c[0] in norms or not c[0]), None)
@@ -73,6 +74,7 @@ def entries(replay: Replay, layers: Mapping[str, Prunable]) -> dict[str, Entry]:
         step = (after - before[1]).flatten(0, -2).double()
         out = out.flatten(0, -2).double()
         gain = (step * out).sum(0) / out.square().sum(0).clamp_min(1e-300)
-        if float((step - gain * out).square().sum()) <= 1e-6 * float(step.square().sum()):
-            found[name] = Entry(before[0], gain)
-    return found
+        found.append((name, Entry(before[0], gain)))
+        misses.append((step - gain * out).square().sum() - 1e-6 * step.square().sum())
+    fits = torch.stack(misses).le(0).tolist() if misses else []  # one look for a block
+    return {name: entry for (name, entry), fit in zip(found, fits, strict=True) if fit}

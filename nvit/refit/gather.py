@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..calibration.capture import Enough, Place, capture
 from ..calibration.replay import Replay
-from ..calibration.statistics import SiteStatistics
 from ..layers import LinearPart, prunable_layers
 from ..layers.sites import PLAIN
 from .entries import Entry
@@ -44,14 +44,13 @@ def parts(layer: nn.Module, end: str) -> list[LinearPart]:
     return [part for part in layer.linears() if part.end == end]
 
 
-def row_weights(statistics: Mapping[Place, SiteStatistics] | None, place: Place, uniform: float) -> Tensor | None:
+def row_weights(profile: Tensor | None, uniform: float) -> Tensor | None:
     """How much each row of an image counts, `(rows per image,)` with mean 1: by the energy of its Gauss-Newton
-    gradients, but for a share `uniform` that all have alike. None where all count alike."""
-    if statistics is None or place not in statistics:
+    gradients, but for a share `uniform` that all have alike. None, where it is not known, for all alike."""
+    if profile is None:
         return None
-    profile = statistics[place].profile
     mean = profile.mean()
-    return None if not float(mean) > 0 else uniform + (1 - uniform) * profile / mean
+    return torch.where(mean > 0, uniform + (1 - uniform) * profile / mean, 1.0)
 
 
 def moments_at(pair: Pair, place: Place, weights: Tensor | None, entry: Entry | None) -> list[Halves]:

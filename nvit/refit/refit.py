@@ -17,6 +17,7 @@ from ..calibration.replay import Replay
 from ..calibration.statistics import SiteStatistics
 from ..layers import LinearPart, prunable_layers
 from ..spec import Group
+from ..utils.devices import sent
 from ..utils.progress import Progress, silent
 from .entries import entries, refittable
 from .gather import Halves, Pair, classifier_moments, inputs_of, moments_at, parts, row_weights
@@ -63,7 +64,8 @@ def refit_(
         entered = entries(pair.theirs, inside) if stream else {}
         for name in (n for n, m in inside.items() if refittable(m)):
             for end in ("in", "out") if readers else ("out",):
-                weights = row_weights(statistics, (name, end), uniform)
+                known = (statistics or {}).get((name, end))
+                weights = row_weights(None if known is None else known.profile, uniform)
                 moments = moments_at(pair, (name, end), weights, entered.get(name) if end == "out" else None)
                 for part, halves in zip(parts(layers[name], end), moments, strict=True):
                     report.append(_change_(f"{name}.{end}", part, halves))
@@ -84,7 +86,7 @@ def _enter(model: nn.Module, dense: nn.Module, batches: Iterable[Tensor], held: 
     device = next(model.parameters()).device
     for images in batches:
         for replay in (ours, theirs):
-            replay.enter(images.to(device))
+            replay.enter(sent(images, device))
     count = len(ours)
     if count < 2:
         raise ValueError(f"refit got {count} batches of calibration images; it needs 2, one to choose the ridge with")

@@ -22,8 +22,10 @@ from ..calibration.replay import Replay
 from ..layers import LinearPart, Prunable, prunable_layers
 from ..layers.sites import PLAIN
 from ..refit.entries import Entry, entries, refittable
+from ..refit.gather import row_weights
 from ..refit.ridge import Moments
 from ..tasks import Task
+from ..utils.devices import sent
 from ..utils.progress import Progress, silent
 from .pairs import best_pairs, best_values
 from .profile import row_profiles
@@ -83,7 +85,7 @@ def choose_by_curvature_(
     ours, theirs = Replay(model), Replay(dense)
     for images in batches:
         for replay in (ours, theirs):
-            replay.enter(images.to(next(model.parameters()).device))
+            replay.enter(sent(images, next(model.parameters()).device))
     blocks = ours.adapter.block_names(model)
     masks: dict[str, Tensor] = {}
     for at, block in enumerate(blocks):
@@ -93,7 +95,7 @@ def choose_by_curvature_(
             layer = prunable_layers(model)[name]
             for site in ("in", "out"):
                 read = _reading(layer, site)
-                weights = _weights(profiles.get((name, site)))
+                weights = row_weights(profiles.get((name, site)), _UNIFORM)
                 moments = _moments(ours, (name, site), recorded, _reading(inside[name], site), weights)
                 for part, mine in zip(read, _split(moments, read), strict=True):
                     weight = f"{name}.{part.name}.weight"
@@ -184,13 +186,6 @@ def _read(replay: Replay, place: Place, batch: int, norm: str | None) -> tuple[T
     with capture(replay.model, places, sink, gradients=False), contextlib.suppress(Enough):
         replay.run(batch)
     return found[place], None if norm is None else found[norm, "in"]
-
-
-def _weights(profile: Tensor | None) -> Tensor | None:
-    """Of the rows of one image, mean 1; None where all count alike."""
-    if profile is None or not float(profile.mean()) > 0:
-        return None
-    return _UNIFORM + (1 - _UNIFORM) * profile / profile.mean()
 
 
 def _split(moments: Moments, parts: Sequence[LinearPart]) -> Iterator[Moments]:

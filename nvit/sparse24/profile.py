@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from .. import adapters, tasks
 from ..calibration.capture import Place, capture
+from ..calibration.gauss_newton import Probes
 from ..layers import prunable_layers
 from ..refit.entries import refittable
 from ..tasks import Task
+from ..utils.devices import sent
 
 
 def row_profiles(
@@ -32,26 +34,21 @@ def row_profiles(
     places = [(name, site) for name, layer in layers.items() if refittable(layer) for site in ("in", "out")]
     profiles: dict[Place, Tensor] = {}
     wanted = {p: p.requires_grad for p in model.parameters()}
-    generator = torch.Generator().manual_seed(seed)
-    images = 0
+    device = next(model.parameters()).device
+    probes, images = Probes(task, device, seed), 0
 
     def sink(place: Place, _, gradient: Tensor) -> None:
         rows = layers[place[0]].sites()[place[1]].rows(gradient).float()
         energy = rows.square().sum(1).view(images, -1).sum(0, dtype=torch.float64)
         profiles[place] = profiles.get(place, 0.0) + energy
 
-    device = next(model.parameters()).device
     try:
         model.requires_grad_(False)
         with capture(model, places, sink), torch.enable_grad():
-            for batch, x in enumerate(batches, start=1):
+            for x in batches:
                 images = len(x)
-                logits = adapters.find(model).logits(model, x.to(device)).mean
-                if not bool(logits.isfinite().all()):
-                    raise FloatingPointError(
-                        f"a logit is not finite on calibration batch {batch}; check weights and data"
-                    )
-                logits.backward(task.probe(logits, generator))
+                probes.send(adapters.find(model).logits(model, sent(x, device)).mean)
+        probes.check()
     finally:
         for p, was in wanted.items():
             p.requires_grad_(was)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.base import Logits
+from ..utils.devices import sent
 
 
 class Meter(ABC):
@@ -108,7 +109,8 @@ class Task(ABC):
 
 def signs(like: Tensor, generator: torch.Generator) -> Tensor:
     """Random signs shaped as `like` and where it is, fp32; the same on every device."""
-    return (torch.randint(0, 2, like.shape, generator=generator).float() * 2 - 1).to(like.device)
+    drawn = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8)
+    return sent(drawn, like.device).float() * 2 - 1
 
 
 def rows_of(draws: Tensor, rows: Sequence[int]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..adapters.base import Logits
-from .base import Meter, Task, signs
+from .base import Meter, Task, rows_of, signs
 
 
 class Classification(Task):
@@ -86,10 +87,9 @@ class Classification(Task):
     def draw(self, outputs: Tensor, rows: Sequence[int] = (), batch: int = 0) -> Tensor:
         """From the softmax, int64 `(batch,)`."""
         p = outputs.detach().float().softmax(-1)
-        if not rows:
-            return torch.multinomial(p, 1).squeeze(1)
-        # What multinomial does inside, with the whole batch's draws.
-        return (p / p.new_empty(batch, p.shape[1]).exponential_()[list(rows)]).argmax(-1)
+        # What multinomial does inside once it has looked at p, which a GPU would have to wait for.
+        draws = p.new_empty(batch if rows else len(p), p.shape[1]).exponential_()
+        return (p / rows_of(draws, rows)).argmax(-1)
 
     def probe(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """The Hessian is diag(p) - p pᵀ, p the softmax."""
@@ -102,7 +102,7 @@ class Classification(Task):
 
 
 class TopK(Meter):
-    """Top-1 and top-5 in percent, and mean cross entropy."""
+    """Top-1 with its standard error and top-5 in percent, and mean cross entropy."""
 
     def __init__(self) -> None:
         self.top1 = self.top5 = self.images = 0
@@ -120,7 +120,15 @@ class TopK(Meter):
 
     def value(self) -> dict[str, float]:
         n = self.images
-        return {"top1": 100 * self.top1 / n, "top5": 100 * self.top5 / n, "loss": self.entropy / n}
+        top1 = 100 * self.top1 / n
+        return {"top1": top1, "top1_se": standard_error(top1, n), "top5": 100 * self.top5 / n, "loss": self.entropy / n}
+
+
+def standard_error(percent: float, images: int) -> float:
+    """Standard error, in points, of `percent` of so many images. Two right and two wrong ones are added, so that none
+    right of a few images is not certainty (Agresti & Coull 1998)."""
+    share = (percent / 100 * images + 2) / (images + 4)
+    return 100 * math.sqrt(share * (1 - share) / (images + 4))
 
 
 def _shape(t: Tensor) -> str:

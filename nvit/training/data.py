@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision import transforms
 
 from .. import parallel
-from ..config import TrainingConfig
+from ..config import PruneConfig, TrainingConfig
 from ..utils.files import short
 from .batches import Loader, length, parts
 from .folders import MODES, ImageFiles, find_broken, scan, split_folder
@@ -236,12 +236,12 @@ class _Seeded(Dataset):
 class _EpochBatches(Sampler):
     """Shuffled batches of one epoch from a given batch on; of each, this rank's share."""
 
-    def __init__(self, size: int, batch_size: int, seed: int, epoch: int, start: int, repeats: int) -> None:
-        order = np.random.default_rng([seed, epoch]).permutation(size).repeat(repeats)
+    def __init__(self, order: np.ndarray, batch_size: int, epoch: int, start: int, batches: int) -> None:
         self.epoch, self.start, self.batch_size, self.order = epoch, start, batch_size, order
+        self.batches = batches
 
     def __len__(self) -> int:
-        return max(1, len(self.order) // self.batch_size) - self.start
+        return self.batches - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         for b in range(self.start, self.start + len(self)):
@@ -254,25 +254,39 @@ class TrainingData:
 
     `batch_size` is that of all ranks together: the same batches for any number of them, each reads its share.
 
+    Args:
+        whole: the last batch comes too, however small.
+
     >>> loader = nvit.data.TrainingData(nvit.data.Digits(training=True), batch_size=64, seed=1)
     >>> third, again = (next(loader.epoch(0, start=2))[0] for _ in range(2))
     >>> torch.equal(third, again)
     True
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, seed: int = 0, workers: int = 0, repeats: int = 1) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        seed: int = 0,
+        workers: int = 0,
+        repeats: int = 1,
+        *,
+        whole: bool = False,
+    ) -> None:
         self.dataset, self.batch_size, self.seed = _Seeded(dataset, seed), batch_size, seed
-        self.size, self.workers, self.repeats = len(dataset), workers, repeats
+        self.size, self.workers, self.repeats, self.whole = len(dataset), workers, repeats, whole
 
     def __len__(self) -> int:
-        return max(1, self.size * self.repeats // self.batch_size)
+        images = self.size * self.repeats
+        return max(1, -(-images // self.batch_size) if self.whole else images // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.epoch(0)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of one epoch, from its batch `start` on."""
-        batches = _EpochBatches(self.size, self.batch_size, self.seed, epoch, start, self.repeats)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.size).repeat(self.repeats)
+        batches = _EpochBatches(order, self.batch_size, epoch, start, len(self))
         return iter(DataLoader(self.dataset, batch_sampler=batches, **_processes(self.workers)))
 
 
@@ -328,6 +342,17 @@ def endless(loader: Loader, seed: int, start: int = 0) -> Iterator[tuple[int, tu
             step += 1
         if step == start:
             raise ValueError("the training loader gave no batch; it needs at least one")
+
+
+def calibration_data(dataset: Dataset, config: PruneConfig, workers: int = 0) -> TrainingData:
+    """`config.images` items evenly over the data set, or all of it for 0, shuffled, every one of them (in one process:
+    of several each needs its share of the last batch); where the config counts batches, shuffled batches as training
+    gives them."""
+    if config.score_batches:
+        return TrainingData(dataset, config.batch_size, config.seed, workers)
+    return TrainingData(
+        subset(dataset, config.images), config.batch_size, config.seed, workers, whole=parallel.world() == 1
+    )
 
 
 def evaluation_loader(dataset: Dataset, batch_size: int, workers: int = 0) -> DataLoader:

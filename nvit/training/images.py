@@ -10,10 +10,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from .. import adapters, parallel
-from ..config import TrainingConfig
-from .data import Digits, TrainingData, evaluation_loader, open_images, spread, subset, transform
-from .folders import ImageFiles, scan, split_folder
+from ..config import PruneConfig, TrainingConfig
+from .data import Digits, TrainingData, calibration_data, evaluation_loader, open_images, spread, subset, transform
+from .folders import ImageFiles, find_broken, scan, split_folder
 from .labels import WITNESSED, Numbering, ask, mapped, numberings, read_class_map
+from .unlabelled import UnlabelledImages, without_labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,8 @@ class Images:
     """Training and evaluation images of one model.
 
     Args:
-        where, evaluation: as `data.open_images` takes them; `where` has both where `evaluation` is empty.
+        where, evaluation: as `data.open_images` takes them; `where` has both where `evaluation` is empty. On images
+            without labels (`unlabelled.without_labels`) runs that read none can be calibrated.
         resize: before the centre crop.
         skip_broken: leave out files that cannot be decoded.
         say: called with a line wherever something was decided or left out.
@@ -62,13 +64,49 @@ class Images:
         self.preprocess, self.classes = adapters.preprocess(model), adapters.classes(model)
         self.channels = self.preprocess["input_size"][0]
         self._numbering: Numbering | None = None
+        self.unlabelled = without_labels(where)
 
     def training(self, config: TrainingConfig, *, augment: bool = True) -> TrainingData:
-        """Shuffled training batches, as large, ordered and augmented as the config says."""
+        """Shuffled training batches, as large, ordered and augmented as the config says.
+
+        Raises:
+            ValueError: the images have no labels.
+        """
+        if self.unlabelled is not None:
+            raise self._no_labels("training reads labels")
         pipeline = transform(self.preprocess, resize=self.resize, training=config if augment else None)
         dataset = self._open(self.where, "train", pipeline)
         repeats = config.repeats if augment else 1
         return TrainingData(dataset, config.batch_size, config.seed, self.workers, repeats)
+
+    def calibration(self, config: PruneConfig) -> TrainingData:
+        """What a run without training reads: `config.images` of the training images, spread over their classes, every
+        one of them; or shuffled training batches where it counts batches. Images alone where they have no labels.
+
+        Raises:
+            ValueError: they have none, and the run reads some.
+        """
+        pipeline = transform(self.preprocess, resize=self.resize)
+        if self.unlabelled is None:
+            dataset = self._open(self.where, "train", pipeline)
+        elif config.over_ranks(parallel.world()).reads_labels:
+            finetuned = "finetuning" if config.finetune_epochs else f"criterion {config.saliency}"
+            raise self._no_labels("training reads labels" if config.train else f"{finetuned} reads labels")
+        else:
+            dataset = self._without_labels(pipeline)
+        return calibration_data(dataset, config, self.workers)
+
+    def _without_labels(self, pipeline: Callable) -> UnlabelledImages:
+        broken = find_broken(self.unlabelled, self.channels) if self.skip_broken else ()
+        dataset = UnlabelledImages(self.unlabelled, {"": 0}, transform=pipeline, channels=self.channels, broken=broken)
+        self.say(f"{dataset.summary()}: no accuracy on them is reported")
+        return dataset
+
+    def _no_labels(self, why: str) -> ValueError:
+        return ValueError(
+            f"data {self.where!r} holds images without labels, but {why}; give class folders, or prune with --no-train "
+            "and a criterion that reads none (auto, without finetuning), or with --labels sampled"
+        )
 
     def evaluation(self, batch_size: int, count: int = 0, *, own: bool = False) -> DataLoader | None:
         """Evaluation batches, in order; None, and a line that says so, where there are no images but those that train.
@@ -78,6 +116,8 @@ class Images:
             own: a folder without splits is evaluated itself: nothing trains on it.
         """
         where = self.evaluated or self.where
+        if not self.evaluated and self.unlabelled is not None:
+            return None  # said where they are opened
         unsplit = Path(where).is_dir() and split_folder(Path(where), "validation") == Path(where)
         dataset = None
         if where and (own or self.evaluated or not unsplit):
@@ -136,7 +176,7 @@ class Images:
     def _named_by(self) -> Path:
         """The folder whose class folders are numbered: the training images', else the evaluation images'."""
         for where, split in ((self.where, "train"), (self.evaluated, "validation")):
-            if where and Path(where).is_dir():
+            if where and Path(where).is_dir() and not (where == self.where and self.unlabelled is not None):
                 try:
                     folder = split_folder(Path(where), split)
                 except ValueError:
@@ -149,9 +189,14 @@ class Images:
 class DigitImages:
     """The bundled digits, for the bundled model, with the methods of `Images`."""
 
+    unlabelled = None
+
     def training(self, config: TrainingConfig, *, augment: bool = True) -> TrainingData:
         dataset = Digits(training=True, augment=augment)
         return TrainingData(dataset, config.batch_size, config.seed, repeats=config.repeats if augment else 1)
+
+    def calibration(self, config: PruneConfig) -> TrainingData:
+        return calibration_data(Digits(training=True), config)
 
     def evaluation(self, batch_size: int, count: int = 0, *, own: bool = False) -> DataLoader:
         return evaluation_loader(subset(Digits(training=False), count), batch_size)
@@ -174,7 +219,8 @@ def image_folder(
     """Shuffled batches from a folder of class folders, preprocessed as `model` wants, without augmentation.
 
     Class numbers are the model's own where it has names for its classes; where two orders of the folders are possible
-    (0, 1, 10, 2 or 0, 1, 2, 10), the model is asked on a few hundred images which one is its own.
+    (0, 1, 10, 2 or 0, 1, 2, 10), the model is asked on a few hundred images which one is its own. A flat folder, or a
+    file with an image's path a line, gives batches of images alone, for runs that read no labels.
 
     Args:
         folder: with or without folders of splits.
@@ -191,11 +237,17 @@ def image_folder(
     >>> [images.shape for images, labels in loader]
     [torch.Size([5, 1, 8, 8]), torch.Size([5, 1, 8, 8])]
     """
-    if not Path(folder).is_dir():
+    inside = Path(folder)
+    if inside.is_dir():
+        inside = split_folder(inside, split)
+    elif not inside.is_file():
         raise ValueError(f"data {folder!r}: no such folder")
-    inside = split_folder(Path(folder), split)
     if inside is None:
         raise ValueError(f"data {folder!r} has no folder of {split} images")
     labels = Labels(class_map=class_map, order=class_order, accept=accept_labels)
     images = Images(model, str(inside), labels=labels, resize=resize, skip_broken=skip_broken, workers=workers)
+    if images.unlabelled is not None:
+        return TrainingData(
+            images._without_labels(transform(images.preprocess, resize=resize)), batch_size, seed, workers
+        )
     return images.training(TrainingConfig(batch_size=batch_size, seed=seed), augment=False)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..utils import devices
+from ..utils.finite import Finite
 from .distill import Objective
 
 AMP = {"no": None, "bf16": torch.bfloat16}
@@ -34,7 +34,7 @@ class Step:
 
     Attributes:
         loss: of the last step, fp32 scalar on the device.
-        bad_at: number of the first step whose loss or gradient was not finite, int64 scalar on the device; -1 for none.
+        finite: knows the first step whose loss or gradient was not finite.
         taken: steps so far, int64 scalar on the device.
     """
 
@@ -55,7 +55,7 @@ class Step:
         self.params = dict(call.model.named_parameters())
         self.device = next(iter(self.params.values())).device
         self.loss = torch.zeros((), device=self.device)
-        self.bad_at = torch.full((), -1, dtype=torch.int64, device=self.device)
+        self.finite = Finite(self.device, _said)
         self.taken = torch.full((), start, dtype=torch.int64, device=self.device)
         optimizer.found_inf = torch.zeros((), device=self.device)
         optimizer.grad_scale = None
@@ -70,8 +70,7 @@ class Step:
         with torch.no_grad():
             norm = torch.stack(torch._foreach_norm(list(grads.values()))).norm()
             self._judge(loss, norm)
-        if devices.reading_is_free(self.device):
-            self.look()
+        self.finite.check_if_free()
         if self.observe is not None:
             self.observe(grads)
         with torch.no_grad():
@@ -85,10 +84,8 @@ class Step:
     def _judge(self, loss: Tensor, norm: Tensor) -> None:
         """Block this update and all later ones where this step is not finite."""
         self.loss.copy_(loss.detach())
-        finite = torch.isfinite(self.loss) & torch.isfinite(norm)
-        first = ~finite & (self.bad_at < 0)
-        self.bad_at.copy_(torch.where(first, self.taken, self.bad_at))
-        self.optimizer.found_inf.copy_(self.bad_at >= 0)
+        self.finite.add(self.taken, self.loss, norm)
+        self.optimizer.found_inf.copy_(self.finite.at >= 0)
         self.taken.add_(1)
 
     def look(self) -> float:
@@ -97,13 +94,13 @@ class Step:
         Raises:
             FloatingPointError: a step was not finite; names it. Weights are those of the step before it.
         """
-        value, bad_at = torch.stack([self.loss.double(), self.bad_at.double()]).tolist()
-        if bad_at >= 0:
-            what = "a gradient is not finite" if math.isfinite(value) else f"the loss is {value}"
-            raise FloatingPointError(
-                f"{what} at step {int(bad_at)}; the last good state is kept. Lower the learning rate or check the data"
-            )
-        return value
+        self.finite.check()
+        return float(self.loss)
+
+
+def _said(step: int, loss: float) -> str:
+    what = "a gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
+    return f"{what} at step {step}; the last good state is kept. Lower the learning rate or check the data"
 
 
 class GraphedStep:

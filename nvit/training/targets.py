@@ -6,15 +6,15 @@ import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from .. import adapters
-from ..config import TrainingConfig
-from .data import TrainingData, evaluation_loader, subset, transform
+from ..config import PruneConfig, TrainingConfig
+from .data import TrainingData, calibration_data, evaluation_loader, subset, transform
 from .folders import MODES, SUFFIXES, Scan, find_broken, natural_key, open_image, split_folder
 
 
@@ -97,6 +97,7 @@ class TargetImages:
     skip_broken: bool = False
     workers: int = 0
     say: Callable[[str], None] = lambda line: None
+    unlabelled: ClassVar[None] = None
 
     def training(self, config: TrainingConfig, *, augment: bool = True) -> TrainingData:
         """Shuffled training batches, as large, ordered and augmented as the config says."""
@@ -104,6 +105,11 @@ class TargetImages:
         dataset = self._open(self.where, "train", self.targets, pipeline)
         repeats = config.repeats if augment else 1
         return TrainingData(dataset, config.batch_size, config.seed, self.workers, repeats)
+
+    def calibration(self, config: PruneConfig) -> TrainingData:
+        """What a run without training reads: `config.images` of the training images, evenly over them."""
+        pipeline = transform(self._preprocess, resize=self.resize)
+        return calibration_data(self._open(self.where, "train", self.targets, pipeline), config, self.workers)
 
     def evaluation(self, batch_size: int, count: int = 0, *, own: bool = False) -> DataLoader | None:
         """Evaluation batches, in order; None, and a line that says so, where there are no images but those that train.

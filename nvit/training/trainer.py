@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .. import adapters, parallel
 from ..config import TrainingConfig
 from ..structure.run_state import load_run_state, save_run_state
+from ..utils.devices import sent
 from .data import seed_draws
 from .distill import Objective
 from .optimizer import decay_groups, fused_adamw
@@ -127,7 +128,7 @@ class Trainer:
             images, labels = self._stepper.stage(images, labels)
             torch.cuda.current_stream(images.device).wait_stream(self._stepper.copying)
         else:
-            images, labels = (t.to(self.accelerator.device) for t in (images, labels))
+            images, labels = (sent(t, self.accelerator.device) for t in (images, labels))
         if self.mixup is not None:
             if len(images) % 2:
                 images, labels = images[:-1], labels[:-1]

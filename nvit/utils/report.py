@@ -39,6 +39,9 @@ FORMATS = {
 }
 """Column heads with units and number formats of tables, by key of result.json."""
 
+OFF = {"top1": "top1_se", "measured_ratio": "measured_spread"}
+"""By key, the key of how far its value may be off, shown behind it."""
+
 RESULT = "result.json"
 """The file in which every command leaves what it found; a run's folder that has it is finished."""
 
@@ -101,5 +104,13 @@ def _table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> Table:
         table.add_column(FORMATS[key][0], justify="right", no_wrap=True)
     for row in rows:
         short = "/".join(Path(row["name"]).parts[-2:])
-        table.add_row(short, *(FORMATS[k][1](row[k]) if row.get(k) is not None else "–" for k in keys))
+        table.add_row(short, *(_cell(row, k) for k in keys))
     return table
+
+
+def _cell(row: Mapping[str, Any], key: str) -> str:
+    """A value of a row for people, with how far it may be off where the row says."""
+    if row.get(key) is None:
+        return "–"
+    in_words, off = FORMATS[key][1], row.get(OFF.get(key, ""))
+    return in_words(row[key]) + (f" ± {in_words(off)}" if off else "")

@@ -114,3 +114,18 @@ def test_a_gated_attention_is_refused():
     model = Eva(**eva.TINY)
     model.blocks[1].attn.gate = torch.nn.Linear(48, 48)
     assert adapters.refusal(model) == "gated attention output"
+
+
+def test_a_rotary_table_follows_size_dtype_and_training():
+    """DINOv3's is made once, not in every pass, and is timm's own; what augments it in training is drawn each time."""
+    plain, (model, _) = eva.make("dinov3"), prepared(eva.make("dinov3"))
+    first = model.rope.get_embed(shape=(2, 3))
+    assert model.rope.get_embed(shape=(2, 3)) is first
+    for shape in ((2, 3), (3, 3)):
+        assert_same(model.rope.get_embed(shape=shape), plain.rope.get_embed(shape=shape), 0)
+    with torch.inference_mode():
+        made = model.rope.get_embed(shape=(4, 4))
+    assert not made.is_inference()
+    model, _ = prepared(eva.make("sapiens2"))
+    model.train()
+    assert not torch.equal(model.rope.get_embed(shape=(2, 3)), model.rope.get_embed(shape=(2, 3)))

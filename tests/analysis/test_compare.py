@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +19,7 @@ SMALL_BUNDLES = {"emb": 16, "heads": 1, "qk_dim": 8, "v_dim": 8, "mlp": 16}
 def test_rows_have_images_per_second_of_the_batch_that_was_timed(monkeypatch):
     model, groups, masks = masked("plain")
     small, (dense, _) = compact(model, groups, masks), prepared("plain")
-    monkeypatch.setattr(compare, "time_models", lambda *_: [8.0, 4.0])
+    monkeypatch.setattr(compare, "time_rounds", lambda *_: np.full((9, 2), [8.0, 4.0]))
     table = LatencyTable.analytic(dense, SMALL_BUNDLES)
     rows = compare.side_by_side([dense, small], table, images(dense, 16), 0.1)
     assert [r["images_per_s"] for r in rows] == [2000.0, 4000.0]
@@ -30,9 +31,9 @@ def test_models_are_timed_in_the_dtype_of_the_images_and_in_the_mode_asked_for(m
 
     def timed(models, x, seconds, mode):
         seen.append((x.dtype, {p.dtype for m in models for p in m.parameters()}, mode))
-        return [1.0] * len(models)
+        return np.ones((9, len(models)))
 
-    monkeypatch.setattr(compare, "time_models", timed)
+    monkeypatch.setattr(compare, "time_rounds", timed)
     model = make("plain")
     compare.measured([model], images(model, 2).bfloat16(), 0.1, "compile")
     assert seen == [(torch.bfloat16, {torch.bfloat16}, "compile")]

@@ -58,19 +58,35 @@ def alive(pid):
         return False
 
 
+MEETS = """
+import pathlib, sys, time
+folder, mine, other, code = pathlib.Path(sys.argv[1]), *sys.argv[2:5]
+(folder / mine).touch()
+end = time.monotonic() + 60
+while not (folder / other).exists():
+    assert time.monotonic() < end, f"{other} never ran beside {mine}"
+    time.sleep(0.02)
+(folder / f"{mine}.ended").touch()
+raise SystemExit(int(code))
+"""
+"""Ends with the code once the other is there, so that two of them end only where they run at the same time."""
+
+
 def test_processes_of_a_stage_run_together_and_one_that_fails_is_told(tmp_path):
-    waits = "import time; time.sleep(1.5)"
-    start = time.monotonic()
-    found = run(tmp_path, Stage("pair", 30, [script(waits), script(f"{waits}; raise SystemExit(3)")]))
-    assert time.monotonic() - start < 2.9 and found["pair"].state == "failed" and "exit 3" in found["pair"].note
+    pair = [script(MEETS, "OUT", "a", "b", "0"), script(MEETS, "OUT", "b", "a", "3")]
+    found = run(tmp_path, Stage("pair", 90, pair), seconds=200)
+    assert found["pair"].state == "failed" and "exit 3" in found["pair"].note
     assert (tmp_path / "pair_0.log").exists() and (tmp_path / "pair_1.log").exists()
 
 
-def test_a_stage_beside_another_starts_with_it(tmp_path):
-    waits = [script("import time; time.sleep(1.5)")]
-    start = time.monotonic()
-    found = run(tmp_path, Stage("one", 30, waits), Stage("two", 30, waits, beside=True), Stage("three", 30, waits))
-    assert 3 <= time.monotonic() - start < 4.4 and {o.state for o in found.values()} == {"passed"}
+def test_a_stage_beside_another_starts_with_it_and_the_next_after_both(tmp_path):
+    one, two = [script(MEETS, "OUT", "a", "b", "0")], [script(MEETS, "OUT", "b", "a", "0")]
+    code = "import pathlib, sys; sys.exit(len(list(pathlib.Path(sys.argv[1]).glob('*.ended'))) != 2)"
+    after = [script(code, "OUT")]
+    found = run(
+        tmp_path, Stage("one", 90, one), Stage("two", 90, two, beside=True), Stage("three", 90, after), seconds=300
+    )
+    assert {o.state for o in found.values()} == {"passed"}
 
 
 def test_stages_end_with_the_time_for_all(tmp_path):
@@ -100,6 +116,7 @@ def test_stages_fit_the_time_and_their_flags_exist(monkeypatch, capsys):
     names = [s.name for s in gpu.stages()]
     assert len(set(names)) == len(names)
     assert {"build", "tests", "sanitizer", "step", "loop", "latency", "sparse24", "attention"} <= set(names)
+    assert gpu.SECONDS <= 8 * 60
     for stage in gpu.stages():
         assert stage.limit <= 110
         for words in stage.commands:

@@ -37,7 +37,7 @@ def played(once):
 
     def play(folder):
         command = [sys.executable, "-m", "tests.ranks", str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT, env=ENV)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1500, cwd=ROOT, env=ENV)
         assert done.returncode == 0, done.stderr
 
     return once("ranks", play)
@@ -124,7 +124,7 @@ def test_killed_ranks_end_the_run_which_goes_on_with_others_to_the_same_end(play
     assert codes(played, "killed-shards") == [1, 1, -signal.SIGKILL], said(played, "killed-shards")
     assert 4 < codes(played, "second-state") <= 8
     assert "rank 0 lost another of 2 ranks" in said(played, "killed-copies")
-    assert codes(played, "seconds") < 60
+    assert codes(played, "seconds") < 600, "a lost rank was waited for; by itself it is noticed after 30 minutes"
     assert codes(played, "resumed") == [0] * 4, said(played, "resumed")
     whole, resumed = (json.loads((played / f"ended-{n}.json").read_text()) for n in ("whole", "killed"))
     assert resumed["steps"] == whole["steps"] - codes(played, "second-state"), "it began anew"
@@ -155,13 +155,13 @@ def test_torchrun_with_a_killed_rank_leaves_a_state_that_one_process_ends(tmp_pa
     with open(tmp_path / "said", "w") as out:
         run = subprocess.Popen([*torchrun, "-m", "nvit", *prune], stdout=out, stderr=out, cwd=ROOT, env=ENV)
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while "prune:" not in (tmp_path / "said").read_text():
             assert run.poll() is None and time.monotonic() < end, (tmp_path / "said").read_text()
             time.sleep(0.05)
         ranks = _ranks_of(run.pid)
         os.kill(ranks[1], signal.SIGKILL)
-        assert run.wait(timeout=60) != 0
+        assert run.wait(timeout=300) != 0
     finally:
         run.terminate()
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values()), "an orphan"

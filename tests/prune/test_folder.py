@@ -30,7 +30,8 @@ def test_a_finished_run_keeps_what_was_found_and_no_state(tmp_path):
     assert sorted(p.name for p in folder.path.iterdir()) == names
     assert json.loads((folder.path / "result.json").read_text()) == {"top1": 80.0}
     assert LatencyTable.load(folder.path / "latency_table.json").dense == table.dense
-    assert snapshot.load_metrics(folder.path / "target-0.5") == {"target": 0.5, "predicted_ratio": 0.49}
+    word = {"met": True, "judged_by": "table"}
+    assert snapshot.load_metrics(folder.path / "target-0.5") == {"target": 0.5, "predicted_ratio": 0.49} | word
     with pytest.raises(ValueError, match=r"run holds a finished run; choose another --out or remove it"):
         RunFolder(tmp_path / "run").begin()
     RunFolder(tmp_path / "run", resume=True).begin()

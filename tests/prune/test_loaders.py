@@ -49,8 +49,8 @@ def test_images_alone_are_enough_where_no_label_is_read(criterion, refit):
 def test_missing_labels_and_lengths_are_said_in_one_line():
     with pytest.raises(ValueError, match="reads labels, and none came with the images"):
         pruned([x for x, _ in PAIRS], criterion="fisher")
-    with pytest.raises(ValueError, match="has no length, which is needed to score one pass; set score_batches"):
-        pruned(DataLoader(Stream(), 4), criterion="fisher")
+    with pytest.raises(ValueError, match="has no length, which is needed to score one pass; set images"):
+        pruned(DataLoader(Stream(), 4), criterion="fisher", images=0)
     model, settings = make("plain"), config(latency_target=(0.9,))
     with pytest.raises(ValueError, match="reads labels, but the loader gives images alone"):
         nvit.prune(model, [x for x, _ in PAIRS], settings, table(model, settings))

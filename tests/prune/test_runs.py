@@ -173,7 +173,7 @@ def test_without_a_table_one_is_measured(monkeypatch):
         LatencyTable, "measure", classmethod(lambda cls, *a, **k: measured(cls, *a, **(k | {"seconds": 0.05})))
     )
     settings, model = (
-        config(train=False, latency_target=(0.9,)),
+        config(train=False, latency_target=(0.9,), measure_seconds=0.0),
         make("plain", img_size=64, embed_dim=96, mlp_ratio=4.0),
     )
     result = nvit.prune(model, [(images(model, 8), labels(model, 8))], settings)
@@ -198,7 +198,9 @@ def test_config_refuses_what_makes_no_sense():
             "criterion: unknown value 'hesian'.*'hessian'.*expected one of auto, curvature, remaining, hes",
         ),
         ({"labels": "drawn"}, "labels: unknown value 'drawn'; expected one of true, sampled"),
-        ({"score_batches": -1}, "score_batches is -1; it must be at least 1, or 0 for all"),
+        ({"score_batches": -1}, "score_batches is -1; it must be at least 1, or 0 for as many as --images says"),
+        ({"images": -1}, "images is -1; it must be at least 1, or 0 for all images"),
+        ({"measure_seconds": -1.0}, "measure_seconds is -1; it must be at least 0"),
     ):
         with pytest.raises(ValueError, match=message):
             model = make("plain")

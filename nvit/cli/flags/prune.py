@@ -25,6 +25,9 @@ class PruneCommand:
     model: Annotated[str, MODEL] = ""
     out: Annotated[str, _help("folder for snapshots, table, history and result.json")] = "nvit-run"
     resume: Annotated[bool, _help("go on where an interrupted run in --out stopped")] = False
+    dry_run: Annotated[bool, _help("print what the run would take, from a few timed batches, and write nothing")] = (
+        False
+    )
     latency_ms: Annotated[tuple[float, ...], _help("targets in ms a batch of --latency-batch images")] = ()
     images_per_second: Annotated[tuple[float, ...], _help("targets as throughput at that batch")] = ()
     opening: ModelFlags = field(default_factory=ModelFlags)
@@ -57,9 +60,10 @@ class PruneCommand:
         Raises:
             ValueError: the dense model meets a target already, or no pruning does.
         """
-        from ...prune.targets import fractions
+        from ...prune.targets import fractions, refuse_out_of_reach
 
         if not self.latency_ms and not self.images_per_second:
+            refuse_out_of_reach(model, table, self.config)
             return self.config
         found = fractions(model, table, self.config, self.latency_ms, self.images_per_second)
         return dataclasses.replace(self.config, latency_target=found)

@@ -73,34 +73,41 @@ def test_strided_inputs_are_read_right():
     assert torch.equal(*results)
 
 
-LAYOUTS = {  # (batch, heads, tokens, dim) from memory in another order, which a stride of samples is derived from
-    "by head": lambda b, h, n, d: torch.randn(b, h, n, d),
-    "by token": lambda b, h, n, d: torch.randn(b, n, h, d).transpose(1, 2),
-    "packed": lambda b, h, n, d: torch.randn(b, n, 3, h, d)[:, :, 1].transpose(1, 2),
-    "heads outermost": lambda b, h, n, d: torch.randn(h, b, n, d).transpose(0, 1),
-    "tokens outermost": lambda b, h, n, d: torch.randn(n, b, h, d).permute(1, 2, 0, 3),
-    "every second sample": lambda b, h, n, d: torch.randn(2 * b, h, n, d)[::2],
-    "one sample for all": lambda b, h, n, d: torch.randn(1, h, n, d).expand(b, h, n, d),
-    "part of a wider head": lambda b, h, n, d: torch.randn(b, h, n, d + 8)[..., 8:],
-    "a shifted start": lambda b, h, n, d: torch.randn(b * h * n * d + 1)[1:].view(b, h, n, d),
+LAYOUTS = {  # a tensor laid out in another order, which a stride of samples is derived from
+    "by head": lambda t: t,
+    "by token": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+    "packed": lambda t: torch.stack([t.transpose(1, 2)] * 3, 2)[:, :, 1].transpose(1, 2),
+    "heads outermost": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "tokens outermost": lambda t: t.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
+    "every second sample": lambda t: torch.stack([t, t], 1).flatten(0, 1)[::2],
+    "one sample for all": lambda t: t[:1].expand_as(t),
+    "part of a wider head": lambda t: torch.cat([t[..., :8], t], -1)[..., 8:],
+    "a shifted start": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
 }
 
 
+def outcome(q, k, v, do):
+    """The output, and gradients of q, k and v."""
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    out = functional.attention(*leaves, 0.2)
+    return out.detach(), *torch.autograd.grad(out, leaves, do)
+
+
 @pytest.mark.parametrize(("batch", "heads", "tokens"), [(2, 3, 5), (2, 1, 5), (2, 3, 1), (2, 1, 1), (1, 3, 5)])
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_any_layout_is_read_right(name, batch, heads, tokens):
-    make = LAYOUTS[name]
-    q, k, v = make(batch, heads, tokens, 8), make(batch, heads, tokens, 8), make(batch, heads, tokens, 16)
-    mixed = (q, torch.randn(batch, tokens, heads, 8).transpose(1, 2), v)
-    for each in ((q, k, v), mixed):
-        leaves = [t.detach().requires_grad_() for t in each]
-        copies = [t.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for t in each]
-        gradient = make(batch, heads, tokens, 16)
-        for tensors_, grad in ((leaves, gradient), (copies, gradient.contiguous())):
-            functional.attention(*tensors_, 0.2).backward(grad)
-        for ours, plain in zip(leaves, copies, strict=True):
-            assert torch.equal(ours.grad, plain.grad)
-        assert torch.equal(functional.attention(*leaves, 0.2), functional.attention(*copies, 0.2))
+@pytest.mark.parametrize("repeated", [False, True])
+def test_any_layout_is_read_right(repeated, batch, heads, tokens):
+    """All alike, and k laid out by token beside them: the bits of contiguous copies."""
+    plain = [*tensors(batch, heads, tokens, 8, 16, torch.float32).values(), torch.randn(batch, heads, tokens, 16)]
+    if repeated:
+        plain = [t[:1].expand_as(t).contiguous() for t in plain]
+    expected = outcome(*plain)
+    for name, lay in LAYOUTS.items():
+        if (name == "one sample for all") is repeated:
+            laid = [lay(t) for t in plain]
+            assert all(torch.equal(*pair) for pair in zip(laid, plain, strict=True)), f"{name} has other values"
+            q, k, v, do = laid
+            for each in ((q, k, v), (q, LAYOUTS["by token"](plain[1]), v)):
+                assert all(torch.equal(*pair) for pair in zip(outcome(*each, do), expected, strict=True)), name
 
 
 def test_keys_past_the_last_weigh_nothing_however_negative_the_logits():
