@@ -5,6 +5,7 @@ import doctest
 import inspect
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import timm
 import torch
@@ -42,7 +43,7 @@ def test_everything_public_is_documented():
     assert not undocumented, "\n".join(undocumented)
 
 
-GIVEN = {"dataclasses": dataclasses, "nvit": nvit, "Path": Path, "timm": timm, "torch": torch}
+GIVEN = {"dataclasses": dataclasses, "nvit": nvit, "Path": Path, "PIL": PIL, "timm": timm, "torch": torch}
 """What the examples need not import."""
 
 DOCUMENTED = {name: inspect.getdoc(thing) or "" for name, thing in (*functions(), *names())}

@@ -66,7 +66,7 @@ def prune(
 
     >>> model = nvit.load(nvit.BUNDLED)  # or any timm ViT
     >>> loader = nvit.data.TrainingData(nvit.data.Digits(training=True), batch_size=32)
-    >>> config = nvit.PruneConfig(latency_target=0.7, train=False, refit=True, score_batches=1)
+    >>> config = nvit.PruneConfig(latency_target=0.7, train=False, refit=True, score_batches=2)
     >>> result = nvit.prune(model, loader, config, nvit.LatencyTable.analytic(model))
     >>> result.snapshots[0].predicted_ratio <= 0.7
     True

@@ -229,11 +229,10 @@ def image_folder(
     Raises:
         ValueError: no such folder, no images, or classes that do not fit the model.
 
-    >>> from PIL import Image
     >>> for i in range(10):
     ...     folder = Path(f"digits/train/{i}")
     ...     folder.mkdir(parents=True)
-    ...     Image.new("L", (8, 8), i).save(folder / "0.png")
+    ...     PIL.Image.new("L", (8, 8), i).save(folder / "0.png")
     >>> loader = nvit.image_folder("digits", nvit.load(nvit.BUNDLED), batch_size=5, accept_labels=True)
     >>> [images.shape for images, labels in loader]
     [torch.Size([5, 1, 8, 8]), torch.Size([5, 1, 8, 8])]
