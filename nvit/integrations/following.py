@@ -74,7 +74,7 @@ class Following:
                     f"the run met {self.pruner.met} before it was interrupted, and kept no files of it; give the "
                     "callback `out`, a folder for snapshots"
                 )
-            self.snapshots = folder.again(self.pruner.met, next(model.parameters()).device)
+            self.snapshots = folder.again(self.pruner, next(model.parameters()).device)
         self._folder, self._known = folder, None
 
     def observe(self) -> bool:
