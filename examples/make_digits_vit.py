@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import nvit
 from nvit import snapshot
-from nvit.training.data import Digits, TrainingData, evaluation_loader
+from nvit.data import Digits, TrainingData, evaluation_loader
 
 
 def main(out: Path, epochs: float = 120) -> None:

@@ -1,6 +1,7 @@
 """Images and loaders, under the name that users import: `nvit.training.data`."""
 
-from .training.data import Digits, TrainingData, evaluation_loader, open_images, seed_draws, shares, transform
+from .training.data import TrainingData, evaluation_loader, open_images, seed_draws, shares, transform
+from .training.digits import Digits
 from .training.images import image_folder
 
 __all__ = [

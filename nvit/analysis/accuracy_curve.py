@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..tasks.classification import standard_error
 from ..utils.style import line
 from .figure import PIXELS, legend_below, panels
-from .share import standard_error
 
 
 @dataclass(frozen=True)

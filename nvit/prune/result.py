@@ -67,15 +67,15 @@ class Pruned:
         return f"Pruned({self.target:g}: {self._found()})"
 
     def _found(self) -> str:
-        ratios = f"predicted {self.predicted_ratio:.3f}"
-        if self.metrics.get("measured_ratio") is not None:
-            ratios += f", measured {self.metrics['measured_ratio']:.3f}"
-        return f"{ratios}, {_parameters(self.model) / 1e6:.3g} M parameters"
+        ratios, measured = f"predicted {self.predicted_ratio:.3f}", (self.verdict | self.metrics).get("measured_ratio")
+        if measured is not None:
+            ratios += f", measured {measured:.3f}"
+        return f"{ratios}, {'met' if self.met else 'missed'}, {_parameters(self.model) / 1e6:.3g} M parameters"
 
     def row(self) -> dict[str, Any]:
-        """`name`, `target`, `predicted_ratio`, `params`, and the metrics."""
+        """`name`, `target`, `predicted_ratio`, `params`, the verdict and the metrics."""
         known = {"target": self.target, "predicted_ratio": self.predicted_ratio, "params": _parameters(self.model)}
-        return {"name": f"target {self.target:g}"} | known | self.metrics
+        return {"name": f"target {self.target:g}"} | known | self.verdict | self.metrics
 
     def save(self, path: str | Path) -> Path:
         """Write the snapshot folder (of several ranks, the first does)."""

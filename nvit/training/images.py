@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from .. import adapters, parallel
 from ..config import PruneConfig, TrainingConfig
-from .data import Digits, TrainingData, calibration_data, evaluation_loader, open_images, spread, subset, transform
+from .data import TrainingData, calibration_data, evaluation_loader, open_images, spread, subset, transform
+from .digits import Digits
 from .folders import ImageFiles, find_broken, scan, split_folder
 from .labels import WITNESSED, Numbering, ask, mapped, numberings, read_class_map
 from .unlabelled import UnlabelledImages, without_labels

@@ -16,9 +16,9 @@ from benchmarks.harness import RESULTS, Row
 from docs.tables import figures as pages
 from nvit.analysis.accuracy_curve import Against, plot_accuracy
 from nvit.analysis.correlation import plot as plot_correlation
-from nvit.analysis.share import standard_error
 from nvit.analysis.widths import plot_widths
 from nvit.spec import KINDS, BlockWidths
+from nvit.tasks.classification import standard_error
 from nvit.utils import style
 from tests.figures import SIZES, collisions, texts_drawn
 

@@ -8,7 +8,7 @@ import torch
 import nvit
 from nvit import adapters, snapshot, sparse24
 from nvit.sparse24.profile import row_profiles
-from nvit.training.data import Digits
+from nvit.training.digits import Digits
 from tests.families import HOSTS, ONE_OF_EACH
 from tests.hosts import images, prepared
 

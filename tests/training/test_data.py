@@ -15,7 +15,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from nvit.config import TrainingConfig
-from nvit.training.data import Digits, TrainingData, endless, evaluation_loader, open_images, subset, transform
+from nvit.training.data import TrainingData, endless, evaluation_loader, open_images, subset, transform
+from nvit.training.digits import Digits
 
 PREPROCESS = {
     "input_size": (3, 24, 24),
