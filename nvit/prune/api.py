@@ -73,6 +73,7 @@ def prune(
     parallel.same_weights_(model)
     dense = None if budget else frozen(copy.deepcopy(model))
     pruner = Pruner(model, _checked(table, model, config), config, timer=None if budget else timer)
+    pruner.check_targets()
     folder = RunFolder(out, resume)
     if config.train:
         objective = Objective.of(config, dense if config.distill_weight else None, cnn_teacher, renormalise)
