@@ -84,6 +84,7 @@ def prune(
     parallel.same_weights_(model)
     dense = None if budget else frozen(copy.deepcopy(model))
     pruner = Pruner(model, _checked(table, model, config, progress), config, timer=None if budget else timer)
+    pruner.check_targets()
     folder = RunFolder(out, resume)
     if config.train:
         objective = Objective.of(

@@ -91,7 +91,6 @@ class Pruner(Scorer):
                 f"the latency table is for a model whose first block is {self.table.dense[0]}; this model's is "
                 f"{widths(self.groups, self.masks)[0]}. Measure a table for this model."
             )
-        check_reachable(self.targets, table, self.groups, self.free)
         least = least_ms(table, self.groups, self.free) / table.dense_ms
         seconds = 0.0 if timer is None else self.config.measure_seconds
         self.aim = Aim(clock_of(table.setting, seconds, self._whole, timer or time_rounds), least)
@@ -110,12 +109,21 @@ class Pruner(Scorer):
         """Whether every target is met."""
         return len(self.met) == len(self.targets)
 
+    def check_targets(self) -> None:
+        """Raise ValueError where a target is below what pruning can leave, by the table."""
+        check_reachable(self.targets, self.table, self.groups, self.free)
+
     def step(self, grads: Mapping[str, Tensor] | None = None) -> list[float]:
         """After `optimizer.step()`, while gradients are still there: zero what is pruned, score, decide when due.
 
         Returns:
             Targets met by this step.
+
+        Raises:
+            ValueError: at the first step, a target that no pruning reaches; at any, no gradient is there.
         """
+        if not self.steps:
+            self.check_targets()
         self.project()
         if not self.done:
             self.observe(grads)

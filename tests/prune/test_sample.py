@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import nvit
@@ -89,3 +90,13 @@ def test_a_target_below_the_smallest_model_is_refused_before_anything(train):
     with pytest.raises(ValueError, match=r"latency target 0\.05 of dense cannot be met: the smallest allowed widths"):
         nvit.prune(model, unread(), asked, table)
     assert not model.training or train
+
+
+def test_a_loop_by_hand_is_refused_at_its_first_step_and_scoring_alone_is_not():
+    model, data, asked, table = arguments(latency_target=(0.05,), only=("mlp",))
+    pruner = nvit.Pruner(model, table, asked)
+    x, y = next(iter(data))
+    pruner.score(x, y)
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(ValueError, match=r"latency target 0\.05 of dense cannot be met"):
+        pruner.step()
