@@ -12,7 +12,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from .. import adapters
+from .. import adapters, tasks
 from ..config import PruneConfig, TrainingConfig
 from ..latency.table import LatencyTable
 from ..selection.greedy import drop_cheapest
@@ -166,7 +166,7 @@ def _steps(
     watch, taught = Watch(next(twin.parameters()).device), bool(config.distill_weight)
     unpruned = frozen(copy.deepcopy(dense)) if taught else None
     watched = {} if pruner is None else {"observe": pruner.observe, "constrain": lambda: pruner.project()}
-    objective = Objective.of(config, unpruned, cnn_teacher, renormalise)
+    objective = Objective.of(config, tasks.of(config.task, twin), unpruned, cnn_teacher, renormalise)
     trainer = Trainer(twin, objective, dataclasses.replace(config, graphs=False), lr, None, **watched)
     times: list[float] = []
 
