@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import nvit
 from benchmarks.harness import Records
 from benchmarks.timing import median_ratio
-from nvit import adapters
+from nvit import adapters, tasks
 from nvit.training.distill import Objective, frozen
 
 TARGET = 1.1
@@ -77,7 +77,7 @@ def steps(model: nn.Module, batch_size: int, rounds: int, bundles: int) -> tuple
         seed=0,
     )
     adapters.find(model).prepare(model)
-    objective = Objective.of(config, frozen(copy.deepcopy(model)))
+    objective = Objective.of(config, tasks.of("auto", model), frozen(copy.deepcopy(model)))
     size = (batch_size, 3, *model.patch_embed.img_size)
     batch = torch.randn(size), torch.randint(model.num_classes, (batch_size,))
 
