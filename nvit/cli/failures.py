@@ -49,6 +49,8 @@ def foreseen(error: Exception) -> bool:
     refuses. A ValueError out of another library was meant for whoever calls that."""
     if isinstance(error, (OSError, FloatingPointError, ModuleNotFoundError)):
         return True
+    if type(error).__module__.partition(".")[0] == PACKAGE.name:  # also out of a data loading process
+        return True
     frames = traceback.extract_tb(error.__traceback__)
     return isinstance(error, ValueError) and bool(frames) and Path(frames[-1].filename).is_relative_to(PACKAGE)
 

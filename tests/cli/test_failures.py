@@ -11,6 +11,7 @@ from nvit.cli import finetune, latency, prune
 from nvit.cli import main as cli
 from nvit.cli.flags.prune import PruneCommand
 from nvit.structure.run_state import load_run_state
+from tests.training.test_folders import picture
 
 QUICK = ("--table", "analytic", "--latency-seconds", "0.2", "--latency-batch", "4", "--device", "cpu")
 SHORT = ("--latency-target", "0.8", "--finetune-epochs", "0", "--interval", "2", "--bundles-per-step", "4")
@@ -70,6 +71,19 @@ def test_a_refusal_of_another_library_is_not_one_of_ours(tmp_path, capsys, monke
     monkeypatch.setattr(prune, "open_table", lambda *_: int("three"))
     assert cli.main(["demo", "--out", str(tmp_path / "o"), *QUICK]) == 1
     assert "ValueError: invalid literal" in said(capsys) and (tmp_path / "o" / "nvit-traceback.txt").exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_broken_image_is_ours_to_name_also_out_of_a_loading_process(workers, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i in range(10):
+        picture(tmp_path / "data" / str(i) / "x.png", size=8, mode="L")
+    (tmp_path / "data" / "3" / "y.png").write_text("x")
+    args = ["evaluate", "digits", "--data", "data", "--class-order", "lexical", "--device", "cpu"]
+    assert cli.main([*args, "--workers", workers]) == 1
+    line = said(capsys)
+    assert "y.png cannot be read as an image" in line and "nobody foresaw" not in line
+    assert not (tmp_path / "nvit-traceback.txt").exists()
 
 
 def test_a_refusal_leaves_no_file(tmp_path, capsys, monkeypatch):
