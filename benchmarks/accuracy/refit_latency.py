@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.accuracy.library import INPUT, Bench, data_folder
-from benchmarks.accuracy.refit_peers import POINTS, PeerBench
+from benchmarks.accuracy.peers import POINTS, Peers
 from nvit.latency.clock import time_models
 
 OURS_ALONE = (("all", 0.9), ("all", 0.5))
@@ -25,7 +25,7 @@ OURS_ALONE = (("all", 0.9), ("all", 0.5))
 BATCH = 8
 
 
-def at(bench: PeerBench, case: str, target: float, seconds: float, records: harness.Records) -> None:
+def at(bench: Peers, case: str, target: float, seconds: float, records: harness.Records) -> None:
     """Rows of every method at one share of MACs."""
     models = {} if (case, target) in OURS_ALONE else dict(bench.theirs(case, target))
     models["ours"] = bench.bench.pruned(bench.masks(case, target), refit=False)
@@ -45,7 +45,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=5.0, help="of timing, three times a point")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    bench, records = PeerBench(Bench(data_folder(), args.images, 50)), harness.Records("refit_latency")
+    bench, records = Peers(Bench(data_folder(), args.images, 50)), harness.Records("refit_latency")
     for case, target in (*POINTS, *OURS_ALONE):
         at(bench, case, target, args.seconds, records)
     records.save()

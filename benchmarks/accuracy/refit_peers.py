@@ -17,25 +17,20 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import harness
-from benchmarks.accuracy.library import INPUT, MODEL, Bench, answers, data_folder
+from benchmarks.accuracy.library import INPUT, Bench, answers, data_folder
 from benchmarks.accuracy.paired import paired_bootstrap
-from benchmarks.engine.torch_pruning_vit import narrowed
+from benchmarks.accuracy.peers import POINTS, Peers
 from nvit.analysis.accuracy_curve import Against, plot_accuracy
 from nvit.analysis.evaluate import macs
 from nvit.analysis.figure import PIXELS
-from nvit.selection.lagrangian import drop_to_target
-from nvit.structure.masks import Masks, full_masks
 
-POINTS = (("mlp", 0.722), ("all", 0.846), ("all", 0.65), ("mlp", 0.833), ("all", 0.8), ("all", 0.936))
 CASES = ("dense", "mlp", "all")
 LATENCY = ("latency", "latency_low", "latency_high")
 TITLES = {"all": "all structures", "mlp": "hidden MLP units alone"}
@@ -51,31 +46,11 @@ IMAGES = 1300
 """That top-1 is of."""
 
 
-def with_gradients(checkpoint: str, batches) -> nn.Module:
-    """timm's own DeiT-Ti, with the gradients of cross entropy at true labels, mean over batches of the same size."""
-    model = timm.create_model(MODEL, checkpoint_path=checkpoint).eval()
-    for x, y in batches:
-        (F.cross_entropy(model(x), y) / len(batches)).backward()
-    return model
+class PeerBench(Peers):
+    """Accuracy of all methods at a point."""
 
-
-def peers(case: str) -> dict[str, tuple]:
-    """By method, Torch-Pruning's importance and options."""
-    import torch_pruning as tp
-
-    found = {
-        "Torch-Pruning, Taylor": (tp.importance.GroupTaylorImportance(), {}),
-        "Torch-Pruning, magnitude": (tp.importance.GroupMagnitudeImportance(p=2), {}),
-    }
-    if case == "all":
-        found["Torch-Pruning, isomorphic Taylor"] = (tp.importance.GroupTaylorImportance(), {"isomorphic": True})
-    return found
-
-
-class PeerBench:
     def __init__(self, bench: Bench) -> None:
-        self.bench, self.scores = bench, bench.remaining()
-        self.timm = with_gradients(bench.checkpoint, bench.calibration)
+        super().__init__(bench)
         self.dense_macs = macs(self.timm, INPUT)
         x, _ = bench.evaluation[0]
         with torch.no_grad():
@@ -94,18 +69,6 @@ class PeerBench:
         share = macs(model, INPUT) / self.dense_macs
         self.records.add(**row, macs=share, top1=100 * float(right.mean()), images=images, **more)
         return right
-
-    def theirs(self, case: str, target: float) -> Iterator[tuple[str, nn.Module]]:
-        """Torch-Pruning's models at one share of MACs, by method."""
-        for method, (importance, options) in peers(case).items():
-            narrow, _ = narrowed(self.timm, target, importance, mlp_only=case == "mlp", input_size=INPUT, **options)
-            yield method, narrow
-
-    def masks(self, case: str, target: float) -> Masks:
-        """What we keep there."""
-        b, kinds = self.bench, {g.name: g.kind for g in self.bench.groups}
-        scores = {n: s for n, s in self.scores.items() if case == "all" or kinds[n] == "mlp"}
-        return drop_to_target(scores, full_masks(b.groups), b.groups, b.table, target * b.table.dense_ms)[0]
 
     def at(self, case: str, target: float) -> None:
         """Rows of every method at one share of MACs."""

@@ -21,6 +21,14 @@ def fail(*_, **__):
     return {}["nobody foresaw this"]
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """Ctrl-C, also where the suite runs in the background of a shell, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def broken(monkeypatch):
     monkeypatch.setattr(prune, "open_table", fail)
