@@ -122,11 +122,11 @@ def plan_prune(command: PruneCommand, progress: Progress) -> Plan:
     opened = _open(command, RunFolder(), progress)
     training = opened.images.training(opened.config) if opened.config.finetune_epochs else None
     took = time.monotonic() - start
-    kept = min(opened.measuring, command.latency.latency_seconds / 20)  # a table at hand is looked at, not measured
+    looked = min(opened.measuring, command.latency.latency_seconds / 20)  # a table at hand is looked at, not measured
     given = (opened.model, opened.loader, training, opened.evaluation, opened.table, opened.config)
     latency = (command.latency.latency_batch, command.latency.latency_seconds)
     teachers = (opened.cnn_teacher, opened.renormalise)
-    return plan(Work(command.model, *given, took - opened.measuring + kept, *latency, *teachers))
+    return plan(Work(command.model, *given, took - opened.measuring + looked, *latency, *teachers))
 
 
 def run_prune(command: PruneCommand, progress: Progress) -> dict[str, Any]:
@@ -229,8 +229,8 @@ def stages(command: PruneCommand) -> list[Stage]:
 def run(command: PruneCommand) -> None:
     if command.dry_run:
         with command.machine.running(), shown(stages(command)) as progress:
-            plan = plan_prune(command, progress)
-        print("\n".join(plan.lines(command.out)))
+            foretold = plan_prune(command, progress)
+        print("\n".join(foretold.lines(command.out)))
         return
     with command.machine.running(), shown(stages(command)) as progress:
         found = run_prune(command, progress)

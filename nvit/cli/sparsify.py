@@ -167,12 +167,12 @@ def summary(layers: Sequence[Mapping[str, Any]]) -> list[str]:
         alike.setdefault((kind, layer["backend"], layer["why"]), []).append(layer)
     lines = []
     for (kind, backend, why), rows in alike.items():
-        kept = sum(row["kept"] for row in rows) / len(rows)
+        magnitude = sum(row["kept"] for row in rows) / len(rows)
         times = ""
         if all(row["dense_ms"] is not None and row["sparse_ms"] is not None for row in rows):
             dense, sparse = (sum(row[key] for row in rows) for key in ("dense_ms", "sparse_ms"))
             times = f"; together dense {dense:.3f} ms, sparse {sparse:.3f} ms"
-        lines.append(f"{len(rows)} × {kind}: {backend} ({why}), {kept:.3f} of its magnitude{times}")
+        lines.append(f"{len(rows)} × {kind}: {backend} ({why}), {magnitude:.3f} of its magnitude{times}")
     return lines
 
 

@@ -36,20 +36,20 @@ def pruned(task: str, **more) -> nvit.PruneResult:
 @pytest.mark.parametrize("criterion", ["hessian", "fisher", "curvature", "remaining"])
 @pytest.mark.parametrize("task", OUTPUTS)
 def test_scores_follow_the_loss_of_the_task(task, criterion):
-    """Other weights of the head make other units leave; with a softmax of one class none did."""
+    """Units are told apart, and another head makes others leave; with a softmax of one class none did."""
     gone = []
-    for scale in (1.0, -1.0):
+    for quiet in (slice(24), slice(24, None)):  # half of the head's inputs hardly count
         model, config = host(task), dataclasses.replace(CONFIG, task=task, criterion=criterion)
         if task != "features":
             with torch.no_grad():
-                model.head.weight[:, :24] *= 0.01 if scale > 0 else 1.0
-                model.head.weight[:, 24:] *= 0.01 if scale < 0 else 1.0
+                model.head.weight[:, quiet] *= 0.01
         pruner = Pruner(model, table(model, config), config)
         for x, y in data(task):
             pruner.score(x, y)
+        scores = torch.cat(list(pruner.scores().values()))
+        assert bool(scores.isfinite().all()) and len(scores.unique()) > len(scores) // 2
         pruner.decide_at(0.7)
-        gone.append(torch.cat([m for m in pruner.masks.values()]))
-        assert all(bool(s.isfinite().all()) for s in pruner.scores().values()) if pruner.criterion.batches else True
+        gone.append(torch.cat(list(pruner.masks.values())))
     assert task == "features" or bool((gone[0] != gone[1]).any())
 
 
@@ -76,7 +76,7 @@ def test_features_keep_their_width():
 
 @pytest.mark.parametrize("task", ["multilabel", "regression"])
 def test_a_training_run_lowers_the_loss_of_the_task(task):
-    """Eight images learnt by heart while half of the model leaves."""
+    """Twelve images learnt by heart, after three tenths of the latency have left."""
     model, batches = host(task), list(data(task, 12))
     config = nvit.PruneConfig(
         task=task, latency_target=0.7, interval=3, lr=0.5, batch_size=6, distill_weight=1.0, bundle_heads=1, seed=1
