@@ -110,6 +110,28 @@ class Part:
     pieces: tuple[tuple[int, ...], ...]
 
 
+FORMAT = 2
+"""Of a snapshot's files, said in its `spec.json` and `manifest.json`. Raise it with whatever an older nvit would not
+understand, and bring what came before up to it in `ViTSpec.from_json`. In format 1, spec.json did not say its own."""
+
+
+class NewerFormat(ValueError):
+    """What is read is of a format that only a later version knows; says both, without the file."""
+
+    def __init__(self, found: int) -> None:
+        super().__init__(
+            f"was written by a newer nvit (format {found}), this one reads up to {FORMAT}; upgrade nvit to read it"
+        )
+
+
+def check_format(found: Any) -> None:
+    """Raise ValueError unless a number of a format is one that this version reads; `NewerFormat` for a later one."""
+    if type(found) is not int or found < 1:
+        raise ValueError(f"its format is {str(found)[:20]!r}, expected a number of 1 to {FORMAT}")
+    if found > FORMAT:
+        raise NewerFormat(found)
+
+
 _TYPES = {
     "family": str,
     "architecture": str,
@@ -153,13 +175,14 @@ class ViTSpec:
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        return json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> ViTSpec:
-        """Parse what `to_json` wrote.
+        """Parse what `to_json` wrote, now or in an earlier format.
 
         Raises:
+            NewerFormat: it is of a later one.
             ValueError: not JSON, a field missing, unknown or of another type, or a width that is no positive integer.
         """
         try:
@@ -168,6 +191,8 @@ class ViTSpec:
             raise ValueError(f"not valid JSON ({e.msg} at line {e.lineno})") from None
         except RecursionError:
             raise ValueError("not valid JSON (nested too deep)") from None
+        if isinstance(raw, dict):
+            check_format(raw.pop("format", 1))
         names = {f.name for f in dataclasses.fields(cls)}
         if not isinstance(raw, dict) or set(raw) | {"sparse", "kept", "changes"} != names:
             found = ", ".join(sorted(raw)) if isinstance(raw, dict) else type(raw).__name__

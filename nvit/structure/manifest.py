@@ -7,12 +7,10 @@ import hashlib
 import json
 from pathlib import Path
 
+from ..spec import FORMAT, NewerFormat, check_format
 from ..utils.files import read_json, sha256_of, short, write_atomically
 
 MANIFEST = "manifest.json"
-FORMAT = 1
-"""Of the folder: which files there are and what they hold. A reader refuses a later one."""
-
 _LONGEST = 2**20
 
 
@@ -66,11 +64,12 @@ def _listed(file: Path) -> dict[str, dict]:
             raise ValueError(f"{size} bytes are too many")
         body, newline, last = file.read_bytes().decode().removesuffix("\n").rpartition("\n")
         raw = read_json(file)
-        if type(raw["format"]) is int and raw["format"] > FORMAT:
-            raise ValueError(f"it is of format {raw['format']}, this version reads {FORMAT}; take a newer nvit")
+        check_format(raw["format"])
         if last + "\n" != _last_line(body + newline):
             raise ValueError("its last line does not fit the lines above it")
         return raw["files"]
+    except NewerFormat as e:
+        raise ValueError(f"{file.parent} {e}") from None
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise _damaged(file, short(e)) from None
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import adapters
 from ..layers import prunable_layers
-from ..spec import ViTSpec
+from ..spec import NewerFormat, ViTSpec
 from ..utils.files import part_of, read_json, replace_folder, settle, short, write_atomically
 from ..utils.tensors import read_header, write_tensors
 from .compact import compact
@@ -225,6 +225,8 @@ def fresh(spec: ViTSpec) -> nn.Module:
 def _read_spec(file: Path) -> ViTSpec:
     try:
         return ViTSpec.from_json(file.read_text())
+    except NewerFormat as e:
+        raise ValueError(f"{file.parent} {e}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise _unreadable(file, e) from None
 

@@ -189,14 +189,6 @@ def test_a_snapshot_from_before_manifests_loads_with_one_line(tmp_path):
         snapshot.load(again)
 
 
-def test_a_later_format_is_refused(tmp_path):
-    folder = restored(nvit.BUNDLED, tmp_path / "s")
-    text = (folder / "manifest.json").read_text()
-    (folder / "manifest.json").write_text(text.replace('"format": 1', '"format": 2'))
-    with pytest.raises(ValueError, match=r"it is of format 2, this version reads 1; take a newer nvit"):
-        snapshot.load(folder)
-
-
 def test_weights_longer_than_their_file_are_refused_before_they_are_read(tmp_path):
     """A header that promises 8 EB, signed anew."""
     folder = restored(nvit.BUNDLED, tmp_path / "s")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import nvit
 from nvit import adapters, snapshot
-from nvit.spec import ViTSpec
+from nvit.spec import FORMAT, ViTSpec
 from nvit.structure import snapshot as finishing
 from nvit.structure.compact import compact
 from nvit.structure.manifest import write_manifest
@@ -84,7 +84,7 @@ def test_a_snapshot_is_plain_files_and_what_they_were(saved):
     files = ["manifest.json", "metrics.json", "spec.json", "weights.safetensors"]
     assert sorted(p.name for p in saved.iterdir()) == files
     manifest = json.loads((saved / "manifest.json").read_text())
-    assert manifest["format"] == 1 and list(manifest["files"]) == files[1:]
+    assert manifest["format"] == FORMAT and list(manifest["files"]) == files[1:]
     for name, said in manifest["files"].items():
         content = (saved / name).read_bytes()
         assert said == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
