@@ -17,6 +17,9 @@ from .utils import html
 CriterionName = Literal[tuple(CRITERIA)]
 KindName = Literal[KINDS]
 
+SWEEP = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+"""Latency targets of a sweep."""
+
 
 def _help(text: str, **kwargs):
     return arg(help=text, **kwargs)
@@ -91,6 +94,10 @@ class PruneConfig(TrainingConfig):
         tuple[float, ...],
         _help("fractions of the dense latency, in (0, 1); a snapshot at each; in Python also a float"),
     ] = (0.5,)
+    sweep: Annotated[
+        bool,
+        _help("in place of latency_target: 0.9, 0.8 down to 0.4 in one run; with --no-train units are scored once"),
+    ] = False
     criterion: Annotated[
         Literal["auto"] | CriterionName,
         _help(
@@ -142,6 +149,8 @@ class PruneConfig(TrainingConfig):
     def __post_init__(self) -> None:
         if isinstance(self.latency_target, (int, float)):
             object.__setattr__(self, "latency_target", (float(self.latency_target),))
+        if self.sweep and self.latency_target == PruneConfig.latency_target:
+            object.__setattr__(self, "latency_target", SWEEP)
 
     def check(self) -> None:
         """Raise ValueError where a value makes no sense; `prune` and `Pruner` do so before anything else."""
@@ -151,6 +160,11 @@ class PruneConfig(TrainingConfig):
         for t in self.latency_target:
             if not 0 < t < 1:
                 raise ValueError(f"latency_target {t:g} is not in (0, 1); it is a fraction of the dense latency")
+        if self.sweep and self.latency_target != SWEEP:
+            asked = ", ".join(f"{t:g}" for t in self.latency_target)
+            raise ValueError(f"sweep stands in place of latency_target, which is {asked}; give one of them")
+        if self.sweep and self.rounds > 1:
+            raise ValueError(f"sweep scores units once, so rounds {self.rounds} would change nothing; give one of them")
         if self.refit and self.train:
             raise ValueError("refit is for pruning without training; add --no-train (train = false)")
         if self.budget and self.refit:

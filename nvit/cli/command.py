@@ -24,6 +24,7 @@ class Command:
         first: names of the flags that come first in its help, 12 at most.
         ranks: whether several processes can run it together.
         demo: the recipe it always starts from, model included.
+        apart: pairs of a switch and a flag that it stands in place of.
         needy: whether there has to be a model.
     """
 
@@ -32,6 +33,7 @@ class Command:
     first: tuple[str, ...]
     ranks: bool = False
     demo: Path | None = None
+    apart: tuple[tuple[str, str], ...] = ()
     needy: bool = True
 
     @property

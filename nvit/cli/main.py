@@ -114,6 +114,7 @@ def parse(args: Sequence[str]) -> tuple[Command, Any, bool]:
         ordered = [*line.name.split(), *line.models, *line.flags]
         found = tyro.cli(groups.union(COMMANDS, {line.name: default}), prog="nvit", args=ordered, config=groups.HOW)
         config = with_settings(default, groups.settings_of(found))
+        words.check_apart(line, chosen, raw, flat(config))
         if hasattr(config, "check"):
             config.check()
         if config.general.dump_config and not launched()[0]:

@@ -76,6 +76,16 @@ def command_of(args: Sequence[str], commands: Mapping[str, Command]) -> tuple[st
     return name, rest
 
 
+def check_apart(line: Line, command: Command, recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raise UsageError where a switch is on and what it stands in place of is said as well: by a flag, or by the recipe
+    that turns it on."""
+    for switch, other in command.apart:
+        twice = recipe.get(switch) and other in recipe and tuple(recipe[other]) != settings[other]
+        if settings[switch] and (other in line.given or twice):
+            one, two = (f"--{name.replace('_', '-')}" for name in (switch, other))
+            raise UsageError(f"{one} stands in place of {two}; give one of them")
+
+
 def _sorted(name: str, command: Command, rest: list[str]) -> Line:
     hints, asks, taken = hints_of(command.flags), bool(set(HELP) & set(rest)), None
     models: list[str] = []

@@ -89,7 +89,13 @@ def forecast_one_shot(model: nn.Module, loader, config: PruneConfig, table: Late
     small = max(1, large // 2)
     batch, load = _first_batch(loader, 2 * large, watch)
     little = dataclasses.replace(
-        config, latency_target=config.latency_target[-1:], rounds=1, measure_seconds=0.0, images=0, score_batches=2
+        config,
+        latency_target=config.latency_target[-1:],
+        sweep=False,
+        rounds=1,
+        measure_seconds=0.0,
+        images=0,
+        score_batches=2,
     )
 
     def rehearse(size: int) -> tuple[float, int]:
@@ -105,13 +111,14 @@ def forecast_one_shot(model: nn.Module, loader, config: PruneConfig, table: Late
     beside = max(0.0, more - 2 * large * each)
     passes = 2 if config.refit else 1
     decisions = len(config.latency_target) * config.rounds
-    seconds = decisions * (beside + images * (max(0.0, each) + passes * load))
+    looks = 1 if config.sweep and not config.refit else decisions  # a sweep's refits are counted as scores too: at most
+    seconds = decisions * beside + looks * images * (max(0.0, each) + passes * load)
     peak = held_more + (size - large) * (held_more - held) // max(1, large - small)
     if config.refit:  # all images at one block, of the pruned and of the dense model
         wide = table.dense[0].emb * adapters.find(model).tokens(model) * next(model.parameters()).element_size()
         peak += 2 * wide * max(0, images - 2 * size)
     what = "score, decide, refit" if config.refit else "score, decide"
-    times = f"{images} images" + (f", {decisions} times" if decisions > 1 else "")
+    times = f"{images} images" + (f", {looks} times" if looks > 1 else "")
     return Forecast((Stage(what, times, seconds),), peak if watch.meter else None)
 
 

@@ -25,7 +25,8 @@ from .scoring import score
 
 
 def prune_one_shot(pruner: Pruner, loader, keep, budget: Budget | None, progress: Progress) -> list:
-    """A snapshot for each target: score, decide, refit, in `rounds` equal steps of latency from one to the next."""
+    """A snapshot for each target: score, decide, refit, in `rounds` equal steps of latency from one to the next.
+    A sweep scores the dense model alone, and every target is chosen by that."""
     config = pruner.config
     pruner.stop_recording()
     refitter = Refitter(pruner, loader, progress) if config.refit else None
@@ -34,7 +35,8 @@ def prune_one_shot(pruner: Pruner, loader, keep, budget: Budget | None, progress
         start = pruner.ratio
         for r in range(1, config.rounds + 1):
             known = refitter.statistics if refitter is not None and not pruner.history else None
-            score(pruner, loader, budget, statistics=known, progress=progress)
+            if not (config.sweep and pruner.known_scores):
+                score(pruner, loader, budget, statistics=known, progress=progress)
             last = r == config.rounds
             pruner.decide_at(target if last else start + (pruner.aim.at(target) - start) * r / config.rounds)
             if refitter is not None:

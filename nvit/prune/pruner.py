@@ -70,6 +70,7 @@ class Pruner(Scorer):
         aim: where they lie by the table.
         history: a row per decision.
         steps: so far.
+        known_scores: what a sweep without training decides by, once it is there: the dense model's.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Pruner(Scorer):
         self.met: list[float] = []
         self.history: list[dict[str, Any]] = []
         self.steps = 0
+        self.known_scores: dict[str, Tensor] = {}
         if self.table.dense != widths(self.groups, self.masks):
             raise ValueError(
                 f"the latency table is for a model whose first block is {self.table.dense[0]}; this model's is "
@@ -162,7 +164,7 @@ class Pruner(Scorer):
         Raises:
             ValueError: they tell nothing apart.
         """
-        scores = self.scores()
+        scores = self.known_scores or self.scores()
         every = torch.cat([s[self.masks[name].to(s.device)].double().cpu() for name, s in scores.items()])
         if len(every) > 1 and bool((every == every[0]).all()):
             if self.config.train and not every[0]:
@@ -205,6 +207,8 @@ class Pruner(Scorer):
             self.criterion.decided()
         else:
             self._forget()
+            if self.config.sweep:
+                self.known_scores = dict(scores)
         self._set_masks(masks)
         self.history.append({"step": self.steps, "predicted_ratio": self.ratio} | more)
 
@@ -263,7 +267,7 @@ class Pruner(Scorer):
         values["readings"] = {str(t): asdict(r) for t, r in self.readings.items()}
         tensors = {f"mask.{n}": m for n, m in self.masks.items()}
         values["decisions"] = self.mean.decisions
-        for part, held in (("mean", self.mean.sums), ("past", self.mean.past)):
+        for part, held in (("mean", self.mean.sums), ("past", self.mean.past), ("known", self.known_scores)):
             tensors |= {f"{part}.{n}": s for n, s in held.items()}
         return {"pruner": values}, tensors
 
@@ -273,7 +277,7 @@ class Pruner(Scorer):
         masks = {n.removeprefix("mask."): t for n, t in tensors.items() if n.startswith("mask.")}
         self._set_masks(masks)
         device = next(iter(self.params.values())).device
-        for part, held in (("mean.", self.mean.sums), ("past.", self.mean.past)):
+        for part, held in (("mean.", self.mean.sums), ("past.", self.mean.past), ("known.", self.known_scores)):
             held.clear()
             held |= {n.removeprefix(part): t.to(device) for n, t in tensors.items() if n.startswith(part)}
         self.mean.count, self.mean.decisions, self.steps = mine["scored"], mine["decisions"], mine["steps"]

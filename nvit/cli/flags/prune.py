@@ -46,6 +46,8 @@ class PruneCommand:
             for value in getattr(self, name):
                 if not 0 < value < math.inf:
                     raise ValueError(f"{name} {value:g} is not a positive number")
+            if getattr(self, name) and self.config.sweep:
+                raise ValueError(f"{name} and sweep both say the targets; give one of them")
             if getattr(self, name) and self.config.latency_target != PruneConfig().latency_target:
                 raise ValueError(f"{name} stands in place of latency_target; give one of them")
 
@@ -84,12 +86,15 @@ FIRST = (
 )
 """What most people need."""
 
-COMMAND = Command(PruneCommand, "prune", first=FIRST, ranks=True)
+APART = (("sweep", "latency_target"),)
+
+COMMAND = Command(PruneCommand, "prune", first=FIRST, ranks=True, apart=APART)
 
 DEMO = Command(
     PruneCommand,
     "prune",
-    first=("latency_target", "out", "train", "refit", "finetune_epochs", "device", "resume"),
+    first=("latency_target", "sweep", "out", "train", "refit", "finetune_epochs", "device", "resume"),
     ranks=True,
+    apart=APART,
     demo=Path(__file__).parents[2] / "bundled" / "digits.toml",
 )
