@@ -96,7 +96,7 @@ class PruneConfig(TrainingConfig):
     ] = (0.5,)
     sweep: Annotated[
         bool,
-        _help("in place of latency_target: 0.9, 0.8 down to 0.4 in one run; with --no-train units are scored once"),
+        _help("in place of latency_target: 0.9, 0.8 down to 0.4 in one run; --no-train scores units once"),
     ] = False
     criterion: Annotated[
         Literal["auto"] | CriterionName,
