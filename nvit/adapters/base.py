@@ -39,6 +39,12 @@ class Logits(NamedTuple):
         return self.cls if self.dist is None else (self.cls + self.dist) / 2
 
 
+def host_class(module: nn.Module) -> type:
+    """The class of a module as its library has it: a class of ours that only saves and loads in another way (those of
+    `nvit.hf`) names it as `host_class`; a subclass of such a class is another again."""
+    return vars(type(module)).get("host_class", type(module))
+
+
 class Adapter(ABC):
     """One model family: which weights leave together, declared rather than traced.
 
@@ -90,7 +96,7 @@ class Adapter(ABC):
         """The spec of the model with these widths of its blocks, as far as its constructor's arguments go."""
         images = {k: list(v) if isinstance(v, tuple) else v for k, v in self.preprocess(model).items()}
         config = {**model.dense_config, **self.settings(model)}
-        return ViTSpec(self.family, type(model).__name__, config, tuple(blocks), images, self.name(model))
+        return ViTSpec(self.family, host_class(model).__name__, config, tuple(blocks), images, self.name(model))
 
     @abstractmethod
     def settings(self, model: nn.Module) -> dict[str, Any]:

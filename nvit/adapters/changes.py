@@ -13,6 +13,7 @@ from typing import Any
 from timm.layers import DropPath
 from torch import nn
 
+from .base import host_class
 from .timm_config import ACTIVATIONS
 
 NUMBERS = ("approximate", "attn_drop", "drop_prob", "eps", "negative_slope", "p", "scale", "scale_by_keep")
@@ -134,7 +135,7 @@ def _outwards(place: str) -> list[str]:
 
 def _alike(module: nn.Module, built: nn.Module) -> bool:
     """Whether two modules are of one class; a plain linear layer may stand for a prunable one, as a new head does."""
-    return type(module) is type(built) or (type(module) is nn.Linear and isinstance(built, nn.Linear))
+    return host_class(module) is host_class(built) or (type(module) is nn.Linear and isinstance(built, nn.Linear))
 
 
 def _numbers(name: str, module: nn.Module, built: nn.Module) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,10 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..spec import NewerFormat, ViTSpec
+from ..utils.files import short
+from .hf_config import spec_in
 from .hf_hosts import ARCHITECTURES, dense, library
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
-RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 """Pillow's numbers, which image processors use."""
 
 
@@ -38,6 +42,38 @@ def of_processor(processor: Mapping[str, Any], channels: int = 3) -> dict[str, A
         height, width = (crop, crop) if isinstance(crop, int) else (crop["height"], crop["width"])
         found["crop_pct"] = min(1.0, min(height, width) / shortest) if shortest else 1.0
     return found | ({"input_size": (channels, height, width)} if height else {})
+
+
+def to_processor(images: Mapping[str, Any]) -> dict[str, Any]:
+    """What an image processor of transformers reads from `PROCESSOR`, from timm's data config: what `of_processor`
+    takes back.
+
+    Raises:
+        ValueError: it cannot be said there.
+    """
+    numbers = {name: number for number, name in RESAMPLE.items()}
+    mode, fraction = images.get("crop_mode", "center"), images.get("crop_pct", 1.0)
+    if images.get("interpolation") not in numbers or mode not in ("center", "squash"):
+        raise ValueError(
+            f"images are resized by {images.get('interpolation')!r} and cropped by {mode!r}, for which image "
+            "processors have no word; give a processor of your own"
+        )
+    sides = [round(side / fraction) for side in images["input_size"][1:]]
+    height, width = images["input_size"][1:]
+    return {
+        "image_processor_type": "BitImageProcessor",  # the plain one: it resizes, crops and normalises as it is told
+        "do_convert_rgb": len(images["mean"]) == 3,
+        "do_resize": True,
+        "size": {"shortest_edge": min(sides)} if mode == "center" else {"height": sides[0], "width": sides[1]},
+        "resample": numbers[images["interpolation"]],
+        "do_center_crop": mode == "center" or fraction < 1,
+        "crop_size": {"height": height, "width": width},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(images["mean"]),
+        "image_std": list(images["std"]),
+    }
 
 
 @contextmanager
@@ -68,6 +104,28 @@ def _read(path: Path) -> dict[str, Any]:
 def is_folder(path: str | Path) -> bool:
     """Whether `save_pretrained` may have written this folder."""
     return (Path(path) / CONFIG).is_file()
+
+
+def pruned_spec(path: str | Path) -> ViTSpec | None:
+    """The spec of the pruned model in a folder that its `save_pretrained` wrote; None in any other.
+
+    Raises:
+        ValueError: damaged, or of a later format.
+    """
+    file = Path(path) / CONFIG
+    if not file.is_file():
+        return None
+    config = _read(file)
+    try:
+        spec = spec_in(config)
+    except NewerFormat as e:
+        raise ValueError(f"{path} {e}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise ValueError(f"{file} is damaged: {short(e)}") from None
+    if spec is None or not (Path(path) / PROCESSOR).is_file():
+        return spec
+    images = of_processor(_read(Path(path) / PROCESSOR), spec.config.get("num_channels", 3))
+    return replace(spec, preprocess={**spec.preprocess, **images})
 
 
 def open_folder(path: str | Path, *, weights: bool = True) -> nn.Module:
@@ -106,8 +164,8 @@ def _load(transformers: ModuleType, architecture: str, path: Path) -> nn.Module:
     if odd := sorted(report["mismatched_keys"]):
         name, found, expected = odd[0]
         raise ValueError(
-            f"{path}: {name} is {tuple(found)}, but {tuple(expected)} by {CONFIG}. save_pretrained cannot hold a "
-            "pruned model: save it with nvit.snapshot.save or result.save, and open that folder"
+            f"{path}: {name} is {tuple(found)}, but {tuple(expected)} by {CONFIG}, which has one width for all blocks. "
+            "Save a pruned model with nvit.hf.save_pretrained(model, folder)"
         )
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{path}: its weights lack {', '.join(missing[:3])}; save a model that is trained to classify")

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .base import host_class
+
 OLDEST = (5, 18)
 """The first transformers whose four families name their projections alike."""
 
@@ -67,7 +69,7 @@ ARCHITECTURES: dict[str, Host] = {
 
 def host_of(model: nn.Module) -> Host:
     """What a model's architecture calls its pieces."""
-    return ARCHITECTURES[type(model).__name__]
+    return ARCHITECTURES[host_class(model).__name__]
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..layers import Attention, GatedMlp, LayerScale, Layout, Linear, Mlp, Prunable, StreamEntry
 from ..spec import Slice, ViTSpec
-from .base import Logits
+from .base import Logits, host_class
 from .declare import EMB, block_axes, embedding_slices, norm, resize_layers, with_axes
+from .hf_config import dense_config
 from .hf_hosts import ARCHITECTURES, dense, host_of, pair, too_old
 from .one_stream import OneStream
 
@@ -43,10 +44,10 @@ class HFViT(OneStream):
     depth_key = "num_hidden_layers"
 
     def knows(self, model: nn.Module) -> bool:
-        return type(model).__module__.startswith("transformers.models.")
+        return host_class(model).__module__.startswith("transformers.models.")
 
     def refusal(self, model: nn.Module) -> str | None:
-        if type(model).__name__ not in ARCHITECTURES:
+        if host_class(model).__name__ not in ARCHITECTURES:
             return f"of transformers' classes it has to be one of {', '.join(ARCHITECTURES)}"
         if hasattr(model, "dense_config"):
             return None
@@ -71,7 +72,7 @@ class HFViT(OneStream):
         if hasattr(model, "dense_config"):
             return _prepare_heads(model)
         config = _config(model)
-        described = dense(type(model).__name__, config, "meta").state_dict()
+        described = dense(host_class(model).__name__, config, "meta").state_dict()
         mine = model.state_dict()
         for name in (*described, *mine):
             theirs, found = (tuple(d[name].shape) if name in d else None for d in (described, mine))
@@ -225,9 +226,7 @@ def _is_plain(m: nn.Module) -> bool:
 
 def _config(model: nn.Module) -> dict[str, Any]:
     """The model's config as its JSON file holds it, without what follows from the rest."""
-    saved = json.loads(model.config.to_json_string())
-    derived = ("architectures", "dtype", "out_features", "out_indices", "stage_names", "transformers_version")
-    return {key: value for key, value in saved.items() if key not in derived}
+    return dense_config(json.loads(model.config.to_json_string()))
 
 
 def _attention(host: nn.Module, axes: Mapping[str, str]) -> Prunable:

@@ -14,6 +14,8 @@ from ..analysis.evaluate import accuracy
 from ..analysis.share import kept
 from ..structure import snapshot
 from ..training.finetune import finetune
+from ..utils import logs
+from ..utils.logs import Log, unlogged
 from ..utils.progress import Progress
 from ..utils.report import show, write_result
 from ..utils.stages import Stage
@@ -23,7 +25,7 @@ from .models import open_cnn_teacher, open_model, open_teacher, untrained
 from .progress import shown
 
 
-def run_finetune(name: str, command: FinetuneCommand, progress: Progress) -> dict[str, Any]:
+def run_finetune(name: str, command: FinetuneCommand, progress: Progress, log: Log = unlogged) -> dict[str, Any]:
     """What goes into result.json; of several ranks, each of which trains, rank 0 alone evaluates, writes and has it."""
     start = time.monotonic()
     out, config = Path(command.out), command.config
@@ -56,6 +58,7 @@ def run_finetune(name: str, command: FinetuneCommand, progress: Progress) -> dic
         state_file=command.state_file,
         resume=command.resume,
         progress=progress,
+        log=log,
     )
     if not parallel.main():
         return {}
@@ -78,8 +81,12 @@ def refuse_snapshot(out: Path, resume: bool = False) -> None:
 
 
 def run(command: FinetuneCommand) -> None:
-    with command.machine.running(), shown(STAGES) as progress:
-        found = run_finetune(command.model, command, progress)
+    with (
+        command.machine.running(),
+        logs.opened(command.logging.log, command.log_folder, resume=command.resume) as log,
+        shown(STAGES) as progress,
+    ):
+        found = run_finetune(command.model, command, progress, log)
     if found:
         tell(command, found)
 

@@ -94,6 +94,8 @@ def _hf_model(folder: str, flags: ModelFlags, scratch: bool) -> nn.Module:
             f"{folder} is a folder but not a snapshot (no spec.json) nor a Hugging Face model (no config.json)"
         )
     _refuse(flags, f"{folder} is a Hugging Face model with its own", "checkpoint", "num_classes", "img_size")
+    if (spec := hf_folder.pruned_spec(folder)) is not None:
+        return snapshot.fresh(spec) if scratch or not flags.pretrained else _load(folder)
     return hf_folder.open_folder(folder, weights=flags.pretrained and not scratch)
 
 

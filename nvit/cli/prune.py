@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from ..structure.masks import unmasked_
 from ..training.data import TrainingData
 from ..training.images import DigitImages, Images
 from ..training.targets import TargetImages
+from ..utils import logs
+from ..utils.logs import Log, unlogged
 from ..utils.memory import Meter
 from ..utils.progress import Progress
 from ..utils.report import show
@@ -129,7 +132,7 @@ def plan_prune(command: PruneCommand, progress: Progress) -> Plan:
     return plan(Work(command.model, *given, took - opened.measuring + looked, *latency, *teachers))
 
 
-def run_prune(command: PruneCommand, progress: Progress) -> dict[str, Any]:
+def run_prune(command: PruneCommand, progress: Progress, log: Log = unlogged) -> dict[str, Any]:
     """What goes into result.json; of several ranks, each of which prunes and finetunes, rank 0 alone measures,
     evaluates, writes and has it."""
     start = time.monotonic()
@@ -147,12 +150,13 @@ def run_prune(command: PruneCommand, progress: Progress) -> dict[str, Any]:
         resume=folder.resume,
         meter=opened.meter,
         progress=progress,
+        log=log,
         **teacher,
     )
     folder.write_history(result.history)
     if config.finetune_epochs:
         train = opened.images.training(config)
-        finetune_snapshots(result, train, config, folder=folder, progress=progress, **teacher)
+        finetune_snapshots(result, train, config, folder=folder, progress=progress, log=log, **teacher)
     if not parallel.main():
         return {}
     found = {"model": command.model, "criterion": result.criterion, "targets": [p.target for p in result.snapshots]}
@@ -232,8 +236,12 @@ def run(command: PruneCommand) -> None:
             foretold = plan_prune(command, progress)
         print("\n".join(foretold.lines(command.out)))
         return
-    with command.machine.running(), shown(stages(command)) as progress:
-        found = run_prune(command, progress)
+    with (
+        command.machine.running(),
+        logs.opened(command.logging.log, Path(command.out) / "log", resume=command.resume) as log,
+        shown(stages(command)) as progress,
+    ):
+        found = run_prune(command, progress, log)
     if found:
         tell(command, found)
 

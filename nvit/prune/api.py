@@ -17,6 +17,7 @@ from ..training.data import endless
 from ..training.distill import Objective, frozen
 from ..training.finetune import finetune
 from ..training.trainer import Trainer
+from ..utils.logs import Log, Rate, unlogged
 from ..utils.memory import Meter
 from ..utils.progress import Progress, showing, silent
 from .budget import Budget
@@ -42,6 +43,7 @@ def prune(
     meter: Meter | None = None,
     timer: Timer = time_rounds,
     progress: Progress | bool = silent,
+    log: Log = unlogged,
 ) -> PruneResult:
     """Prune `model` to `config.latency_target`: the paper's iterative loop, or one shot with `train=False`.
 
@@ -58,6 +60,7 @@ def prune(
         meter: of the memory under a budget, where the caller measures already; the peak is then the caller's too.
         timer: what measures compact models, see `Pruner`; a budget leaves no room for it.
         progress: a callback; True shows what the command shows, a bar with the stage and its loss.
+        log: called with numbers of the run as it goes, see `utils.logs`.
 
     Raises:
         ValueError: an unsupported model, a table of another model or setting, a target that cannot be met.
@@ -91,14 +94,14 @@ def prune(
             config, pruner.task, dense if config.distill_weight else None, cnn_teacher, renormalise
         )
         try:
-            snapshots = _prune_training(pruner, loader, objective, folder, progress)
+            snapshots = _prune_training(pruner, loader, objective, folder, progress, log)
         finally:
             pruner.stop_recording()
     else:
         if config.fsdp and parallel.world() > 1:
             pruner.work_in(parallel.shard(model, adapter.logits))
         with parallel.watch():
-            snapshots = prune_one_shot(pruner, loader, folder, budget, progress)
+            snapshots = prune_one_shot(pruner, loader, folder, budget, progress, log)
     pruner.unshard()
     memory = budget.report() if budget else None
     return PruneResult(snapshots, pruner.masks, pruner.history, pruner.table, dense, memory, config.saliency)
@@ -126,9 +129,9 @@ def _checked(
 
 
 def _prune_training(
-    pruner: Pruner, loader: Loader, objective: Objective, folder: RunFolder, progress: Progress
+    pruner: Pruner, loader: Loader, objective: Objective, folder: RunFolder, progress: Progress, log: Log
 ) -> list[Pruned]:
-    config = pruner.config
+    config, rate = pruner.config, Rate()
     trainer = Trainer(
         pruner.model,
         objective,
@@ -153,6 +156,7 @@ def _prune_training(
     with trainer.surviving(pruner.state):
         for _, (images, labels) in endless(loader, config.seed, trainer.step):
             trainer.train_step(images, labels)
+            rate.images += len(images) * parallel.world()
             deciding = pruner.deciding and not trainer.skipped
             loss = trainer.look() if deciding or trainer.look_due else None
             met = [] if trainer.skipped else pruner.advance()
@@ -162,6 +166,8 @@ def _prune_training(
             if loss is not None:
                 so_far = f"prune: {pruner.ratio:.3f}, loss {loss:.3f}"
                 progress(round(1000 * (1 - pruner.ratio)), round(1000 * (1 - last)), so_far)
+                seen = {"loss": loss, "ratio": pruner.ratio, "images_per_s": rate.read()}
+                log("prune", trainer.step, seen | (pruner.mean_widths() if deciding else {}))
             for target in met:
                 small = pruner.compact(None if trainer.ema is None else trainer.weights())
                 snapshots.append(folder.take(pruner, target, small))
@@ -181,6 +187,7 @@ def finetune_snapshots(
     renormalise: tuple[Tensor, Tensor] | None = None,
     folder: RunFolder | None = None,
     progress: Progress = silent,
+    log: Log = unlogged,
 ) -> None:
     """Train every snapshot of `result` further, in its place, for `config.finetune_epochs`, the unpruned model its
     teacher; one that an interrupted run has trained already is left as it is.
@@ -206,6 +213,7 @@ def finetune_snapshots(
             state_file=folder.finetune_state(pruned.target),
             resume=folder.resume,
             progress=progress,
+            log=lambda _, step, values, at=pruned.target: log(f"finetune_{at:g}", step, values),
         )
         pruned.metrics["finetuned_epochs"] = config.finetune_epochs
         folder.save(pruned)

@@ -15,6 +15,7 @@ from ..refit.refit import refit_
 from ..refit.rotation import rotate_
 from ..training.batches import images_of
 from ..training.distill import frozen
+from ..utils.logs import Log, unlogged
 from ..utils.memory import most_held
 from ..utils.progress import Progress
 from . import between
@@ -24,7 +25,9 @@ from .sample import count_batches, sampled
 from .scoring import score
 
 
-def prune_one_shot(pruner: Pruner, loader, keep, budget: Budget | None, progress: Progress) -> list:
+def prune_one_shot(
+    pruner: Pruner, loader, keep, budget: Budget | None, progress: Progress, log: Log = unlogged
+) -> list:
     """A snapshot for each target: score, decide, refit, in `rounds` equal steps of latency from one to the next.
     A sweep scores the dense model alone, and every target is chosen by that."""
     config = pruner.config
@@ -41,6 +44,8 @@ def prune_one_shot(pruner: Pruner, loader, keep, budget: Budget | None, progress
             pruner.decide_at(target if last else start + (pruner.aim.at(target) - start) * r / config.rounds)
             if refitter is not None:
                 pruner.history[-1] |= refitter.refit()
+            error = {k: v for k, v in pruner.history[-1].items() if k == "refit_error"}
+            log("prune", len(pruner.history), {"ratio": pruner.ratio} | pruner.mean_widths() | error)
         snapshots.append(keep.take(pruner, target, pruner.compact()))
         if budget is None:  # which has no room for what writing a state takes
             between.keep(pruner, keep)

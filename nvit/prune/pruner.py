@@ -21,6 +21,7 @@ from ..latency.clock import time_rounds
 from ..latency.table import LatencyTable
 from ..selection.greedy import drop_cheapest
 from ..selection.lagrangian import drop_to_target
+from ..spec import KINDS
 from ..structure.compact import compact
 from ..structure.masks import Masks, full_masks, widths
 from .aim import Aim, Reading
@@ -259,6 +260,11 @@ class Pruner(Scorer):
                 stacklevel=2,
             )
         return self._cut(self.masks, weights)
+
+    def mean_widths(self) -> dict[str, float]:
+        """Each of the five widths as the masks leave it, in the mean over blocks."""
+        blocks = widths(self.groups, self.masks)
+        return {kind: sum(getattr(b, kind) for b in blocks) / len(blocks) for kind in KINDS}
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Plain values and tensors from which `restore` goes on."""

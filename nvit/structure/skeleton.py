@@ -28,13 +28,20 @@ def skeleton(spec: ViTSpec) -> nn.Module:
         ValueError: a family, argument or change that this version does not know, widths that do not fit, or sizes
             beyond any model's; nothing was allocated for these.
     """
-    adapter = family_of(spec)
     check_sizes(spec)
-    model = adapter.build(spec)
+    return narrow_(family_of(spec).build(spec), spec)
+
+
+def narrow_(model: nn.Module, spec: ViTSpec) -> nn.Module:
+    """Cut the prepared dense model of a spec to the spec's widths, in place; returns it.
+
+    Raises:
+        ValueError: as `skeleton`.
+    """
     adapters.change_(model, spec.changes)
     groups, masks = kept(spec, model)
     params = dict(model.named_parameters())
-    adapter.resize(model, cut(params, weight_masks(params, groups, masks)), masks)
+    family_of(spec).resize(model, cut(params, weight_masks(params, groups, masks)), masks)
     model.sparse24 = spec.sparse
     return model
 

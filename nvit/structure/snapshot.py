@@ -20,12 +20,13 @@ from .. import adapters
 from ..layers import prunable_layers
 from ..spec import NewerFormat, ViTSpec
 from ..utils.files import part_of, read_json, replace_folder, settle, short, write_atomically
-from ..utils.tensors import read_header, write_tensors
+from ..utils.tensors import write_tensors
+from . import pretrained
 from .compact import compact
 from .manifest import MANIFEST, check_manifest, is_whole, write_manifest
 from .masks import full_masks, masks_of, widths
 from .skeleton import check_sizes, family_of, filled, kept, skeleton
-from .verify import check_bytes, check_function, check_tensors
+from .verify import check_bytes, check_function, check_shapes, check_tensors, shapes_in
 
 BUNDLED = Path(__file__).parents[1] / "bundled" / "digits_vit"
 """The snapshot of the small ViT that comes with the package."""
@@ -121,7 +122,8 @@ def load(
     path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, *, sparse: bool = True
 ) -> nn.Module:
     """The compact model of a snapshot folder, in eval mode, ready for inference. Every file is checked against the
-    manifest; a snapshot from before there were manifests loads with a warning.
+    manifest; a snapshot from before there were manifests loads with a warning. A folder that `nvit.hf.save_pretrained`
+    wrote opens as well, as the class of transformers that was pruned.
 
     Args:
         dtype: of the weights; as saved when None.
@@ -138,6 +140,8 @@ def load(
     """
     path = Path(path)
     settle(path, is_whole)
+    if not (path / SPEC).exists() and pretrained.is_pruned(path):
+        return pretrained.load(path, device, dtype)
     for name in (SPEC, WEIGHTS):
         if not (path / name).is_file():
             found = sorted(p.name for p in path.iterdir())[:5] if path.is_dir() else "no such folder"
@@ -154,7 +158,7 @@ def load(
         raise
     except Exception as e:  # what unchecked numbers make of a host's constructor
         raise _unreadable(path / SPEC, e) from None
-    _check_shapes(path, model)
+    check_shapes(path / WEIGHTS, shapes_in(path / WEIGHTS), model, SPEC)
     try:
         weights = load_file(path / WEIGHTS, device=str(device))
     except (SafetensorError, OSError) as e:
@@ -233,22 +237,6 @@ def _read_spec(file: Path) -> ViTSpec:
 
 def _unreadable(file: Path, error: Exception) -> ValueError:
     return ValueError(f"{file} is damaged or from another version: {short(error)}")
-
-
-def _check_shapes(path: Path, model: nn.Module) -> None:
-    """Raise ValueError unless the weights file holds what the model of the spec has; none of it is read for that."""
-    try:
-        found = {name: entry.shape for name, entry in read_header(path / WEIGHTS).items()}
-    except ValueError as e:
-        raise ValueError(f"{path / WEIGHTS} is damaged: {e}") from None
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    said = [f"{what} {short(names[:3])}" for what, names in (("missing", missing), ("unknown", unknown)) if names]
-    wrong = next((name for name, shape in expected.items() if found.get(name, shape) != shape), None)
-    if wrong is not None and not said:
-        said = [f"{wrong} is {short(found[wrong], 40)}, expected {short(expected[wrong], 40)}"]
-    if said:
-        raise ValueError(f"{path / WEIGHTS} does not fit {SPEC}: {'; '.join(said)}")
 
 
 def _check_sparse(path: Path, weights: Mapping[str, Tensor], sparse: Sequence[str]) -> None:

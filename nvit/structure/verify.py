@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import adapters
 from ..spec import ViTSpec
 from ..utils.files import short
-from ..utils.tensors import DTYPES, bytes_of, raw_tensors
+from ..utils.tensors import DTYPES, bytes_of, raw_tensors, read_header
 from .skeleton import filled, skeleton
 
 IMAGES = 2
@@ -62,6 +62,30 @@ def check_bytes(file: Path, state: Mapping[str, Tensor]) -> None:
             raise OSError(f"{file} does not read back as it was written ({name}); check the disk")
     if left:
         raise OSError(f"{file} was not written as it should be: {next(iter(left))} is missing")
+
+
+def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
+    """What a weights file holds; none of it is read for that.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return {name: entry.shape for name, entry in read_header(file).items()}
+    except ValueError as e:
+        raise ValueError(f"{file} is damaged: {e}") from None
+
+
+def check_shapes(where: Path, found: Mapping[str, tuple[int, ...]], model: nn.Module, said: str) -> None:
+    """Raise ValueError unless the weights at `where` are those of the model that the file `said` describes."""
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    odd = [f"{what} {short(names[:3])}" for what, names in (("missing", missing), ("unknown", unknown)) if names]
+    wrong = next((name for name, shape in expected.items() if found.get(name, shape) != shape), None)
+    if wrong is not None and not odd:
+        odd = [f"{wrong} is {short(found[wrong], 40)}, expected {short(expected[wrong], 40)}"]
+    if odd:
+        raise ValueError(f"{where} does not fit {said}: {'; '.join(odd)}")
 
 
 def check_tensors(state: Mapping[str, Tensor]) -> None:

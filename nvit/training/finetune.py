@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import adapters, parallel, tasks
 from ..config import FinetuneConfig
+from ..utils.logs import Log, Rate, unlogged
 from ..utils.progress import Progress, showing, silent
 from .batches import Loader
 from .data import endless
@@ -39,6 +40,7 @@ def finetune(
     state_file: Path | None = None,
     resume: bool = False,
     progress: Progress | bool = silent,
+    log: Log = unlogged,
 ) -> nn.Module:
     """Train `model` in place for `config.epochs`, cosine schedule; returns it, or its moving average.
 
@@ -49,6 +51,7 @@ def finetune(
         constrain: called after every optimiser step, to put back what must stay as it is (the zeros of a 2:4 mask).
         state_file: where the run state is kept; with `resume` the run goes on from it if it is there.
         progress: a callback; True shows what the command shows.
+        log: called with the loss, the rate and images per second as training goes, see `utils.logs`.
 
     Raises:
         FloatingPointError: the loss or a gradient is not finite; the last run state stays on disk.
@@ -82,14 +85,19 @@ def finetune(
     )
     if parallel.from_main(lambda: resume and state_file is not None and state_file.exists()):
         trainer.load()
+    rate = Rate()
     if trainer.step < total:
         with trainer.surviving(lambda: ({}, {})):
             for step, (images, labels) in endless(loader, config.seed, trainer.step):
                 schedule.step_update(step)
                 trainer.train_step(images, labels)
                 trainer.after_step()
+                rate.images += len(images) * parallel.world()
                 if trainer.look_due or trainer.step >= total:
-                    progress(trainer.step, total, f"finetune: loss {trainer.look():.3f}")
+                    loss = trainer.look()
+                    progress(trainer.step, total, f"finetune: loss {loss:.3f}")
+                    lr = float(trainer.optimizer.param_groups[0]["lr"])
+                    log("finetune", trainer.step, {"loss": loss, "lr": lr, "images_per_s": rate.read()})
                 if trainer.step >= total:
                     break
                 if trainer.due():

@@ -210,7 +210,7 @@ def broken(folder: Path, path: Path, what: str) -> None:
         ("weights", "does not load as a ViTForImageClassification"),
         ("no weights", "does not load as a ViTForImageClassification"),
         ("headless", "its weights lack classifier.bias, classifier.weight"),
-        ("pruned", "save_pretrained cannot hold a pruned model"),
+        ("pruned", "Save a pruned model with nvit.hf.save_pretrained(model, folder)"),
     ],
 )
 def test_a_folder_with_something_wrong_is_one_line(what, says, folder, tmp_path, capsys):

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from ...config import FinetuneConfig, _help
 from ..command import Command
-from .parts import MODEL, BatchFlags, DataFlags, GeneralFlags, MachineFlags, ModelFlags
+from .parts import MODEL, BatchFlags, DataFlags, GeneralFlags, LogFlags, MachineFlags, ModelFlags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +26,18 @@ class FinetuneCommand:
     batch: BatchFlags = field(default_factory=BatchFlags)
     images: DataFlags = field(default_factory=DataFlags)
     config: FinetuneConfig = field(default_factory=FinetuneConfig)
+    logging: LogFlags = field(default_factory=LogFlags)
     general: GeneralFlags = field(default_factory=GeneralFlags)
 
     @property
     def state_file(self) -> Path:
         """Beside the snapshot, which appears whole."""
         return Path(f"{Path(self.out)}_state.safetensors")
+
+    @property
+    def log_folder(self) -> Path:
+        """Beside the snapshot as well."""
+        return Path(f"{Path(self.out)}_log")
 
     def states(self) -> list[Path]:
         """What `--resume` would go on from."""

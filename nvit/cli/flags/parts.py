@@ -42,6 +42,16 @@ class BatchFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogFlags:
+    """Curves of a run."""
+
+    log: Annotated[
+        Literal["none", "csv", "tensorboard", "trackio"],
+        _help("write loss, ratio, widths, images/s as the run goes, to OUT/log (finetune: OUT_log); trackio: locally"),
+    ] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelFlags:
     """What a named model is opened with."""
 

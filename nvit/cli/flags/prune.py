@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from ...config import PruneConfig, _help
 from ...prune.states import states_in
 from ..command import Command
-from .parts import MODEL, BatchFlags, DataFlags, GeneralFlags, LatencyFlags, MachineFlags, ModelFlags
+from .parts import MODEL, BatchFlags, DataFlags, GeneralFlags, LatencyFlags, LogFlags, MachineFlags, ModelFlags
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,6 +37,7 @@ class PruneCommand:
     where: DataFlags = field(default_factory=DataFlags)
     latency: LatencyFlags = field(default_factory=LatencyFlags)
     config: PruneConfig = field(default_factory=PruneConfig)
+    logging: LogFlags = field(default_factory=LogFlags)
     general: GeneralFlags = field(default_factory=GeneralFlags)
 
     def check(self) -> None:
