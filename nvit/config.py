@@ -124,6 +124,13 @@ class PruneConfig(TrainingConfig):
     refit: Annotated[
         bool, _help("with --no-train: rotate queries, keys and values first, refit in closed form what is left")
     ] = False
+    cost: Annotated[
+        Literal["auto", "predicted", "measured"],
+        _help(
+            "with --refit, what the units of a group cost: as its scores predict, or as measured at a few depths of "
+            "each group alone; auto: predicted"
+        ),
+    ] = "auto"
     rounds: Annotated[int, _help("with --no-train: score and prune in so many equal steps of latency")] = 1
     labels: Annotated[
         Literal["true", "sampled"], _help("one-shot scores use the data's labels or ones drawn from the model")
@@ -167,6 +174,10 @@ class PruneConfig(TrainingConfig):
             raise ValueError(f"sweep scores units once, so rounds {self.rounds} would change nothing; give one of them")
         if self.refit and self.train:
             raise ValueError("refit is for pruning without training; add --no-train (train = false)")
+        if self.cost == "measured" and not self.refit:
+            raise ValueError(
+                "cost measured is that of a refitted model; add --refit with --no-train (refit = true), or leave it out"
+            )
         if self.budget and self.refit:
             raise ValueError(
                 f"budget {self.budget} does not bound a refit, which holds activations of all blocks in turn; "
@@ -195,6 +206,11 @@ class PruneConfig(TrainingConfig):
         if self.criterion != "auto":
             return self.criterion
         return automatic(train=self.train, refit=self.refit, budget=bool(self.budget))
+
+    @property
+    def measures_costs(self) -> bool:
+        """Whether a run measures what groups cost, see `refit.costs`."""
+        return self.refit and self.cost == "measured"
 
     @property
     def reads_labels(self) -> bool:

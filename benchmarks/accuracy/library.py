@@ -108,8 +108,8 @@ class Bench:
         dense: right or wrong by evaluation image, of the dense model.
     """
 
-    def __init__(self, data: Path, images: int, evaluate: int) -> None:
-        self.checkpoint = f"{data}/{MODEL}.safetensors"
+    def __init__(self, data: Path, images: int, evaluate: int, name: str = MODEL) -> None:
+        self.checkpoint = f"{data}/{name}.safetensors"
         where = DataFlags(
             data=f"{data}/imagenet_sample1000/val",
             eval_data=f"{data}/imagenet_val1300",
@@ -117,7 +117,7 @@ class Bench:
             resize=False,
             eval_images=evaluate,
         )
-        self.plain = open_model(MODEL, ModelFlags(checkpoint=self.checkpoint), torch.device("cpu"))
+        self.plain = open_model(name, ModelFlags(checkpoint=self.checkpoint), torch.device("cpu"))
         loader = open_images(self.plain, where).training(PruneConfig(batch_size=BATCH), augment=False)
         self.calibration = [batch for batch, _ in zip(loader, range(-(-images // BATCH)), strict=False)]
         self.evaluation = list(open_evaluation_data(self.plain, where, BATCH))

@@ -78,12 +78,20 @@ class Replay:
             out = self.run(b)
             if b == 0:
                 self.shapes.append(tree_map(_blank, out))
-            # Blocks before this one are not run: only shapes matter there, and images matter no more.
-            like = next(self.model.parameters())
-            images = torch.zeros((), dtype=like.dtype, device=like.device).expand(self.sizes[b])
-            skipped = [_resized(s, self.sizes[0][0], self.sizes[b][0]) for s in self.shapes[:-1]]
-            self.inputs[b] = self._until(None if last else self.blocks[self.at + 1], images, [*skipped, out])
+            self.inputs[b] = self._behind(b, out, None if last else self.blocks[self.at + 1])
         self.at += 1
+
+    def rest(self, batch: int, out: Any) -> Any:
+        """The logits where the current block's output is `out`; blocks behind it run as they are now."""
+        return self._behind(batch, out, None)[0]
+
+    def _behind(self, batch: int, out: Any, block: nn.Module | None) -> tuple[tuple, dict]:
+        """`_until` a block behind the current one, whose output is `out`."""
+        # Blocks before the current one are not run: only shapes matter there, and images matter no more.
+        like = next(self.model.parameters())
+        images = torch.zeros((), dtype=like.dtype, device=like.device).expand(self.sizes[batch])
+        skipped = [_resized(s, self.sizes[0][0], self.sizes[batch][0]) for s in self.shapes[: self.at]]
+        return self._until(block, images, [*skipped, out])
 
     def _until(self, block: nn.Module | None, images: Tensor, outs: Sequence[Any] = ()) -> tuple[tuple, dict]:
         """What a block is called with, the first ones replaced by their outputs; the logits where `block` is None."""

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ..calibration.capture import Place
 from ..calibration.statistics import SiteStatistics, gather_statistics
+from ..refit.costs import measure_costs
 from ..refit.refit import refit_
 from ..refit.rotation import rotate_
+from ..selection.curves import Curve
 from ..training.batches import images_of
 from ..training.distill import frozen
 from ..utils.logs import Log, unlogged
@@ -41,7 +43,8 @@ def prune_one_shot(
             if not (config.sweep and pruner.known_scores):
                 score(pruner, loader, budget, statistics=known, progress=progress)
             last = r == config.rounds
-            pruner.decide_at(target if last else start + (pruner.aim.at(target) - start) * r / config.rounds)
+            here = target if last else start + (pruner.aim.at(target) - start) * r / config.rounds
+            pruner.decide_at(here, refitter.costs if config.measures_costs else None)
             if refitter is not None:
                 pruner.history[-1] |= refitter.refit()
             error = {k: v for k, v in pruner.history[-1].items() if k == "refit_error"}
@@ -58,10 +61,12 @@ class Refitter:
     Attributes:
         statistics: of the dense model in the basis it is rotated to, before anything has left.
         dense: that model.
+        cost_seconds: that measuring costs has taken.
     """
 
     def __init__(self, pruner: Pruner, loader, progress: Progress) -> None:
         self.pruner, self.loader, self.progress = pruner, loader, progress
+        self.cost_seconds = 0.0
         self.total = count_batches(loader, pruner.config)
         pruner.model.eval()
         self.statistics: Mapping[Place, SiteStatistics] = gather_statistics(
@@ -73,6 +78,21 @@ class Refitter:
     def _images(self) -> Iterator[Tensor]:
         return images_of(sampled(self.loader, self.pruner.config))
 
+    def costs(self, scores: Mapping[str, Tensor]) -> dict[str, Curve]:
+        """What the first units of every group cost, measured on the dense model; see `measure_costs`."""
+        start = time.monotonic()
+        curves = measure_costs(
+            self.dense,
+            self.pruner.groups,
+            scores,
+            self._images(),
+            task=self.pruner.task,
+            statistics=self.statistics,
+            progress=self.progress,
+        )
+        self.cost_seconds = time.monotonic() - start
+        return curves
+
     def refit(self) -> dict[str, Any]:
         """Refit what the last decision left, and return time and memory of it for the history."""
         start = time.monotonic()
@@ -82,6 +102,7 @@ class Refitter:
         after = sum(row["after"] for row in rows)
         return {
             "refit_seconds": time.monotonic() - start,
+            "cost_seconds": self.cost_seconds,
             "refit_error": after / before if before else 1.0,
             "peak_memory": most_held(next(model.parameters()).device),
         }

@@ -8,7 +8,7 @@ latency credit leave (`Pruner.decide`), until the table says that a target is me
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -19,6 +19,7 @@ from .. import parallel
 from ..config import PruneConfig
 from ..latency.clock import time_rounds
 from ..latency.table import LatencyTable
+from ..selection.curves import Curve, priced
 from ..selection.greedy import drop_cheapest
 from ..selection.lagrangian import drop_to_target
 from ..spec import KINDS
@@ -69,6 +70,7 @@ class Pruner(Scorer):
         met: those settled so far: met, or as near as pruning comes.
         readings: what was measured at each of them.
         aim: where they lie by the table.
+        curves: what the first units of a group cost where that was measured, by group.
         history: a row per decision.
         steps: so far.
         known_scores: what a sweep without training decides by, once it is there: the dense model's.
@@ -86,6 +88,7 @@ class Pruner(Scorer):
         self.table = table
         self.targets = sorted(self.config.latency_target, reverse=True)
         self.met: list[float] = []
+        self.curves: dict[str, Curve] = {}
         self.history: list[dict[str, Any]] = []
         self.steps = 0
         self.known_scores: dict[str, Tensor] = {}
@@ -179,12 +182,22 @@ class Pruner(Scorer):
             )
         return scores
 
-    def decide_at(self, target: float) -> None:
+    def decide_at(
+        self, target: float, measure: Callable[[Mapping[str, Tensor]], Mapping[str, Curve]] | None = None
+    ) -> None:
         """One decision down to `target`, least saliency removed at that latency; no training in between.
 
         Where `target` is one of `targets`, what was chosen is measured, and chosen again where it misses.
+
+        Args:
+            measure: from scores to what the first units of groups cost, asked once; scores order the units then, and
+                these `curves` price them, here and in later decisions.
         """
         scores = self._telling_scores()
+        if measure is not None and not self.curves:
+            self.curves = dict(measure(scores))
+        priced_groups = [g for g in self.free if g.name in self.curves]
+        scores |= {g.name: priced(g, scores[g.name], self.masks[g.name], self.curves[g.name]) for g in priced_groups}
 
         def choose(ratio: float) -> tuple[float, tuple[Masks, float]]:
             masks, eta = drop_to_target(scores, self.masks, self.groups, self.table, ratio * self.table.dense_ms)
@@ -270,6 +283,7 @@ class Pruner(Scorer):
         """Plain values and tensors from which `restore` goes on."""
         values = {"met": self.met, "history": self.history, "steps": self.steps, "scored": self.mean.count}
         values["aim"] = [asdict(r) for r in self.aim.readings]
+        values["curves"] = {n: asdict(c) for n, c in self.curves.items()}
         values["readings"] = {str(t): asdict(r) for t, r in self.readings.items()}
         tensors = {f"mask.{n}": m for n, m in self.masks.items()}
         values["decisions"] = self.mean.decisions
@@ -289,6 +303,7 @@ class Pruner(Scorer):
         self.mean.count, self.mean.decisions, self.steps = mine["scored"], mine["decisions"], mine["steps"]
         self.met, self.history = list(mine["met"]), list(mine["history"])
         self.aim.readings = [Reading(**r) for r in mine["aim"]]
+        self.curves = {n: Curve(tuple(c["gone"]), tuple(c["cost"])) for n, c in mine["curves"].items()}
         self.readings = {float(t): Reading(**r) for t, r in mine["readings"].items()}
         if self.done:
             self.stop_recording()
