@@ -178,6 +178,7 @@ def run_prune(command: PruneCommand, progress: Progress, log: Log = unlogged) ->
     if config.refit:
         refits = [row for row in result.history if "refit_seconds" in row]
         found["refit_seconds"] = sum(row["refit_seconds"] for row in refits)
+        found["cost_seconds"] = max(row["cost_seconds"] for row in refits)
         found["refit_peak_memory"] = max(row["peak_memory"] for row in refits)
     folder.finish(found)
     return found
@@ -225,7 +226,9 @@ def stages(command: PruneCommand) -> list[Stage]:
         found.append(Stage("prune", 60))
     else:
         found += [Stage("statistics", 20)] * config.refit
-        found += [Stage("score", 20), *[Stage("refit", 20)] * config.refit] * (targets * config.rounds)
+        costs = [Stage("costs", 60)] * config.measures_costs  # before the first refit alone
+        decided = [Stage("refit", 20)] * config.refit
+        found += [Stage("score", 20), *costs, *decided, *[Stage("score", 20), *decided] * (targets * config.rounds - 1)]
     found += [Stage("finetune", 60)] * (targets * bool(config.finetune_epochs))
     return [*found, Stage("measuring snapshots", seconds / 4, seconds / 4), *[Stage("evaluate", 5)] * targets]
 
@@ -256,7 +259,8 @@ def tell(command: PruneCommand, found: dict[str, Any]) -> None:
     if memory := found.get("memory"):
         print(f"memory: peak {show_bytes(memory['peak'])} of {found['recipe']['budget']}; {memory['picked']}")
     if "refit_seconds" in found:
-        print(f"refit: {found['refit_seconds']:.0f} s, peak memory {found['refit_peak_memory'] / 1e6:.0f} MB")
+        costs = f"costs measured in {found['cost_seconds']:.0f} s, " if found.get("cost_seconds") else ""
+        print(f"{costs}refit: {found['refit_seconds']:.0f} s, peak memory {found['refit_peak_memory'] / 1e6:.0f} MB")
     for line in found.get("ways_back", ()):
         print(line)
     print(f"{command.out}/result.json written after {found['seconds']:.0f} s")

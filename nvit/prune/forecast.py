@@ -23,6 +23,7 @@ from ..training.trainer import Trainer
 from ..utils.memory import Meter
 from .api import prune
 from .pruner import Pruner
+from .result import PruneResult
 from .sample import count_images
 from .scoring import score
 
@@ -98,9 +99,13 @@ def forecast_one_shot(model: nn.Module, loader, config: PruneConfig, table: Late
         score_batches=2,
     )
 
+    measuring: list[float] = []
+
     def rehearse(size: int) -> tuple[float, int]:
+        """Seconds but for those of measuring costs, which a run does once, and the most memory."""
         twin, few = copy.deepcopy(model), [_cut(batch, slice(i * size, (i + 1) * size)) for i in (0, 1)]
-        return watch.of(lambda: prune(twin, few, little, table))
+        seconds, held = watch.of(lambda: measuring.append(_cost_seconds(prune(twin, few, little, table))))
+        return (seconds - measuring[-1] if measuring else seconds), held
 
     def warm_up() -> None:
         score(Pruner(copy.deepcopy(model), table, little, timer=None), [_cut(batch, slice(0, 1))])
@@ -113,13 +118,22 @@ def forecast_one_shot(model: nn.Module, loader, config: PruneConfig, table: Late
     decisions = len(config.latency_target) * config.rounds
     looks = 1 if config.sweep and not config.refit else decisions  # a sweep's refits are counted as scores too: at most
     seconds = decisions * beside + looks * images * (max(0.0, each) + passes * load)
+    if config.measures_costs:
+        of_each = max(0.0, measuring[1] - measuring[0]) / (2 * max(1, large - small))
+        seconds += max(0.0, measuring[1] - 2 * large * of_each) + images * (of_each + load)
     peak = held_more + (size - large) * (held_more - held) // max(1, large - small)
     if config.refit:  # all images at one block, of the pruned and of the dense model
         wide = table.dense[0].emb * adapters.find(model).tokens(model) * next(model.parameters()).element_size()
         peak += 2 * wide * max(0, images - 2 * size)
-    what = "score, decide, refit" if config.refit else "score, decide"
+    what = "score, measure costs, decide" if config.measures_costs else "score, decide"
+    what += ", refit" * config.refit
     times = f"{images} images" + (f", {looks} times" if looks > 1 else "")
     return Forecast((Stage(what, times, seconds),), peak if watch.meter else None)
+
+
+def _cost_seconds(result: PruneResult) -> float:
+    """Seconds in which a run measured what groups cost."""
+    return max((row.get("cost_seconds", 0.0) for row in result.history), default=0.0)
 
 
 def forecast_training(

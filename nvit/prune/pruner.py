@@ -196,11 +196,13 @@ class Pruner(Scorer):
         scores = self._telling_scores()
         if measure is not None and not self.curves:
             self.curves = dict(measure(scores))
-        priced_groups = [g for g in self.free if g.name in self.curves]
-        scores |= {g.name: priced(g, scores[g.name], self.masks[g.name], self.curves[g.name]) for g in priced_groups}
+        prices = dict(scores)
+        for g in self.free:
+            if g.name in self.curves:
+                prices[g.name] = priced(g, scores[g.name], self.masks[g.name], self.curves[g.name])
 
         def choose(ratio: float) -> tuple[float, tuple[Masks, float]]:
-            masks, eta = drop_to_target(scores, self.masks, self.groups, self.table, ratio * self.table.dense_ms)
+            masks, eta = drop_to_target(prices, self.masks, self.groups, self.table, ratio * self.table.dense_ms)
             return self.table.ratio(widths(self.groups, masks)), (masks, eta)
 
         if target not in self.targets:
@@ -303,7 +305,7 @@ class Pruner(Scorer):
         self.mean.count, self.mean.decisions, self.steps = mine["scored"], mine["decisions"], mine["steps"]
         self.met, self.history = list(mine["met"]), list(mine["history"])
         self.aim.readings = [Reading(**r) for r in mine["aim"]]
-        self.curves = {n: Curve(tuple(c["gone"]), tuple(c["cost"])) for n, c in mine["curves"].items()}
+        self.curves = {n: Curve(tuple(c["gone"]), tuple(c["cost"])) for n, c in mine.get("curves", {}).items()}
         self.readings = {float(t): Reading(**r) for t, r in mine["readings"].items()}
         if self.done:
             self.stop_recording()

@@ -16,15 +16,19 @@ from nvit.refit.ridge import Moments, ridge
 from nvit.selection.curves import depths
 from nvit.structure.compact import compact
 from nvit.structure.masks import full_masks
-from tests.hosts import images, prepared
+from tests.families import HOSTS, ONE_OF_EACH
+from tests.hosts import make
 
 
-def case(host, count=3, size=7):
+def case(host, count=3, size=7, task="classification"):
     """A model, its groups, images, scores at random, its task."""
-    model, groups = prepared(host)
+    model = HOSTS[host]() if host in HOSTS else make(host)
+    adapter = adapters.find(model)
+    groups = adapter.groups(adapter.prepare(model))
+    shape = size, *adapters.preprocess(model)["input_size"]
     draw = torch.Generator().manual_seed(0)
     scores = {g.name: torch.rand(g.size, generator=draw) for g in groups}
-    return model, groups, [images(model, size, seed=s) for s in range(count)], scores, tasks.of("classification", model)
+    return model, groups, [torch.randn(shape, generator=draw) for _ in range(count)], scores, tasks.of(task, model)
 
 
 def test_moments_of_any_cut_are_those_of_the_rows():
@@ -41,9 +45,15 @@ def test_moments_of_any_cut_are_those_of_the_rows():
         torch.testing.assert_close(getattr(found, field), getattr(expected, field))
 
 
-@pytest.mark.parametrize("host", ["plain", "odd_sizes", "deit_distilled", "swiglu"])
-def test_every_group_is_measured_and_the_model_stays_as_it_was(host):
-    model, groups, xs, scores, task = case(host)
+CASES = [(host, "classification") for host in ONE_OF_EACH]
+CASES += [("odd_sizes", "multilabel"), ("no_classifier", "features")]
+
+
+@pytest.mark.parametrize(("host", "task"), CASES)
+def test_every_group_is_measured_and_the_model_stays_as_it_was(host, task):
+    model, groups, xs, scores, task = case(host, task=task)
+    if not task.outputs:  # features keep their width
+        scores.pop("emb")
     statistics = gather_statistics(model, xs)
     before = copy.deepcopy(model.state_dict())
     told = []
@@ -52,7 +62,7 @@ def test_every_group_is_measured_and_the_model_stays_as_it_was(host):
     )
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
     assert not any(getattr(m, index) is not None for m in prunable_layers(model).values() for index in m._indices)
-    for g in groups:
+    for g in (g for g in groups if g.name in scores):
         expected = depths(g.size, g.multiple, costs.DEPTHS.get(g.kind, costs.DEPTHS["heads"]))
         assert (g.name in curves) == bool(expected)
         if expected:

@@ -1,0 +1,80 @@
+"""One-shot runs whose groups are priced by measured costs."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nvit import PruneConfig, prune
+from nvit.prune import forecast
+from nvit.prune.pruner import Pruner
+from nvit.selection.curves import Curve
+from nvit.structure.masks import kept_counts
+from tests.runs import arguments, same
+
+ONE_SHOT = {"train": False, "refit": True, "cost": "measured", "bundle_mlp": 4, "bundle_emb": 4, "latency_target": 0.7}
+
+
+def run(**more):
+    model, data, settings, times = arguments(**(ONE_SHOT | more))
+    return prune(model, data, settings, times)
+
+
+def test_costs_are_measured_once_and_a_run_is_the_same_again():
+    result = run(latency_target=(0.8, 0.7), rounds=2)
+    assert [row["cost_seconds"] > 0 for row in result.history] == [True] * 4
+    assert len({row["cost_seconds"] for row in result.history}) == 1
+    assert [s.predicted_ratio <= s.target for s in result.snapshots] == [True, True]
+    assert same(result.masks, run(latency_target=(0.8, 0.7), rounds=2).masks)
+
+
+def test_the_curves_decide_and_the_scores_order():
+    """A group measured to be dear stays whole, though its scores are the lowest; of others the first units leave."""
+    model, _, settings, times = arguments(
+        train=False, criterion="fisher", latency_target=0.9, only=("mlp",), bundle_mlp=4
+    )
+    pruner = Pruner(model, times, settings, timer=None)
+    draw = torch.Generator().manual_seed(0)
+    scores = {g.name: torch.rand(g.size, generator=draw) for g in pruner.free}
+    dear, cheap = (g.name for g in pruner.free)
+    scores[dear] *= 1e-6
+    pruner.scores = lambda: dict(scores)
+    half = {g.name: (g.size // 2,) for g in pruner.free}
+    curves = {dear: Curve(half[dear], (1e3,)), cheap: Curve(half[cheap], (1e-3,))}
+    asked = []
+    pruner.decide_at(0.9, lambda found: (asked.append(found), curves)[1])
+    kept = kept_counts(pruner.masks)
+    assert (
+        kept[dear] == pruner.groups_by_name[dear].size
+        if hasattr(pruner, "groups_by_name")
+        else kept[dear] == len(scores[dear])
+    )
+    gone = ~pruner.masks[cheap]
+    assert gone.any() and scores[cheap][gone].max() < scores[cheap][~gone].min()
+    assert len(asked) == 1 and same(asked[0], scores)
+
+    values, tensors = pruner.state()
+    again = Pruner(arguments()[0], times, settings, timer=None)
+    again.restore(values, tensors)
+    assert again.curves == curves
+
+
+def test_measured_costs_are_those_of_a_refitted_model():
+    with pytest.raises(ValueError, match="cost measured is that of a refitted model; add --refit"):
+        PruneConfig(train=False, cost="measured").check()
+
+
+def test_a_plan_counts_the_measuring_once_whatever_the_targets(monkeypatch):
+    """Seconds of rehearsals are held: what is left is arithmetic."""
+    model, data, settings, times = arguments(**ONE_SHOT | {"images": 0, "latency_target": (0.8, 0.5)})
+    taken = iter([(9.0, 50), (1.4 + 2.0, 100), (1.8 + 3.0, 160)])  # warm-up; two batches of 4 and of 8
+    measuring = iter([2.0, 3.0])  # 1 s beside, 0.125 an image
+    ran = lambda *_: SimpleNamespace(history=[{"cost_seconds": next(measuring)}])  # noqa: E731
+    monkeypatch.setattr(forecast, "prune", ran)
+    monkeypatch.setattr(forecast, "score", lambda *_: None)
+    monkeypatch.setattr(forecast.Watch, "of", lambda self, work: (work(), next(taken))[1])
+    monkeypatch.setattr(forecast, "_first_batch", lambda *_: ((None, None), 0.0))
+    monkeypatch.setattr(forecast, "_cut", lambda batch, span: torch.zeros(1, 3, 16, 16))
+    (stage,) = forecast.forecast_one_shot(model, data, settings, times).stages
+    assert stage.seconds == pytest.approx(2 * (1.0 + 40 * 0.05) + 1.0 + 40 * 0.125)
+    assert stage.name == "score, measure costs, decide, refit"
