@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import adapters, data, snapshot, sparse24, zoo
+    from . import adapters, data, hub, snapshot, sparse24, zoo
     from .about import describe
     from .analysis.evaluate import accuracy
     from .config import FinetuneConfig, PruneConfig
@@ -35,6 +35,7 @@ __all__ = [
     "describe",
     "finetune",
     "graphed",
+    "hub",
     "image_folder",
     "load",
     "prune",

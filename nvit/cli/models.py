@@ -14,7 +14,7 @@ from torch import nn
 from .. import adapters, parallel, zoo  # noqa: F401  (zoo: its models get names in timm)
 from ..adapters import hf_folder
 from ..prune.folder import RunFolder
-from ..structure import snapshot
+from ..structure import hub, snapshot
 from ..training.distill import frozen, renormalisation
 from ..utils.files import short
 from .checkpoint import load_weights_
@@ -56,13 +56,15 @@ def open_model(name: str, flags: ModelFlags, device: torch.device, *, scratch: b
 
 def snapshot_of(name: str, target: float = 0.0) -> str:
     """The snapshot's folder that a name means: of a run's folder its smallest target or the one asked for, of `digits`
-    the bundled one; any other name as it is.
+    the bundled one, of `hf-hub:NAME` the one that lies there; any other name as it is.
 
     Raises:
         ValueError: the run has no snapshot at that target, or none at all; or a target of what is no run.
     """
     if name == DIGITS:
         name = str(snapshot.BUNDLED)
+    if hub.is_hosted(name) and (fetched := hub.snapshot_at(name)) is not None:
+        name = fetched
     found = {} if snapshot.is_snapshot(name) else RunFolder(name).snapshots()
     if not found:
         if target:

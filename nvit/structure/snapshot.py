@@ -21,7 +21,7 @@ from ..layers import prunable_layers
 from ..spec import NewerFormat, ViTSpec
 from ..utils.files import part_of, read_json, replace_folder, settle, short, write_atomically
 from ..utils.tensors import write_tensors
-from . import pretrained
+from . import hub, pretrained
 from .compact import compact
 from .manifest import MANIFEST, check_manifest, is_whole, write_manifest
 from .masks import full_masks, masks_of, widths
@@ -123,7 +123,8 @@ def load(
 ) -> nn.Module:
     """The compact model of a snapshot folder, in eval mode, ready for inference. Every file is checked against the
     manifest; a snapshot from before there were manifests loads with a warning. A folder that `nvit.hf.save_pretrained`
-    wrote opens as well, as the class of transformers that was pruned.
+    wrote opens as well, as the class of transformers that was pruned; and `hf-hub:OWNER/NAME`, where either lies on the
+    Hugging Face hub (`@REVISION` behind it for another than the last).
 
     Args:
         dtype: of the weights; as saved when None.
@@ -138,7 +139,7 @@ def load(
     >>> model(torch.zeros(2, 1, 8, 8)).shape
     torch.Size([2, 10])
     """
-    path = Path(path)
+    path = hub.fetch(path) if hub.is_hosted(path) else Path(path)
     settle(path, is_whole)
     if not (path / SPEC).exists() and pretrained.is_pruned(path):
         return pretrained.load(path, device, dtype)
