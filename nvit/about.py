@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
-from . import sparse24
+from . import __version__, sparse24
 from .latency.clock import device_name
 from .serve import describe_choices
 
@@ -28,3 +30,18 @@ def describe() -> str:
     lines += [f"native 2:4 library, {half}: {word}" for half, word in sparse24.native().items()]
     lines += [f"kernel or torch, {line}" for line in describe_choices()]
     return "\n".join(lines)
+
+
+def environment(device: torch.device | str) -> dict[str, Any]:
+    """What a run was on, for its result.json: versions, machine, device, threads."""
+    found: dict[str, Any] = {"nvit": __version__, "python": platform.python_version()}
+    for name in ("torch", "timm", "transformers", "triton"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # an optional one
+            continue
+    return found | {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+    }

@@ -28,12 +28,13 @@ ORDER = [
     {"sparse24"},
     {"prune", "about"},
     {"analysis", "export", "integrations"},
+    {"report"},
     {"cli"},
 ]
 DOORS = {"__init__", "__main__", "data", "hf", "hub", "snapshot"}
 """Files directly in nvit/ that hand on what lives in rooms, under names that users import, and hold nothing else."""
 KERNEL_DOORS = {"nvit/layers/functional.py", "nvit/sparse24/kernels.py"}
-MOST_ROOMS, MOST_LINES, MEDIAN_LINES = 23, 350, 150
+MOST_ROOMS, MOST_LINES, MEDIAN_LINES = 24, 350, 150
 
 
 def imported(path: Path) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import parallel, tasks
+from ..about import environment
 from ..analysis import compare
 from ..analysis.evaluate import accuracy
 from ..analysis.share import kept
@@ -19,6 +21,7 @@ from ..utils.logs import Log, unlogged
 from ..utils.progress import Progress
 from ..utils.report import show, write_result
 from ..utils.stages import Stage
+from .command import flat
 from .flags.finetune import FinetuneCommand
 from .inputs import open_images
 from .models import open_cnn_teacher, open_model, open_teacher, untrained
@@ -66,6 +69,7 @@ def run_finetune(name: str, command: FinetuneCommand, progress: Progress, log: L
     found |= compare.size(model)
     snapshot.save(out, model, found)
     found |= {"path": str(out), "seconds": time.monotonic() - start}
+    found |= {"recipe": flat(command), "environment": environment(device)}
     write_result(out, found)
     command.state_file.unlink(missing_ok=True)
     return found
@@ -97,3 +101,4 @@ def tell(command: FinetuneCommand, found: dict[str, Any]) -> None:
     before = {"name": "before", metric: found[f"{metric}_before"], f"{metric}_se": found.get(f"{metric}_before_se")}
     show(f"{command.model}: {found['epochs']:g} epochs", [before, {"name": "after"} | found])
     print(f"{found['path']}: nvit.load({found['path']!r})")
+    print(f"a page of it: nvit report {shlex.quote(str(command.out))}")

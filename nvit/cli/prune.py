@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -264,3 +265,4 @@ def tell(command: PruneCommand, found: dict[str, Any]) -> None:
     for line in found.get("ways_back", ()):
         print(line)
     print(f"{command.out}/result.json written after {found['seconds']:.0f} s")
+    print(f"a page of it: nvit report {shlex.quote(str(command.out))}")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .. import adapters
+from ..about import environment
 from ..latency.clock import current_setting
 from ..latency.table import LatencyTable, default_cache
 from ..structure import snapshot
@@ -59,6 +60,7 @@ def measured_on(flags: LatencyFlags, device: torch.device) -> dict[str, Any]:
         "latency_mode": mode,
         "latency_dtype": name,
         "device": str(device),
+        "environment": environment(device),
     }
 
 

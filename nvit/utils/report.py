@@ -46,9 +46,9 @@ RESULT = "result.json"
 """The file in which every command leaves what it found; a run's folder that has it is finished."""
 
 
-def write_result(folder: Path | str, result: Mapping[str, Any]) -> None:
-    """`RESULT` in `folder`."""
-    write_atomically(Path(folder) / RESULT, (json.dumps(result, indent=2) + "\n").encode())
+def write_result(folder: Path | str, result: Mapping[str, Any], name: str = RESULT) -> None:
+    """`RESULT` in `folder`, or a file of another name."""
+    write_atomically(Path(folder) / name, (json.dumps(result, indent=2) + "\n").encode())
 
 
 def write_csv(path: Path | str, rows: Sequence[Mapping[str, Any]]) -> None:
