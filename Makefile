@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test gpu lint clean
+.PHONY: demo test gpu lint docs clean
 
 demo: $(READY)
 	rm -rf nvit-demo
@@ -18,6 +18,10 @@ test: $(READY)
 # All that a GPU shows, in at most 8 minutes: build, tests, kernels, steps, latencies; CSVs into benchmarks/results.
 gpu: $(READY)
 	$(RUN) -m benchmarks.gpu
+
+# docs/ as a site, API included, into site/; fails on a link that leads nowhere.
+docs: $(READY)
+	$(RUN) -m mkdocs build --strict
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
@@ -33,4 +37,4 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	touch $(READY)
 
 clean:
-	rm -rf build dist *.egg-info nvit-demo nvit-run
+	rm -rf build dist site *.egg-info nvit-demo nvit-run
