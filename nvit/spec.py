@@ -103,11 +103,13 @@ class Part:
             before and of its own.
         pieces: for every occurrence in the model, the block whose width each axis is. The attention of a ViT of two
             blocks is `((0, 0, 0, 0), (1, 1, 1, 1))`. A group is the width along one axis of a piece at most.
+        tokens: that a piece works on, where tokens merge; None for the model's.
     """
 
     name: str
     kinds: tuple[str, ...]
     pieces: tuple[tuple[int, ...], ...]
+    tokens: int | None = None
 
 
 FORMAT = 2

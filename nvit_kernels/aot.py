@@ -31,12 +31,16 @@ from nvit_kernels.ops.kept_layer_norm import kernels as kept_layer_norm
 from nvit_kernels.ops.kept_layer_norm.op import BACKWARD_TILE, blocks
 from nvit_kernels.ops.matmul import kernels as matmul
 from nvit_kernels.ops.matmul.op import ROWS
+from nvit_kernels.ops.merge_tokens import kernels as merge_tokens
+from nvit_kernels.ops.merge_tokens.op import FEW_ROWS
+from nvit_kernels.ops.merge_tokens.op import ROWS as ROWS_BACK
+from nvit_kernels.ops.merge_tokens.op import blocks as merge_blocks
 from nvit_kernels.ops.mlp import kernels as mlp_kernels
 from nvit_kernels.ops.mlp import whole as mlp
 from nvit_kernels.ops.swiglu import kernels as swiglu_kernels
 
 ARCHS = (80, 86, 89, 90, 100)
-INT64_POINTERS = {"pointers", "tiles", "reductions", "outputs", "contributions"}
+INT64_POINTERS = {"pointers", "tiles", "reductions", "outputs", "contributions", "place"}
 INT32_POINTERS = {"index", "count", "heads", "heads_n"}
 MASKS = {"mask", "qk_mask", "v_mask"}
 FLOAT_POINTERS = {"stats", "delta", "v_part", "qk_part", "bias_part", "part", "mean", "rstd", "workspace", "sums",
@@ -45,6 +49,7 @@ FLOATS = {"scale", "scale_log2", "eps"}
 TENSORS = {"q", "k", "v", "o", "do", "dq", "dk", "dv", "bias", "window",  # attention
            "x", "w", "b", "y", "residual", "total", "dx", "dy", "dtotal",  # LayerNorm
            "a", "out", "out2", "aux", "aux2", "u", "da", "du",  # MLP
+           "keys",  # merging tokens
            "gate", "value", "dgate", "dvalue", "b_gate", "b_value"}  # fmt: skip
 KINDS = (
     (INT64_POINTERS, "*i64"),
@@ -174,6 +179,21 @@ def layer_norm_cases(width: int, kept: bool) -> Iterator[Case]:
         yield Case(f"layer norm {name} {tag}", kernel, constants, warps=size["num_warps"])
 
 
+def merge_cases(tokens: int, exact: bool) -> Iterator[Case]:
+    """Merging tokens behind a class token, with sizes; the gradient of both."""
+    size, tag = merge_blocks(tokens, 1, 64, 768, exact), f"{tokens}{' fp32' * exact}"
+    floats = ("sizes", "total", "dsizes", "dtotal", *(("x", "y", "dx", "dy") if exact else ()))
+    kinds = tuple((name, "*fp32") for name in floats)
+    constants = {"EXACT": exact, **{k: v for k, v in size.items() if k.startswith("BLOCK")}}
+    yield Case(f"merge tokens {tag}", merge_tokens.forward_kernel, constants, overrides=kinds, warps=size["num_warps"])
+    if exact:
+        return
+    for sized in (True, False):
+        lists = {} if sized else absent("dtotal", "x", "sizes", "dsizes")
+        yield Case(f"merge tokens backward {tag}{' sizes' * sized}", merge_tokens.backward_kernel,
+                   dict(BLOCK_M=FEW_ROWS if sized else ROWS_BACK, BLOCK_C=256, **lists), overrides=kinds)  # fmt: skip
+
+
 def cases() -> Iterator[Case]:
     """Every kernel at 16-bit, each role at the widths that real models have."""
     for qk, v in ((64, 64), (32, 64), (16, 64), (128, 128), (256, 256)):
@@ -187,6 +207,8 @@ def cases() -> Iterator[Case]:
     for width in (192, 768, 1280):
         for kept in (False, True) if width == 768 else (False,):
             yield from layer_norm_cases(width, kept)
+    for tokens, exact in ((50, False), (197, False), (257, False), (257, True)):
+        yield from merge_cases(tokens, exact)
     for planes, samples, tiles in ((2, 1, 64), (2, 8, 8), (3, 1, 64), (3, 8, 8)):
         weights = absent("weight0", "weight1") if planes == 3 else {}
         yield Case(f"fold {planes} planes, {samples} samples", fold.fold_kernel,

@@ -18,6 +18,7 @@ from nvit_kernels import reference
 from nvit_kernels.kept import Kept
 from nvit_kernels.ops.attention.reference import fallback as plain_attention
 from nvit_kernels.ops.group_dot.plan import DotSlice, GroupDotPlan
+from nvit_kernels.ops.merge_tokens.reference import unmerge_tokens
 
 HAS_TRITON = find_spec("triton") is not None
 if HAS_TRITON:
@@ -27,6 +28,8 @@ if HAS_TRITON:
     from nvit_kernels.ops.attention.short import takes as short_takes
     from nvit_kernels.ops.group_dot.op import group_dot as fused_group_dot
     from nvit_kernels.ops.kept_layer_norm.op import kept_layer_norm as fused_kept_layer_norm
+    from nvit_kernels.ops.merge_tokens.op import MOST_TOKENS, WIDEST_KEY
+    from nvit_kernels.ops.merge_tokens.op import merge_tokens as fused_merge_tokens
     from nvit_kernels.ops.mlp.op import mlp as fused_mlp
     from nvit_kernels.ops.swiglu.op import swiglu as fused_swiglu
 
@@ -40,9 +43,12 @@ __all__ = [
     "group_dot_takes",
     "kept_layer_norm",
     "kept_layer_norm_takes",
+    "merge_tokens",
+    "merge_tokens_takes",
     "mlp",
     "mlp_takes",
     "swiglu",
+    "unmerge_tokens",
 ]
 FEWEST_HEADS = 256  # of all images together, for the kernels of one program a head: two for each processor
 LARGEST_BATCH = 65535  # of a CUDA grid; windows count
@@ -91,6 +97,13 @@ def mlp_takes(x: Tensor, *widths: int) -> bool:
 def kept_layer_norm_takes(x: Tensor) -> bool:
     """Whether `kept_layer_norm` runs fused on `x`, of any width."""
     return _here(x) and x.dtype in WIDEST_HEAD
+
+
+def merge_tokens_takes(x: Tensor, keys: Tensor, prefix: int) -> bool:
+    """Whether `merge_tokens` runs fused on x: all tokens of an image have to fit one program."""
+    if not _here(x) or x.dtype not in WIDEST_HEAD:
+        return False
+    return 0 < x.shape[1] - prefix <= MOST_TOKENS and keys.shape[-1] <= WIDEST_KEY
 
 
 def group_dot_takes(param: Tensor) -> bool:
@@ -188,3 +201,11 @@ def group_dot(
     """Σ scale · w·∂w of every unit that `plan` declares; see `reference.group_dot`. Bitwise repeatable."""
     run = fused_group_dot if group_dot_takes(next(iter(params.values()))) else reference.group_dot
     return run(params, grads, plan, scale=scale)
+
+
+def merge_tokens(
+    x: Tensor, keys: Tensor, sizes: Tensor | None, r: int, prefix: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The `r` tokens of every image most like another merged into it; see `reference.merge_tokens`."""
+    run = fused_merge_tokens if merge_tokens_takes(x, keys, prefix) else reference.merge_tokens
+    return run(x, keys, sizes, r, prefix)

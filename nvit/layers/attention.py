@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -270,15 +271,27 @@ class Attention(Prunable):
         return bias.permute(2, 0, 1).contiguous().unsqueeze(0)
 
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Rotary | None = None
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        rope: Rotary | None = None,
+        **merging: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """`merging`: `sizes` and `with_keys`, see `attend`."""
         if is_causal:
             raise ValueError("causal attention is not supported in a prunable model; pass attn_mask instead")
-        return self.attend(x, attn_mask, rope)
+        return self.attend(x, attn_mask, rope, **merging)
 
     def attend(
-        self, x: Tensor, attn_mask: Tensor | None = None, rope: Rotary | None = None, windows: int = 1
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        rope: Rotary | None = None,
+        windows: int = 1,
+        sizes: Tensor | None = None,
+        with_keys: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention over `(batch · windows, tokens, kept emb)`.
 
         Args:
@@ -286,6 +299,8 @@ class Attention(Prunable):
                 tokens)`, the same for every image. It is added to the position bias.
             rope: the host's rotary table, for layers with `pairs`.
             windows: so many of the batch belong to one image.
+            sizes: how many tokens each stands for, see `functional.attention`.
+            with_keys: give the keys as well, `(batch, kept heads, tokens, kept qk)`.
         """
         heads, qk_dim, v_dim = self.kept
         watch = self._watch()
@@ -309,6 +324,8 @@ class Attention(Prunable):
             bias=self.position_bias(),
             attn_mask=attn_mask,
             dropout=self.attn_drop if self.training else 0.0,
+            sizes=sizes,
+            with_keys=with_keys,
             watch=watch,
         )
-        return self.proj_drop(out)
+        return (self.proj_drop(out[0]), out[1]) if with_keys else self.proj_drop(out)

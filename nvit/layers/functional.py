@@ -40,8 +40,10 @@ __all__ = [
     "kernels",
     "layer_scale",
     "linear",
+    "merge_tokens",
     "mlp",
     "take",
+    "unmerge_tokens",
     "watch_windows",
 ]
 
@@ -136,8 +138,10 @@ def attention(
     bias: Tensor | None = None,
     attn_mask: Tensor | None = None,
     dropout: float = 0.0,
+    sizes: Tensor | None = None,
+    with_keys: bool = False,
     watch: Watch | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Multi-head self-attention with separate query/key and value widths, over kept heads and dims.
 
     Args:
@@ -155,9 +159,10 @@ def attention(
         bias: of the position, added to the logits of every kept head, `(heads, tokens, tokens)` or with a 1 in front.
         attn_mask: additive or boolean, broadcastable to `(batch, heads, tokens, tokens)`, or `(windows, 1, tokens,
             tokens)` for a batch whose windows come one image after another.
+        sizes: how many tokens each stands for, float32 `(batch, tokens)`: their logs are added to its logits as a key.
 
     Returns:
-        `(batch, tokens, kept emb)`.
+        `(batch, tokens, kept emb)`; `with_keys`, the keys `(batch, heads, tokens, qk)` as well.
     """
     batch, tokens, _ = x.shape
     parts = [project(x) for project in inputs]
@@ -170,13 +175,34 @@ def attention(
         q, k = rope(q, pairs), rope(k, pairs)
     if watch is not None:
         q = _watch_queries(watch, q, pairs)
+    if sizes is not None:
+        mass = sizes.log().to(q.dtype)[:, None, None, :]
+        attn_mask = mass if attn_mask is None else _one_mask(batch, mass, attn_mask)
     out = _attend(q, k, v, scale, bias, attn_mask, dropout).transpose(1, 2).reshape(batch, tokens, heads * v_dim)
     out = out if norm is None else norm(out)
     if gate is not None:
         out = out * gate(x).sigmoid()
     if watch is not None:
         out = watch("out", out.unflatten(-1, (heads, -1)), None).flatten(-2)
-    return proj(out)
+    return (proj(out), k) if with_keys else proj(out)
+
+
+def merge_tokens(
+    x: Tensor, keys: Tensor, sizes: Tensor | None, r: int, prefix: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The `r` tokens of every image most like another merged into it; see `nvit_kernels.reference.merge_tokens`."""
+    from nvit_kernels import reference
+
+    if (kernels := _kernels(x)) and kernels.merge_tokens_takes(x, keys, prefix):
+        return kernels.merge_tokens(x, keys, sizes, r, prefix)
+    return reference.merge_tokens(x, keys, sizes, r, prefix)
+
+
+def unmerge_tokens(x: Tensor, place: Tensor) -> Tensor:
+    """Every token back at its place, as the mean that it went into."""
+    from nvit_kernels import reference
+
+    return reference.unmerge_tokens(x, place)
 
 
 DotSlice = tuple[str, int, int | None, tuple[int, ...], int, int]

@@ -1,0 +1,1 @@
+"""Alike tokens of an image merged into their weighted means."""
