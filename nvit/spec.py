@@ -104,12 +104,14 @@ class Part:
         pieces: for every occurrence in the model, the block whose width each axis is. The attention of a ViT of two
             blocks is `((0, 0, 0, 0), (1, 1, 1, 1))`. A group is the width along one axis of a piece at most.
         tokens: that a piece works on, where tokens merge; None for the model's.
+        merged: of which so many merge in it.
     """
 
     name: str
     kinds: tuple[str, ...]
     pieces: tuple[tuple[int, ...], ...]
     tokens: int | None = None
+    merged: int = 0
 
 
 FORMAT = 2
@@ -144,6 +146,7 @@ _TYPES = {
     "sparse": list,
     "kept": dict,
     "changes": dict,
+    "merges": list,
 }
 """What the fields of a spec are in JSON."""
 
@@ -164,6 +167,7 @@ class ViTSpec:
             of their own, heads look theirs up in a table that all blocks share.
         changes: by layer, what was changed in the model that the config builds: numbers of it (`scale`, `p`), and as
             `layer` which parameterless one stands there. See `adapters.changes`.
+        merges: how many tokens merge in each block, between attention and MLP; empty where none do.
     """
 
     family: str
@@ -175,9 +179,13 @@ class ViTSpec:
     sparse: tuple[str, ...] = ()
     kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    merges: tuple[int, ...] = ()
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=2) + "\n"
+        fields = dataclasses.asdict(self)
+        if not self.merges:
+            del fields["merges"]  # so that whoever knows of no merging reads what needs none
+        return json.dumps({"format": FORMAT} | fields, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> ViTSpec:
@@ -196,7 +204,7 @@ class ViTSpec:
         if isinstance(raw, dict):
             check_format(raw.pop("format", 1))
         names = {f.name for f in dataclasses.fields(cls)}
-        if not isinstance(raw, dict) or set(raw) | {"sparse", "kept", "changes"} != names:
+        if not isinstance(raw, dict) or set(raw) | {"sparse", "kept", "changes", "merges"} != names:
             found = ", ".join(sorted(raw)) if isinstance(raw, dict) else type(raw).__name__
             raise ValueError(f"has the fields {found}; expected {', '.join(sorted(names))}")
         for name, kind in _TYPES.items():
@@ -211,4 +219,7 @@ class ViTSpec:
         kept = {str(name): tuple(units) for name, units in raw.pop("kept", {}).items()}
         if odd := next((name for name, change in raw.get("changes", {}).items() if not isinstance(change, dict)), None):
             raise ValueError(f"changes of {odd} are no object")
-        return cls(blocks=blocks, sparse=sparse, kept=kept, **raw)
+        merges = tuple(raw.pop("merges", ()))
+        if not all(type(r) is int and r >= 0 for r in merges):
+            raise ValueError(f"merges are {list(merges)[:4]}; expected a number of tokens for each block")
+        return cls(blocks=blocks, sparse=sparse, kept=kept, merges=merges, **raw)

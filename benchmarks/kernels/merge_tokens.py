@@ -2,10 +2,10 @@
 
     python -m benchmarks.kernels.merge_tokens --threads 1 >> benchmarks/results/merge_tokens_cpu.csv
 
-A block of DeiT-Ti on 197 tokens of which 16 merge, one row a batch size. `merge_ms` is the op, `sizes_ms` what log sizes
-in the logits add to attention, `unfused_ms` the same merge as ToMe's own recipe writes it (scattered means over all
-tokens and channels). Each is the lower quartile of rounds in which all are timed in turn. Right first: the op is compared
-with the recipe's means before anything is timed.
+A block of DeiT-Ti on 197 tokens of which 16 merge, one row a batch size. `merge_ms` is the op, `sizes_ms` what log
+sizes in the logits add to attention, `unfused_ms` the same merge as ToMe's own recipe writes it (scattered means over
+all tokens and channels). Each is the lower quartile of rounds in which all are timed in turn. Right first: the op is
+compared with the recipe's means before anything is timed.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ its latency already; a plain transformer of timm is a `timm_plain.TimmPlain`. Th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,6 +35,8 @@ __all__ = [
     "classes",
     "find",
     "label_names",
+    "merge_",
+    "merges",
     "of",
     "predict",
     "preprocess",
@@ -133,6 +136,32 @@ def label_names(model: nn.Module) -> dict[str, int]:
     {}
     """
     return find(model).label_names(model) if refusal(model) is None else {}
+
+
+def merge_(model: nn.Module, merges: Sequence[int]) -> nn.Module:
+    """Let so many tokens of a model merge in each of its blocks, in place (it is prepared first), between attention and
+    MLP; see docs/tokens.md. Nothing, or 0 everywhere, ends it. Returns the model.
+
+    Raises:
+        ValueError: the model's family cannot, or there are not as many tokens.
+
+    >>> model = nvit.adapters.merge_(nvit.load(nvit.BUNDLED), (2, 2, 2, 2))
+    >>> nvit.adapters.merges(model), model(torch.zeros(2, 1, 8, 8)).shape
+    ((2, 2, 2, 2), torch.Size([2, 10]))
+    """
+    adapter = find(model)
+    adapter.prepare(model)
+    adapter.merge_(model, merges)
+    return model
+
+
+def merges(model: nn.Module) -> tuple[int, ...]:
+    """How many tokens merge in each block of a model; empty where none do.
+
+    >>> nvit.adapters.merges(nvit.load(nvit.BUNDLED))
+    ()
+    """
+    return find(model).merges(model)
 
 
 def predict(model: nn.Module, images: Tensor) -> Tensor:

@@ -96,7 +96,9 @@ class Adapter(ABC):
         """The spec of the model with these widths of its blocks, as far as its constructor's arguments go."""
         images = {k: list(v) if isinstance(v, tuple) else v for k, v in self.preprocess(model).items()}
         config = {**model.dense_config, **self.settings(model)}
-        return ViTSpec(self.family, host_class(model).__name__, config, tuple(blocks), images, self.name(model))
+        merges, name = self.merges(model), self.name(model)
+        kind = host_class(model).__name__
+        return ViTSpec(self.family, kind, config, tuple(blocks), images, name, merges=merges)
 
     @abstractmethod
     def settings(self, model: nn.Module) -> dict[str, Any]:
@@ -145,6 +147,23 @@ class Adapter(ABC):
     @abstractmethod
     def tokens(self, model: nn.Module) -> int:
         """Tokens in the (first) residual stream at the model's own input size."""
+
+    def merge_refusal(self, model: nn.Module) -> str | None:
+        """Why tokens of a model of this family cannot merge, or None."""
+        return f"{type(model).__name__} merges no tokens; timm's VisionTransformer and DeiT do"
+
+    def merges(self, model: nn.Module) -> tuple[int, ...]:
+        """How many tokens merge in every block of a prepared model; empty where none do."""
+        return ()
+
+    def merge_(self, model: nn.Module, merges: Sequence[int]) -> None:
+        """Let so many tokens merge in every block of a prepared model, in place; 0 everywhere, or nothing, ends it.
+
+        Raises:
+            ValueError: this family cannot, or there are not as many tokens.
+        """
+        if any(merges):
+            raise ValueError(f"tokens cannot merge: {self.merge_refusal(model)}")
 
     @abstractmethod
     def parts(self, model: nn.Module) -> tuple[Part, ...]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import Attention, GatedMlp, LayerScale, Layout, Linear, Mlp, Prunable, StreamEntry
-from ..spec import Slice, ViTSpec
+from ..spec import Part, Slice, ViTSpec
 from .base import Logits, host_class
 from .declare import EMB, block_axes, embedding_slices, norm, resize_layers, with_axes
 from .hf_config import dense_config
@@ -42,6 +42,9 @@ class HFViT(OneStream):
 
     family = "hf_vit"
     depth_key = "num_hidden_layers"
+
+    def merge_refusal(self, model: nn.Module) -> str | None:
+        return "transformers runs its layers one by one; take the same model from timm"
 
     def knows(self, model: nn.Module) -> bool:
         return host_class(model).__module__.startswith("transformers.models.")
@@ -197,7 +200,7 @@ class HFViT(OneStream):
         outputs = len(host.classifiers) * host.reads * model.num_labels
         return lambda emb: (conv + outputs) * emb
 
-    def steps(self, model: nn.Module) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    def steps(self, model: nn.Module, part: Part) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
         host, block = host_of(model), self.stack(model)[0]
         norm1, norm2 = (getattr(block, name) for name in host.norms)
         scale1, scale2 = (getattr(block, name) for name in host.scales) if host.scales else (nn.Identity(),) * 2

@@ -10,6 +10,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ..layers import Attention, GatedMlp
+from ..layers.merging import counts
 from ..spec import BUNDLE_SIZES, KINDS, BlockWidths, Group, Part, Slice, ViTSpec
 from .base import Adapter, Piece
 from .declare import Width, block_widths, collect
@@ -37,8 +38,9 @@ class OneStream(Adapter):
         """Slices along the stream of what enters the blocks, see `declare.embedding_slices`."""
 
     @abstractmethod
-    def steps(self, model: nn.Module) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-        """The first block's attention and its MLP, each with its norm and residual, stream to stream."""
+    def steps(self, model: nn.Module, part: Part) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """The first block's attention and its MLP, each with its norm and residual, stream to stream; with the merge of
+        tokens that `part` names."""
 
     @abstractmethod
     def rest_macs(self, model: nn.Module) -> Callable[[int], int]:
@@ -61,19 +63,34 @@ class OneStream(Adapter):
         return collect(model, widths, {"emb": self.embeddings(model)}, bundle_sizes)
 
     def parts(self, model: nn.Module) -> tuple[Part, ...]:
-        """The attention and the MLP of every block, each with its norm and residual, and the rest of the model."""
-        every = range(len(self.stack(model)))
+        """The attention and the MLP of every block, each with its norm and residual, and the rest of the model.
+
+        Where tokens merge, blocks of as many make a part: `attention.181.16` has its merge of 16, `mlp.165` none.
+        """
+        depth, merges = len(self.stack(model)), self.merges(model)
+        attention, mlp = ("emb", "heads", "qk_dim", "v_dim"), ("emb", "mlp")
+        rest = Part("rest", ("emb",), ((0,),))
+        if not merges:
+            every = range(depth)
+            pieces = (tuple((i,) * len(kinds) for i in every) for kinds in (attention, mlp))
+            return Part("attention", attention, next(pieces)), Part("mlp", mlp, next(pieces)), rest
+        tokens, found = counts(self.tokens(model), merges), {}
+        for i, r in enumerate(merges):
+            found.setdefault(("attention", attention, tokens[i], r), []).append(i)
+            found.setdefault(("mlp", mlp, tokens[i + 1], 0), []).append(i)
         return (
-            Part("attention", ("emb", "heads", "qk_dim", "v_dim"), tuple((i,) * 4 for i in every)),
-            Part("mlp", ("emb", "mlp"), tuple((i, i) for i in every)),
-            Part("rest", ("emb",), ((0,),)),
+            *(
+                Part(f"{name}.{n}" + f".{r}" * (r > 0), kinds, tuple((i,) * len(kinds) for i in mine), n, r)
+                for (name, kinds, n, r), mine in found.items()
+            ),
+            rest,
         )
 
     def part_macs(self, model: nn.Module, part: Part) -> Callable[..., int]:
         if part.name == "rest":
             return self.rest_macs(model)
-        tokens, inside = self.tokens(model), list(self.stack(model)[0].modules())
-        if part.name == "mlp":
+        tokens, inside = part.tokens or self.tokens(model), list(self.stack(model)[0].modules())
+        if part.name.startswith("mlp"):
             matrices = 3 if any(isinstance(m, GatedMlp) for m in inside) else 2
             return lambda emb, hidden: tokens * matrices * emb * hidden
         dims = next(m for m in inside if isinstance(m, Attention)).span("qk_dim")
@@ -85,12 +102,13 @@ class OneStream(Adapter):
         """One block that has `widths` along the axes of `part`, and elsewhere the widest of the model."""
         widest = BlockWidths(**{kind: max(getattr(b, kind) for b in spec.blocks) for kind in KINDS})
         block = replace(widest, **dict(zip(part.kinds, widths, strict=True)))
-        return replace(spec, config={**spec.config, self.depth_key: 1}, blocks=(block,))
+        return replace(spec, config={**spec.config, self.depth_key: 1}, blocks=(block,), merges=())
 
     def piece(self, model: nn.Module, part: Part) -> Piece:
         """The first block's attention or MLP; or the `rest`, images to logits, for which `model` loses its blocks."""
         if part.name == "rest":
             del self.stack(model)[:]
             return model, self.preprocess(model)["input_size"]
-        attention, mlp = self.steps(model)
-        return mlp if part.name == "mlp" else attention, (self.tokens(model), self.emb(model))
+        attention, mlp = self.steps(model, part)
+        shape = (part.tokens or self.tokens(model), self.emb(model))
+        return mlp if part.name.startswith("mlp") else attention, shape

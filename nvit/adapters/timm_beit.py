@@ -13,7 +13,7 @@ from timm.models.beit import Beit, Block, gen_relative_position_index
 from torch import Tensor, nn
 
 from ..layers import Attention, Prunable, StreamEntry
-from ..spec import ViTSpec
+from ..spec import Part, ViTSpec
 from .declare import EMB, fill_buffers_, with_axes
 from .scaled_block import ScaledBlock, block_refusal, scaled_block
 from .timm_config import mlp_ratio, norm_layer
@@ -59,6 +59,9 @@ class TimmBeit(TimmPlain):
     family = "timm_beit"
     architectures: ClassVar = {"Beit": Beit}
 
+    def merge_refusal(self, model: nn.Module) -> str | None:
+        return "its attention has a bias for every two places, and a merged token has several"
+
     def block_refusal(self, block: nn.Module) -> str | None:
         if not isinstance(block, ScaledBlock):
             if type(block) is not Block:
@@ -88,7 +91,7 @@ class TimmBeit(TimmPlain):
             fill_buffers_(model.rel_pos_bias)
         return self.prepare(model)
 
-    def steps(self, model: nn.Module) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    def steps(self, model: nn.Module, part: Part) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
         block = model.blocks[0]
         shared = None if model.rel_pos_bias is None else model.rel_pos_bias()
         return partial(block.attention_step, shared_rel_pos_bias=shared), block.mlp_step

@@ -77,6 +77,9 @@ class TimmEva(TimmPlain):
     family = "timm_eva"
     architectures: ClassVar = {"Eva": Eva}
 
+    def merge_refusal(self, model: nn.Module) -> str | None:
+        return "every block turns tokens by their places or is given them, and a merged token has several"
+
     def refusal(self, model: nn.Module) -> str | None:
         if model.rope is not None and type(model.rope) not in (*ROPES.values(), RotaryTable):
             return f"rotary embedding type {type(model.rope).__name__}"
@@ -136,7 +139,7 @@ class TimmEva(TimmPlain):
             return replace(spec, blocks=tuple(replace(b, emb=widths[0]) for b in spec.blocks))
         return super().sample_spec(spec, part, widths)
 
-    def steps(self, model: nn.Module) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    def steps(self, model: nn.Module, part: Part) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
         block, rope = model.blocks[0], None
         if model.rope is not None:
             rope = model.rope.get_embed(shape=model.patch_embed.grid_size)

@@ -31,6 +31,9 @@ class TimmSwin(SwinParts, TimmAdapter):
     family = "timm_swin"
     architectures: ClassVar = {"SwinTransformer": SwinTransformer}
 
+    def merge_refusal(self, model: nn.Module) -> str | None:
+        return "windows forbid it: attention stays inside one, which needs all of its tokens at their places"
+
     def refusal(self, model: nn.Module) -> str | None:
         if model.dynamic_img_size:
             return "images of varying size (strict_img_size=False)"

@@ -3,20 +3,23 @@ attention and MLP, SwiGLU, RMSNorm, any pooling of tokens and pooling by a laten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from timm.layers import LayerScale as TimmLayerScale
 from timm.layers.attention import Attention as TimmAttention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from ..layers import Attention, LayerScale, Layout, Prunable, StreamEntry
-from ..spec import ViTSpec
+from ..layers import Attention, LayerScale, Layout, MergingStack, Prunable, StreamEntry
+from ..layers.merging import check_merges
+from ..spec import Part, ViTSpec
 from .base import Logits
 from .declare import EMB, block_axes, with_axes
+from .merging_block import MergingBlock, merge_blocks_, merging_
 from .timm_config import ACTIVATIONS, MLPS, NORMS, known, mlp_hidden, mlp_name, mlp_ratio, name_in, norm_layer
 from .timm_layers import inner_norm, is_norm, is_norm_or_none, mlp, mlp_refusal, stream_norm
 from .timm_plain import TimmPlain, embedding_config, norm_config, prepare_heads, prepare_output
@@ -29,7 +32,7 @@ class TimmViT(TimmPlain):
     architectures: ClassVar = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled)}
 
     def block_refusal(self, block: nn.Module) -> str | None:
-        if type(block) is not Block:
+        if type(block) not in (Block, MergingBlock):
             return f"block type {type(block).__name__}; only the pre-norm Block is known"
         attn = block.attn
         if not isinstance(attn, Attention):
@@ -61,6 +64,24 @@ class TimmViT(TimmPlain):
                     setattr(block, name, with_axes(EMB, LayerScale(scale.gamma), scale))
         prepare_output(model)
         return model
+
+    def merge_refusal(self, model: nn.Module) -> str | None:
+        if model.dynamic_img_size:
+            return "it takes images of any size, and how many tokens merge is fixed"
+        if getattr(model.patch_drop, "prob", 0.0):
+            return "it drops patches while it trains (patch_drop_rate)"
+        return None
+
+    def merges(self, model: nn.Module) -> tuple[int, ...]:
+        blocks = model.blocks if isinstance(model.blocks, MergingStack) else ()
+        return tuple(block.merges for block in blocks)
+
+    def merge_(self, model: nn.Module, merges: Sequence[int]) -> None:
+        merges = tuple(merges) or (0,) * len(model.blocks)
+        if any(merges) and (reason := self.merge_refusal(model)) is not None:
+            raise ValueError(f"tokens cannot merge: {reason}")
+        check_merges(merges, len(model.blocks), self.tokens(model), model.num_prefix_tokens)
+        merge_blocks_(model.blocks, merges, model.num_prefix_tokens)
 
     def settings(self, model: nn.Module) -> dict[str, Any]:
         return super().settings(model) | {
@@ -97,8 +118,17 @@ class TimmViT(TimmPlain):
     def classifiers(self, model: nn.Module) -> int:
         return 2 if isinstance(model, VisionTransformerDistilled) else 1
 
-    def steps(self, model: nn.Module) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    def steps(self, model: nn.Module, part: Part) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
         block = model.blocks[0]
+        if part.tokens is not None:
+            merging_(block, part.merged, model.num_prefix_tokens)
+            whole = part.tokens == self.tokens(model)  # whose sizes nobody has to add
+
+            def attention(x: Tensor) -> Tensor:
+                sizes = None if whole else x.new_ones(x.shape[:2], dtype=torch.float32)
+                return block.attention_step(x, (sizes, None))[0]
+
+            return attention, block.mlp_step
         return (
             lambda x: x + block.ls1(block.attn(block.norm1(x))),
             lambda x: x + block.ls2(block.mlp(block.norm2(x))),

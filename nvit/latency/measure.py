@@ -225,4 +225,5 @@ def _narrow(
         model, groups = hosts[key]
         keep = {g.name: torch.arange(g.size) < getattr(spec.blocks[g.blocks[0]], g.kind) for g in groups}
         found.append(compact(model, groups, keep).eval())
+        adapter.merge_(found[-1], spec.merges)
     return found

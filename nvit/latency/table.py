@@ -125,6 +125,7 @@ class LatencyTable:
         """What `save` writes, as text."""
         parts = {
             p.name: {"kinds": p.kinds, "pieces": p.pieces, "axes": g.axes, "values": g.values.tolist()}
+            | ({} if p.tokens is None else {"tokens": p.tokens, "merged": p.merged})
             for p, g in ((p, self.grids[p.name]) for p in self.parts)
         }
         setting = None if self.setting is None else asdict(self.setting)
@@ -148,7 +149,9 @@ class LatencyTable:
             for name, p in raw["parts"].items():
                 if not np.isfinite(p["values"]).all() or any(list(a) != sorted(set(a)) for a in p["axes"]):
                     raise ValueError("widths have to ascend and milliseconds to be finite")
-                parts.append(Part(name, tuple(p["kinds"]), tuple(map(tuple, p["pieces"]))))
+                parts.append(
+                    Part(name, tuple(p["kinds"]), tuple(map(tuple, p["pieces"])), p.get("tokens"), p.get("merged", 0))
+                )
                 grids[name] = Grid(p["kinds"], p["axes"], p["values"])
             setting = None if raw["setting"] is None else Setting(**raw["setting"])
             return cls(parts, grids, [BlockWidths(**b) for b in raw["dense"]], setting)

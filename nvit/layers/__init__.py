@@ -7,6 +7,7 @@ model's.
 
 from .attention import Attention, head_layout
 from .base import Layout, Prunable, keep_, prunable_layers
+from .merging import MergingStack
 from .mlp import GatedMlp, Mlp
 from .sites import Basis, LinearPart, Site
 from .stream import EmbeddingNorm, LayerScale, Linear, Norm, StreamEntry
@@ -20,6 +21,7 @@ __all__ = [
     "Layout",
     "Linear",
     "LinearPart",
+    "MergingStack",
     "Mlp",
     "Norm",
     "Prunable",

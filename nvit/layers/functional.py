@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import choice
+from .added import one_mask, per_head_and_window
 from .projection import Project, Projection, as_tensors, hooks, linear, take
 from .rotary import Rotary
 from .sites import Watch
@@ -177,7 +178,7 @@ def attention(
         q = _watch_queries(watch, q, pairs)
     if sizes is not None:
         mass = sizes.log().to(q.dtype)[:, None, None, :]
-        attn_mask = mass if attn_mask is None else _one_mask(batch, mass, attn_mask)
+        attn_mask = mass if attn_mask is None else one_mask(batch, mass, attn_mask)
     out = _attend(q, k, v, scale, bias, attn_mask, dropout).transpose(1, 2).reshape(batch, tokens, heads * v_dim)
     out = out if norm is None else norm(out)
     if gate is not None:
@@ -187,9 +188,7 @@ def attention(
     return (proj(out), k) if with_keys else proj(out)
 
 
-def merge_tokens(
-    x: Tensor, keys: Tensor, sizes: Tensor | None, r: int, prefix: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def merge_tokens(x: Tensor, keys: Tensor, sizes: Tensor | None, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
     """The `r` tokens of every image most like another merged into it; see `nvit_kernels.reference.merge_tokens`."""
     from nvit_kernels import reference
 
@@ -235,7 +234,7 @@ def _attend(
     """softmax(scale · q kᵀ + bias + mask) v: `(batch, heads, tokens, v_dim)`."""
     plain = partial(_torch_attention, scale=scale, dropout=dropout)
     if not dropout and (kernels := _kernels(q)) and kernels.attention_takes(q, v.shape[-1]):
-        added = _per_head_and_window(q, bias, attn_mask)
+        added = per_head_and_window(q, bias, attn_mask)
         if added is not None:
 
             def kernel(q: Tensor, k: Tensor, v: Tensor, *_: Tensor | None) -> Tensor:
@@ -254,43 +253,9 @@ def _torch_attention(
         # The fused CPU kernel wants one width: zero columns add nothing to the logits or are cut off again.
         wide = max(qk_dim, v_dim)
         q, k, v = (F.pad(t, (0, wide - t.shape[-1])) if t.shape[-1] < wide else t for t in (q, k, v))
-    attn_mask = _one_mask(len(q), bias, attn_mask)
+    attn_mask = one_mask(q.shape[0], bias, attn_mask)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, scale=scale)
     return out[..., :v_dim]
-
-
-def _per_head_and_window(
-    q: Tensor, bias: Tensor | None, attn_mask: Tensor | None
-) -> tuple[Tensor | None, Tensor | None] | None:
-    """What the fused kernel adds: a bias `(heads, tokens, tokens)` and a mask `(windows, tokens, tokens)`.
-
-    None where the two are not of this form: a boolean mask, one that differs by image and head, or is learned.
-    """
-    batch, heads, tokens, _ = q.shape
-    square = (tokens, tokens)
-    bias = None if bias is None else bias.view(heads, *square)
-    if attn_mask is None:
-        return bias, None
-    if not attn_mask.is_floating_point():
-        return None
-    if attn_mask.shape in ((heads, *square), (1, heads, *square)):
-        of_heads = attn_mask.reshape(heads, *square)
-        return of_heads if bias is None else bias + of_heads, None
-    windows = attn_mask.shape[0] if attn_mask.dim() == 4 else 1
-    if attn_mask.shape != (windows, 1, *square) or batch % windows or attn_mask.requires_grad:
-        return None
-    return bias, attn_mask.squeeze(1)
-
-
-def _one_mask(batch: int, bias: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
-    """Bias and mask as one that broadcasts to `(batch, heads, tokens, tokens)`."""
-    if attn_mask is not None and attn_mask.dim() == 4 and len(attn_mask) not in (1, batch):
-        attn_mask = attn_mask.repeat(batch // len(attn_mask), 1, 1, 1)
-    if bias is None or attn_mask is None:
-        return attn_mask if bias is None else bias
-    if attn_mask.dtype == torch.bool:
-        return bias.masked_fill(~attn_mask, -torch.inf)
-    return bias + attn_mask
 
 
 def gated_mlp(

@@ -39,6 +39,7 @@ def narrow_(model: nn.Module, spec: ViTSpec) -> nn.Module:
         ValueError: as `skeleton`.
     """
     adapters.change_(model, spec.changes)
+    family_of(spec).merge_(model, spec.merges)
     groups, masks = kept(spec, model)
     params = dict(model.named_parameters())
     family_of(spec).resize(model, cut(params, weight_masks(params, groups, masks)), masks)

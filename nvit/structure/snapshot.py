@@ -224,6 +224,7 @@ def fresh(spec: ViTSpec) -> nn.Module:
     check_sizes(spec)
     model = family_of(spec).build(spec, "cpu")
     adapters.change_(model, spec.changes)
+    family_of(spec).merge_(model, spec.merges)
     return compact(model, *kept(spec, model))
 
 

@@ -45,7 +45,13 @@ def test_the_engine_asks_for_nothing_else_and_for_all_of_it():
         if file.parent.name != "adapters":
             asked |= set(call.findall(file.read_text()))
     assert asked <= METHODS.keys(), "what the engine asks of an adapter is in its contract"
-    inside = {"hosts", "label_names", "settings"}  # asked inside the package, for functions of its own
+    inside = {
+        "hosts",
+        "label_names",
+        "merge_refusal",
+        "merges",
+        "settings",
+    }  # asked inside the package, for functions of its own
     of_the_package = {"knows", "refusal", "preprocess", "name"} | inside
     assert METHODS.keys() - of_the_package <= asked, "what nobody asks is no part of it"
 

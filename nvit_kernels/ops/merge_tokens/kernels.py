@@ -1,8 +1,8 @@
 """The kernels of merging tokens. A program has one image: similarities, ranks and means, with nothing in between.
 
-Nothing is sorted: a token's rank is how many are nearer, its place is its own index less the sources before it, and both
-are sums over a tile of comparisons. A mean is a product of the sources' sizes, one row for each odd token, with the even
-tokens; who merges into nobody's mean is copied.
+Nothing is sorted: a token's rank is how many are nearer, its place is its own index less the sources before it, and
+both are sums over a tile of comparisons. A mean is a product of the sources' sizes, one row for each odd token, with
+the even tokens; even tokens that stay are copied.
 """
 
 from __future__ import annotations

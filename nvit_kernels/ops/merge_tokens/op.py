@@ -32,7 +32,7 @@ _plans: dict[tuple, Launch] = {}
 
 
 def blocks(tokens: int, prefix: int, dims: int, width: int, exact: bool) -> dict[str, int]:
-    """Tile sizes and warps of the forward kernel; smaller ones for float32, whose products take thrice the registers."""
+    """Tile sizes and warps of the forward kernel; smaller for float32, whose products take more registers."""
     half = power_of_two((tokens - prefix + 1) // 2 or 1)
     wide = INTERPRET and power_of_two(width)
     return dict(

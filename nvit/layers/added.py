@@ -1,0 +1,40 @@
+"""What is added to the logits of attention: a bias of the position and a mask, as one kernel or another wants them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def per_head_and_window(
+    q: Tensor, bias: Tensor | None, attn_mask: Tensor | None
+) -> tuple[Tensor | None, Tensor | None] | None:
+    """What the fused kernel adds: a bias `(heads, tokens, tokens)` and a mask `(windows, tokens, tokens)`.
+
+    None where the two are not of this form: a boolean mask, one that differs by image and head, or is learned.
+    """
+    batch, heads, tokens, _ = q.shape
+    square = (tokens, tokens)
+    bias = None if bias is None else bias.view(heads, *square)
+    if attn_mask is None:
+        return bias, None
+    if not attn_mask.is_floating_point():
+        return None
+    if attn_mask.shape in ((heads, *square), (1, heads, *square)):
+        of_heads = attn_mask.reshape(heads, *square)
+        return of_heads if bias is None else bias + of_heads, None
+    windows = attn_mask.shape[0] if attn_mask.dim() == 4 else 1
+    if attn_mask.shape != (windows, 1, *square) or batch % windows or attn_mask.requires_grad:
+        return None
+    return bias, attn_mask.squeeze(1)
+
+
+def one_mask(batch: int, bias: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
+    """Bias and mask as one that broadcasts to `(batch, heads, tokens, tokens)`."""
+    if attn_mask is not None and attn_mask.dim() == 4 and attn_mask.shape[0] != batch and attn_mask.shape[0] != 1:
+        attn_mask = attn_mask.repeat(batch // attn_mask.shape[0], 1, 1, 1)
+    if bias is None or attn_mask is None:
+        return attn_mask if bias is None else bias
+    if attn_mask.dtype == torch.bool:
+        return bias.masked_fill(~attn_mask, -torch.inf)
+    return bias + attn_mask
