@@ -22,6 +22,7 @@ MARKED = re.compile(r"^<!-- table: ([\w.]+) -->\n(?P<body>.*?)^<!-- end -->$", r
 PAGES: dict[str, Mapping[str, Callable[[], str]]] = {
     "models.md": models.TABLES,
     "refit.md": refit.TABLES,
+    "refit_method.md": refit.METHOD,
     "saliency.md": saliency.TABLES,
     "sparse24.md": sparse24.TABLES,
 }
