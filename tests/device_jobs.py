@@ -18,6 +18,7 @@ from nvit.calibration.replay import Replay
 from nvit.calibration.statistics import StatisticsRecorder, gather_statistics
 from nvit.layers import prunable_layers
 from nvit.prune.pruner import Pruner
+from nvit.refit import costs as measured
 from nvit.refit.entries import entries, refittable
 from nvit.refit.gather import Pair, moments_at, row_weights
 from nvit.refit.refit import refit_
@@ -212,10 +213,22 @@ def refitted(place: Place) -> Found:
     return place.logits(place.model, place.images(9))
 
 
+def costs(place: Place) -> Found:
+    """Measured group by group; passes over images read nothing back."""
+    batches = [place.images(b) for b in range(3)]
+    measure = measured._Measure(place.model, batches, tasks.of("classification", place.model))
+    with torch.inference_mode(), place.quiet():
+        nothing = measure.behind()
+    draw = torch.Generator().manual_seed(0)
+    scores = {g.name: torch.rand(g.size, generator=draw).to(place.device) for g in place.groups}
+    curves = measured.measure_costs(place.model, place.groups, scores, batches, task=measure.task)
+    return {name: torch.tensor(curve.cost) for name, curve in curves.items()} | {"nothing": 1 + nothing.cpu()}
+
+
 JOBS: dict[str, Callable[[Place], Found]] = {"dense": dense, "compact": compacted, "snapshot": loaded}
 JOBS |= {f"masked {k}": partial(masked, kind=k) for k in ("emb", "heads", "qk_dim", "v_dim", "mlp", "every")}
 JOBS |= {f"scores {c}": partial(scored, criterion=c) for c in ("hessian", "nvit", "abs", "fisher", "taylor")}
 JOBS |= {f"scores {c}": partial(scored, criterion=c) for c in ("curvature", "remaining", "magnitude", "random")}
 JOBS |= {"decision": decided} | {f"training {c}": partial(trained, criterion=c) for c in ("hessian", "nvit", "abs")}
-JOBS |= {"capture": captured, "refit": refitted}
+JOBS |= {"capture": captured, "refit": refitted, "costs": costs}
 JOBS |= {f"one shot{' refitted' * r}": partial(one_shot, refit=r) for r in (False, True)}
