@@ -25,6 +25,7 @@ class Command:
         ranks: whether several processes can run it together.
         demo: the recipe it always starts from, model included.
         apart: pairs of a switch and a flag that it stands in place of.
+        takes: what its positional arguments are, where they are no models.
         needy: whether there has to be a model.
     """
 
@@ -34,6 +35,7 @@ class Command:
     ranks: bool = False
     demo: Path | None = None
     apart: tuple[tuple[str, str], ...] = ()
+    takes: str = ""
     needy: bool = True
 
     @property
@@ -72,8 +74,10 @@ def resumable(command: Any) -> bool:
     return any(file.exists() for file in getattr(command, "states", list)())
 
 
-def no_model(name: str) -> str:
-    """What to say where a command needs a model and nothing names one."""
+def no_model(name: str, takes: str = "") -> str:
+    """What to say where a command needs a model, or what else it takes, and nothing names one."""
+    if takes:
+        return f"nvit {name} needs {takes}"
     return (
         f"MODEL is missing: nvit {name} MODEL … takes a timm name (vit_small_patch16_224), hf-hub:NAME, or the folder "
         "of a snapshot, a run or a Hugging Face model; nvit demo brings its own"

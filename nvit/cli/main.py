@@ -110,7 +110,7 @@ def parse(args: Sequence[str]) -> tuple[Command, Any, bool]:
         raw = recipe.read_toml(source) if source else {}
         default = recipe.from_dict(chosen.flags, raw, str(source))
         if chosen.models and chosen.needy and not (line.models or line.asks or getattr(default, chosen.models)):
-            raise UsageError(no_model(line.name))
+            raise UsageError(no_model(line.name, chosen.takes))
         ordered = [*line.name.split(), *line.models, *line.flags]
         found = tyro.cli(groups.union(COMMANDS, {line.name: default}), prog="nvit", args=ordered, config=groups.HOW)
         config = with_settings(default, groups.settings_of(found))

@@ -47,7 +47,7 @@ def curve(runs: Sequence[Run], knees: Mapping[str, Model | None], x: str, x_labe
                     panel.axhline(at[1], color=INK, linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
                     panel.plot(*at, "*", color=INK, markersize=11, label=label, zorder=4)
                 bend = knees.get(run.name)
-                if bend is not None:
+                if bend in known:
                     at = (cost(bend), bend.row[run.metric])
                     ring = {"markerfacecolor": "none", "markeredgecolor": INK, "markeredgewidth": 1.4}
                     panel.plot(*at, "o", markersize=14, **ring, label=None if i else "knee", zorder=5, linestyle="")

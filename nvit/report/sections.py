@@ -48,7 +48,7 @@ def gain(runs: Sequence[Run]) -> Section:
         every = all("latency_ms" in m.row for r in judged for m in r.models if r.good(m) is not None)
         x = "latency_ms" if same and every and len(judged) > 1 else "ratio"
         measured = all(m.measured for r in judged for m in r.models)
-        label = "latency, as a fraction of the dense model's" + ("" if measured else " (predicted where not measured)")
+        label = "latency, as a fraction of dense" + ("" if measured else " (or predicted)")
         if x == "latency_ms":
             label = f"ms, {judged[0].setting.get('latency_batch', '?')} images a batch"
         metric = unit(judged[0].metric)[0]

@@ -177,3 +177,8 @@ def test_several_runs_share_a_curve(whole, words_alone, tmp_path):
     runs = [read(whole), read(other)]
     text = build(runs, ["a", "b"])
     assert "run (2)" in text and text.count("<h3>") == 10 and text.count("<h1>") == 1
+
+
+def test_without_a_run_it_says_what_it_takes(capsys):
+    assert cli.main(["report"]) == 2
+    assert capsys.readouterr().err == "nvit: nvit report needs folders of runs, comparisons, finetunings or snapshots\n"
