@@ -21,6 +21,7 @@ from ..prune.budget import show as show_bytes
 from ..prune.forecast import Stage, Watch, forecast_finetuning, forecast_one_shot, forecast_training
 from ..prune.sample import count_images
 from ..training.data import TrainingData
+from ..utils.report import in_time
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,6 @@ class Plan:
         weights = 4 * size["params"] * (sum(wanted) + 4 * config.train + 4 * bool(config.finetune_epochs))
         names = [f"target-{t:g}/" for t in wanted] + ["latency_table.json", "history.csv", "result.json"]
         yield f"{out}/ would hold {', '.join(names)}: about {show_bytes(weights)}; nothing has been written"
-
-
-def in_time(seconds: float) -> str:
-    """Seconds for people: 40 s, 12 min, 3.5 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _on_gpu(model: nn.Module) -> bool:

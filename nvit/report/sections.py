@@ -7,7 +7,7 @@ from typing import Any
 
 from ..analysis.widths import plot_widths
 from ..spec import KINDS, TITLES
-from ..utils.report import FORMATS, OFF
+from ..utils.report import FORMATS, OFF, in_time
 from . import figures
 from .model import PERCENT, Model, Run, unit
 from .section import Rows, Section, figure
@@ -152,7 +152,7 @@ def history(run: Run) -> Section | None:
     """Latency over decisions."""
     if not run.history:
         return None
-    took = "" if run.seconds is None else f" The run took {_in_time(run.seconds)}."
+    took = "" if run.seconds is None else f" The run took {in_time(run.seconds)}."
     count = len(run.history)
     first, last = (run.history[i]["predicted_ratio"] for i in (0, -1))
     lead = f"{count} decision{'s' * (count > 1)} brought the predicted latency to {last:.3f} of the dense one's."
@@ -160,9 +160,3 @@ def history(run: Run) -> Section | None:
     alt += "dense model's, with measurements where there were any."
     shown = figure("A decision removes the units that matter least for what they cost.", alt, figures.history(run))
     return Section("How it went", [lead + took], [shown])
-
-
-def _in_time(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -61,6 +61,13 @@ def write_csv(path: Path | str, rows: Sequence[Mapping[str, Any]]) -> None:
     write_atomically(Path(path), text.getvalue().encode())
 
 
+def in_time(seconds: float) -> str:
+    """Seconds for people: 40 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 DROPPED = ("peak_memory", "top5", "images_per_s", "macs", "predicted_ratio", "params", "speedup", "measured_ratio")
 """Columns that a narrow terminal goes without, the first first."""
 
