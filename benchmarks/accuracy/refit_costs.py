@@ -5,7 +5,8 @@
 Calibration on images of imagenet_sample1000, labels unread; all of imagenet_val1300 is evaluated, cropped without
 resizing. `lost` is in points against the dense model on the same images: of all, of the even places, on which settings
 were chosen, and of the odd ones. `gain`: measured over predicted on all, with its 95 % interval (paired bootstrap over
-images). Rows go into refit_costs_cpu.csv; those of other points stay.
+images). Rows go into refit_costs_cpu.csv; those of other points stay. What every group was measured to cost, beside
+what its scores predict, goes into cost_curves_cpu.csv.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from benchmarks.accuracy.library import MODEL, Bench, answers, data_folder
 from benchmarks.accuracy.paired import paired_bootstrap
 from nvit import tasks
 from nvit.refit.costs import measure_costs
-from nvit.selection.curves import priced
+from nvit.selection.curves import Curve, priced
 from nvit.selection.lagrangian import drop_to_target
 from nvit.spec import KINDS
 from nvit.structure.masks import full_masks, kept_counts, widths
@@ -34,6 +35,7 @@ MODELS = (MODEL, "vit_tiny_patch16_224")
 COSTS = ("predicted", "measured")
 TARGETS = (0.8, 0.65, 0.5)
 KEY = ("model", "target", "cost", "calibration")
+CURVE_KEY = ("model", "group", "gone", "calibration")
 
 
 def lost(right: Tensor, dense: Tensor) -> dict[str, float]:
@@ -60,6 +62,7 @@ def measure(name: str, costs: Sequence[str], targets: Sequence[float], images: i
             progress=told,
         )
         more["measured"] = {"cpu_s": time.process_time() - start}
+        save_curves(name, images, bench, scores["predicted"], curves)
         scores["measured"] = scores["predicted"] | {
             g.name: priced(g, scores["predicted"][g.name], full[g.name], curves[g.name])
             for g in bench.groups
@@ -80,7 +83,20 @@ def measure(name: str, costs: Sequence[str], targets: Sequence[float], images: i
                 row |= {"gain": 100 * d.mean, "low": 100 * d.low, "high": 100 * d.high}
             row["peak_mib"] = most_held(torch.device("cpu")) / 2**20
             records.add(**row)
-            save(records)
+            save(records, KEY)
+
+
+def save_curves(
+    name: str, images: int, bench: Bench, scores: Mapping[str, Tensor], curves: Mapping[str, Curve]
+) -> None:
+    """What each depth of each group was measured to cost, and what the scores of the units gone add up to."""
+    records = harness.Records("cost_curves")
+    for g in (g for g in bench.groups if g.name in curves):
+        predicted = scores[g.name].sort().values.cumsum(0)
+        for gone, cost in zip(curves[g.name].gone, curves[g.name].cost, strict=True):
+            row = {"model": name, "calibration": images, "group": g.name, "kind": g.kind, "size": g.size, "gone": gone}
+            records.add(**row, predicted=float(predicted[gone - 1]), measured=cost)
+    save(records, CURVE_KEY)
 
 
 def _share(counts: Sequence[tuple[int, int]]) -> float:
@@ -88,21 +104,20 @@ def _share(counts: Sequence[tuple[int, int]]) -> float:
     return kept / of
 
 
-def save(records: harness.Records) -> None:
+def save(records: harness.Records, key: Sequence[str]) -> None:
     """Rows measured now, and those of other points that the file has."""
     now, kept = list(records.rows), []
     if records.path.exists():
-        measured = {_key(row) for row in now}
+        measured = {_key(row, key) for row in now}
         with records.path.open(newline="") as file:
-            kept = [row for row in csv.DictReader(file) if _key(row) not in measured]
-    records.rows = sorted(kept + now, key=_key, reverse=True)
-    records.rows.sort(key=lambda row: MODELS.index(row["model"]))
+            kept = [row for row in csv.DictReader(file) if _key(row, key) not in measured]
+    records.rows = sorted(kept + now, key=lambda row: MODELS.index(row["model"]))
     records.save()
     records.rows = now
 
 
-def _key(row: Mapping) -> tuple[str, ...]:
-    return tuple(str(row[name]) for name in KEY)
+def _key(row: Mapping, key: Sequence[str]) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in key)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
