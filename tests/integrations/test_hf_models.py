@@ -2,7 +2,9 @@
 
 import doctest
 import json
+import re
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +24,8 @@ transformers = pytest.importorskip("transformers", reason="pip install 'nvit[hf]
 import nvit.hf  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()
+
+ROOT = Path(__file__).parents[2]
 
 BIRDS = {"id2label": {i: f"bird {i}" for i in range(7)}, "label2id": {f"bird {i}": i for i in range(7)}}
 
@@ -181,3 +185,14 @@ def test_the_examples_run(name, tmp_path, monkeypatch):
     said: list[str] = []
     result = doctest.DocTestRunner().run(example, out=said.append)
     assert result.attempted and not result.failed, "".join(said)
+
+
+def test_the_page_s_code_runs(tmp_path, monkeypatch):
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "hub.md").read_text(), re.S)[0]
+    monkeypatch.chdir(tmp_path)
+    small = pruned()
+    snapshot.save("vit_0.5", small)
+    found: dict = {}
+    exec(code, found)
+    assert_same(found["again"], small, images_of(small))
+    assert found["processor"].crop_size["height"] == 16

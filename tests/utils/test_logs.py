@@ -10,6 +10,7 @@ import pytest
 import nvit
 from nvit.cli import main as cli
 from nvit.utils import logs
+from tests.runs import Stop, arguments, stop_after
 
 
 def rows(folder):
@@ -123,3 +124,23 @@ def test_one_shot_says_widths_and_what_a_refit_left():
     assert [(stage, step) for stage, step, _ in said] == [("prune", 1), ("prune", 2)]
     assert said[-1][2]["ratio"] == result.snapshots[-1].predicted_ratio
     assert {"emb", "heads", "qk_dim", "v_dim", "mlp", "refit_error"} < said[-1][2].keys() <= set(logs.COLUMNS)
+
+
+def test_an_interrupted_run_has_the_log_of_one_that_was_not(tmp_path):
+    """Stopped twice, each time after more steps than its last state holds."""
+
+    def run(folder, stop=0):
+        how = {"progress": stop_after(stop)} if stop else {}
+        with logs.opened("csv", tmp_path / folder / "log", resume=True) as log:
+            nvit.prune(*arguments(save_every=0.05), out=tmp_path / folder, resume=True, log=log, **how)
+
+    run("whole")
+    for calls in (3, 5):
+        with pytest.raises(Stop):
+            run("stopped", calls)
+    run("stopped")
+    whole, stopped = (
+        [{k: v for k, v in row.items() if k != "images_per_s"} for row in rows(tmp_path / folder / "log")]
+        for folder in ("whole", "stopped")
+    )
+    assert len(whole) > 8 and stopped == whole
