@@ -152,6 +152,10 @@ class Adapter(ABC):
         """Why tokens of a model of this family cannot merge, or None."""
         return f"{type(model).__name__} merges no tokens; timm's VisionTransformer and DeiT do"
 
+    def prefix(self, model: nn.Module) -> int:
+        """Tokens at the front that never merge: class, distillation, registers."""
+        return 0
+
     def merges(self, model: nn.Module) -> tuple[int, ...]:
         """How many tokens merge in every block of a prepared model; empty where none do."""
         return ()

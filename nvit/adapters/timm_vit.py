@@ -72,6 +72,9 @@ class TimmViT(TimmPlain):
             return "it drops patches while it trains (patch_drop_rate)"
         return None
 
+    def prefix(self, model: nn.Module) -> int:
+        return model.num_prefix_tokens
+
     def merges(self, model: nn.Module) -> tuple[int, ...]:
         blocks = model.blocks if isinstance(model.blocks, MergingStack) else ()
         return tuple(block.merges for block in blocks)
@@ -80,8 +83,8 @@ class TimmViT(TimmPlain):
         merges = tuple(merges) or (0,) * len(model.blocks)
         if any(merges) and (reason := self.merge_refusal(model)) is not None:
             raise ValueError(f"tokens cannot merge: {reason}")
-        check_merges(merges, len(model.blocks), self.tokens(model), model.num_prefix_tokens)
-        merge_blocks_(model.blocks, merges, model.num_prefix_tokens)
+        check_merges(merges, len(model.blocks), self.tokens(model), self.prefix(model))
+        merge_blocks_(model.blocks, merges, self.prefix(model))
 
     def settings(self, model: nn.Module) -> dict[str, Any]:
         return super().settings(model) | {
@@ -121,7 +124,7 @@ class TimmViT(TimmPlain):
     def steps(self, model: nn.Module, part: Part) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
         block = model.blocks[0]
         if part.tokens is not None:
-            merging_(block, part.merged, model.num_prefix_tokens)
+            merging_(block, part.merged, self.prefix(model))
             whole = part.tokens == self.tokens(model)  # whose sizes nobody has to add
 
             def attention(x: Tensor) -> Tensor:

@@ -11,13 +11,21 @@ from ..utils.style import BEHIND, line
 from .figure import PIXELS, legend_below, panels, whole_numbers
 
 
-def width_rows(models: Mapping[str, Sequence[BlockWidths]]) -> list[dict[str, Any]]:
-    """One row per model and block: `model, block, emb, heads, qk_dim, v_dim, mlp`."""
-    return [
+def width_rows(
+    models: Mapping[str, Sequence[BlockWidths]], merges: Mapping[str, Sequence[int]] | None = None
+) -> list[dict[str, Any]]:
+    """One row per model and block: `model, block, emb, heads, qk_dim, v_dim, mlp`, and where a model of `merges` has
+    any, `merged`: how many tokens merge there."""
+    rows = [
         {"model": name, "block": i} | {kind: getattr(widths, kind) for kind in KINDS}
         for name, blocks in models.items()
         for i, widths in enumerate(blocks)
     ]
+    if any(map(any, (merges or {}).values())):
+        for row in rows:
+            mine = merges.get(row["model"]) or ()
+            row["merged"] = mine[row["block"]] if mine else 0
+    return rows
 
 
 def plot_widths(

@@ -19,7 +19,7 @@ def run_widths(names: Sequence[str], command: WidthsCommand) -> dict[str, Any]:
     specs = {name: snapshot.load_spec(snapshot_of(name, command.target)) for name in names}
     models = {name: spec.blocks for name, spec in specs.items()}
     dense = {dense_blocks(spec) for spec in specs.values()}
-    rows = widths.width_rows(models)
+    rows = widths.width_rows(models, {name: spec.merges for name, spec in specs.items()})
     out = Path(command.out)
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "widths.csv", rows)

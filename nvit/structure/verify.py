@@ -111,12 +111,12 @@ def _images(model: nn.Module) -> Tensor:
 def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
     dtypes = {p.dtype for p in model.parameters()}
     mixed = torch.autocast(images.device.type, min(dtypes, key=lambda d: d.itemsize)) if len(dtypes) > 1 else None
-    with _evaluating(model), torch.no_grad(), mixed or nullcontext():
+    with evaluating(model), torch.no_grad(), mixed or nullcontext():
         return [t for t in adapters.of(model).logits(model, images) if t is not None]
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, every layer is in eval mode; afterwards each as before."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()

@@ -1,0 +1,36 @@
+"""Schedules of merging: what a family gives, and the least of it that is enough."""
+
+import pytest
+
+from nvit.layers.merging import check_merges, counts
+from nvit.selection.schedules import FAMILIES, constant_share, uniform, weakest
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize(("tokens", "prefix", "depth"), [(197, 1, 12), (198, 2, 12), (17, 1, 3), (5, 5, 2)])
+def test_every_strength_can_be_merged_and_more_leaves_less(family, tokens, prefix, depth):
+    last = None
+    for strength in (0.0, 0.1, 0.4, 0.8, 1.0):
+        merges = family(tokens, prefix, depth, strength)
+        check_merges(merges, depth, tokens, prefix)
+        left = counts(tokens, merges)[-1]
+        assert last is None or left <= last
+        last = left
+    assert family(tokens, prefix, depth, 0.0) == (0,) * depth
+
+
+def test_constant_share_takes_most_early_and_uniform_the_same():
+    assert constant_share(197, 1, 3, 0.5) == (49, 37, 27)  # 196 to 147, 110.25, 82.7
+    assert uniform(197, 1, 12, 16 * 12 / 196) == (*(16,) * 11, 10)  # half of the 20 that are left
+    assert constant_share(9, 1, 3, 1.0) == (4, 2, 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_the_weakest_that_is_enough(family):
+    def work(merges):
+        return sum(counts(197, merges)[:-1])
+
+    merges = weakest(family, 197, 1, 12, lambda m: work(m) <= 0.6 * 12 * 197)
+    assert 0.57 * 12 * 197 < work(merges) <= 0.6 * 12 * 197
+    assert weakest(family, 197, 1, 12, lambda m: True) == (0,) * 12
+    assert weakest(family, 197, 1, 12, lambda m: work(m) < 12) is None
