@@ -40,6 +40,13 @@ def source_of(uri: str) -> Path:
     return ROOT / "README.md" if uri == "index.md" else DOCS / uri
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """A page that `nav` does not name stands before the last that it does."""
+    pages = sorted(p.name for p in DOCS.glob("*.md"))
+    config.nav[-1:-1] = [page for page in pages if page not in config.nav]
+    return config
+
+
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Add the README and what pages link to."""
     files.append(File.generated(config, "index.md", content=(ROOT / "README.md").read_text()))

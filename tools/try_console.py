@@ -43,11 +43,11 @@ def trial(python: str, folder: Path, full: bool) -> str:
         run(bin / "pip", "install", "--quiet", *LIGHT)
         run(bin / "pip", "install", "--quiet", "--no-deps", wheel)
     version = run(bin / "nvit", "--version").split()[-1]
-    commands = re.findall(r"^[ │]+([a-z]+)  ", run(bin / "nvit", "--help"), re.M)
+    commands = re.findall(r"^  nvit ([a-z]+(?: [a-z]+)?)", run(bin / "nvit", "--help"), re.M)
     if "prune" not in commands:
         raise RuntimeError("nvit --help does not list prune")
     for command in commands:
-        run(bin / "nvit", command, "--help")
+        run(bin / "nvit", *command.split(), "--help")
     done = f"nvit {version}, {wheel.name} of {wheel.stat().st_size / 1024:.0f} KiB, help of {len(commands)} commands"
     if full:
         run(bin / "nvit", "evaluate", "digits", "--data", "digits", "--device", "cpu", "--out", folder / "evaluated")
