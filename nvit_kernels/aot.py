@@ -32,8 +32,8 @@ from nvit_kernels.ops.kept_layer_norm.op import BACKWARD_TILE, blocks
 from nvit_kernels.ops.matmul import kernels as matmul
 from nvit_kernels.ops.matmul.op import ROWS
 from nvit_kernels.ops.merge_tokens import kernels as merge_tokens
-from nvit_kernels.ops.merge_tokens.op import FEW_ROWS
-from nvit_kernels.ops.merge_tokens.op import ROWS as ROWS_BACK
+from nvit_kernels.ops.merge_tokens.op import FEW_ROWS as FEW_MERGED
+from nvit_kernels.ops.merge_tokens.op import ROWS as MERGED
 from nvit_kernels.ops.merge_tokens.op import blocks as merge_blocks
 from nvit_kernels.ops.mlp import kernels as mlp_kernels
 from nvit_kernels.ops.mlp import whole as mlp
@@ -179,19 +179,20 @@ def layer_norm_cases(width: int, kept: bool) -> Iterator[Case]:
         yield Case(f"layer norm {name} {tag}", kernel, constants, warps=size["num_warps"])
 
 
-def merge_cases(tokens: int, exact: bool) -> Iterator[Case]:
-    """Merging tokens behind a class token, with sizes; the gradient of both."""
-    size, tag = merge_blocks(tokens, 1, 64, 768, exact), f"{tokens}{' fp32' * exact}"
-    floats = ("sizes", "total", "dsizes", "dtotal", *(("x", "y", "dx", "dy") if exact else ()))
-    kinds = tuple((name, "*fp32") for name in floats)
-    constants = {"EXACT": exact, **{k: v for k, v in size.items() if k.startswith("BLOCK")}}
-    yield Case(f"merge tokens {tag}", merge_tokens.forward_kernel, constants, overrides=kinds, warps=size["num_warps"])
-    if exact:
-        return
+def merge_cases() -> Iterator[Case]:
+    """Merging tokens behind a class token, with sizes; the gradient of the tokens, and of both."""
+    floats, in_fp32 = ("sizes", "total", "dsizes", "dtotal"), ("x", "y", "dx", "dy")
+    for tokens, exact in ((50, False), (257, False), (257, True)):
+        size = merge_blocks(tokens, 1, 64, 768, exact)
+        kinds = tuple((name, "*fp32") for name in floats + in_fp32 * exact)
+        constants = {"EXACT": exact, **{k: v for k, v in size.items() if k.startswith("BLOCK")}}
+        name = f"merge tokens {tokens}{' fp32' * exact}"
+        yield Case(name, merge_tokens.forward_kernel, constants, overrides=kinds, warps=size["num_warps"])
     for sized in (True, False):
         lists = {} if sized else absent("dtotal", "x", "sizes", "dsizes")
-        yield Case(f"merge tokens backward {tag}{' sizes' * sized}", merge_tokens.backward_kernel,
-                   dict(BLOCK_M=FEW_ROWS if sized else ROWS_BACK, BLOCK_C=256, **lists), overrides=kinds)  # fmt: skip
+        constants = dict(BLOCK_M=FEW_MERGED if sized else MERGED, BLOCK_C=256, **lists)
+        kinds = tuple((name, "*fp32") for name in floats)
+        yield Case(f"merge tokens backward{' sizes' * sized}", merge_tokens.backward_kernel, constants, overrides=kinds)
 
 
 def cases() -> Iterator[Case]:
@@ -207,8 +208,7 @@ def cases() -> Iterator[Case]:
     for width in (192, 768, 1280):
         for kept in (False, True) if width == 768 else (False,):
             yield from layer_norm_cases(width, kept)
-    for tokens, exact in ((50, False), (197, False), (257, False), (257, True)):
-        yield from merge_cases(tokens, exact)
+    yield from merge_cases()
     for planes, samples, tiles in ((2, 1, 64), (2, 8, 8), (3, 1, 64), (3, 8, 8)):
         weights = absent("weight0", "weight1") if planes == 3 else {}
         yield Case(f"fold {planes} planes, {samples} samples", fold.fold_kernel,

@@ -82,7 +82,15 @@ def group_dot():
         functional.group_dot({"w": torch.randn(shape)}, {"w": torch.randn(shape)}, plan)
 
 
+def merging():
+    functional.merge_tokens(half(1, 1, 8), torch.randn(1, 1, 1, 8).half(), None, 0, 0)[0].sum().backward()
+    x, sizes = half(2, 26, 24), torch.ones(2, 26, requires_grad=True)
+    y, total, _ = functional.merge_tokens(x, torch.randn(2, 26, 3, 40).half().transpose(1, 2), sizes, 8, 2)
+    (y.float().sum() + total.sum()).backward()
+    functional.merge_tokens(torch.randn(1, 197, 192), torch.randn(1, 3, 197, 64), None, 16)
+
+
 if __name__ == "__main__":
     bind_only()
-    for part in (attention, layer_norm, mlps, group_dot):
+    for part in (attention, layer_norm, mlps, group_dot, merging):
         part()
