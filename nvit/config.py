@@ -31,11 +31,21 @@ TaskName = Annotated[
 ]
 
 
+FeaturesName = Annotated[
+    Literal["auto", "class", "pooled", "tokens"],
+    _help(
+        "of a tower without a classifier, what is to stay as it is: its class token, the mean of its patches, all "
+        "tokens; auto: what it hands out"
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class TrainingConfig:
     """How weights are trained, in pruning as in finetuning: the published recipe unless said otherwise."""
 
     task: TaskName = "auto"
+    features: FeaturesName = "auto"
     batch_size: Annotated[int, _help("images a step, of all ranks together")] = 64
     optimizer: Annotated[str, _help("as timm's create_optimizer_v2 names it")] = "adamw"
     weight_decay: Annotated[float, _help("not applied to biases and norms")] = 0.05
@@ -131,6 +141,9 @@ class PruneConfig(TrainingConfig):
             "each group alone; auto: predicted"
         ),
     ] = "auto"
+    keep_output: Annotated[
+        bool, _help("with --refit, of a tower: prune the width of its output too; a linear layer restores it")
+    ] = False
     rounds: Annotated[int, _help("with --no-train: score and prune in so many equal steps of latency")] = 1
     labels: Annotated[
         Literal["true", "sampled"], _help("one-shot scores use the data's labels or ones drawn from the model")

@@ -10,30 +10,39 @@ its latency already; a plain transformer of timm is a `timm_plain.TimmPlain`. Th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..layers.bypass import carried
+from ..spec import ViTSpec
 from .base import Adapter, Logits
 from .changes import change_, changes_of
+from .hf_hosts import is_tower
 from .hf_vit import HFViT
 from .masking import hook_refusal
+from .restore import restore_
 from .timm_beit import TimmBeit
 from .timm_eva import TimmEva
 from .timm_swin import TimmSwin
 from .timm_vit import TimmViT
+from .tower import CHOICES, KEEP_OUTPUT, choose_features_
 from .wrapped import tied, way_in
 
 __all__ = [
+    "CHOICES",
     "FAMILIES",
     "SUPPORTED",
     "Adapter",
     "Logits",
+    "build",
     "change_",
     "changes_of",
+    "choose_features_",
     "classes",
     "find",
+    "keep_output_",
     "label_names",
     "merge_",
     "merges",
@@ -47,7 +56,8 @@ FAMILIES: dict[str, Adapter] = {a.family: a for a in (TimmViT(), TimmSwin(), Tim
 
 SUPPORTED = (
     "timm's VisionTransformer (ViT, DeiT, DINOv2, CLIP, SigLIP and alike), SwinTransformer, Eva (EVA02, DINOv3, PE and "
-    "alike) and Beit; Hugging Face's ViT, DeiT and DINOv2 for image classification; docs/models.md lists them."
+    "alike) and Beit; Hugging Face's ViT, DeiT and DINOv2 for image classification, and its towers of ViT, DINOv2, "
+    "DINOv3, CLIP and SigLIP; docs/models.md lists them."
 )
 
 UNKNOWN = "no adapter knows its class"
@@ -120,6 +130,38 @@ def find_maskable(model: nn.Module) -> Adapter:
     return family
 
 
+def build(spec: ViTSpec, device: str = "meta") -> nn.Module:
+    """The prepared dense model of a spec, see `Adapter.build`; its family has to be known."""
+    config, family = dict(spec.config), FAMILIES[spec.family]
+    width = config.pop(KEEP_OUTPUT, None)
+    model = family.build(replace(spec, config=config), device)
+    return model if width is None else restore_(family, model, width)
+
+
+def keep_output_(model: nn.Module, features: str = "auto") -> nn.Module:
+    """Let the output of a prepared tower keep its width whatever is pruned, in place; see `restore.restore_`.
+
+    Args:
+        features: what of it, one of `CHOICES`.
+
+    Raises:
+        ValueError: it is no tower, has no place for that, or its tokens leave elsewhere.
+
+    >>> nvit.adapters.keep_output_(nvit.load(nvit.BUNDLED))
+    Traceback (most recent call last):
+    ValueError: ...
+    """
+    if classes(model) != 0:
+        raise ValueError("keep_output is for towers without a classifier; a classifier keeps its outputs by itself")
+    adapter = find(model)
+    if features != "auto" and adapter.output_norm(model) in ("", "fc_norm"):
+        raise ValueError(
+            f"keep_output: a {type(model).__name__} keeps the width of its own output, not of its tokens; take "
+            f"features auto in place of {features}, or prune without keep_output, which leaves the stream whole"
+        )
+    return restore_(adapter, model)
+
+
 def preprocess(model: nn.Module) -> dict[str, Any]:
     """How images are prepared for a model of a supported family: timm's data config, at the model's own size.
 
@@ -165,11 +207,14 @@ def merges(model: nn.Module) -> tuple[int, ...]:
 
 
 def predict(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits `(batch, classes)` of any classifier, also one that hands them out in an object, as transformers' do.
+    """Logits `(batch, classes)` of any classifier, also one that hands them out in an object, as transformers' do; of a
+    prepared tower without one its features.
 
     >>> nvit.adapters.predict(nvit.load(nvit.BUNDLED), torch.zeros(2, 1, 8, 8)).shape
     torch.Size([2, 10])
     """
+    if hasattr(model, "dense_config") and not classes(model):
+        return of(model).logits(model, images).mean
     out = model(images)
     return out if isinstance(out, Tensor) else out.logits
 
@@ -183,4 +228,4 @@ def classes(model: nn.Module) -> int | None:
     """
     if hasattr(model, "dense_config") and isinstance(head := getattr(model, "head", None), nn.Linear):
         return head.out_features  # a new head does not tell the model
-    return getattr(model, "num_classes", getattr(model, "num_labels", None))
+    return 0 if is_tower(model) else getattr(model, "num_classes", getattr(model, "num_labels", None))

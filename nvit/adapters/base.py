@@ -13,6 +13,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
 from ..spec import BUNDLE_SIZES, BlockWidths, Group, Part, ViTSpec
+from .tower import KEEP_OUTPUT, chosen, picked, restored_width
 
 Piece = tuple[Callable[[Tensor], Tensor], tuple[int, ...]]
 """A piece of a model as a function, and the shape of its input without the batch."""
@@ -96,6 +97,8 @@ class Adapter(ABC):
         """The spec of the model with these widths of its blocks, as far as its constructor's arguments go."""
         images = {k: list(v) if isinstance(v, tuple) else v for k, v in self.preprocess(model).items()}
         config = {**model.dense_config, **self.settings(model)}
+        if (width := restored_width(model)) is not None:
+            config[KEEP_OUTPUT] = width
         merges, name = self.merges(model), self.name(model)
         kind = host_class(model).__name__
         return ViTSpec(self.family, kind, config, tuple(blocks), images, name, merges=merges)
@@ -127,8 +130,33 @@ class Adapter(ABC):
         """Give the model these cut parameters and the widths that `masks` leaves, in place; returns it."""
 
     def logits(self, model: nn.Module, images: Tensor) -> Logits:
-        """What the model says of `images`; of a plain classifier there is no distillation token."""
-        return Logits(model(images))
+        """What the model says of `images`; of a plain classifier there is no distillation token. Of a tower without a
+        classifier, the features that were chosen (`tower.choose_features_`): `(batch, width)`, or a token each.
+        """
+        if (choice := chosen(model)) == "auto":
+            return Logits(self.features(model, images))
+        return Logits(picked(self.token_stream(model, images), self.leading(model), choice, type(model).__name__))
+
+    def features(self, model: nn.Module, images: Tensor) -> Tensor:
+        """What the model's own forward hands out."""
+        return model(images)
+
+    @abstractmethod
+    def output_norm(self, model: nn.Module) -> str:
+        """The name of the last norm, through which a tower's output leaves; empty where the output keeps its width
+        whatever is pruned.
+
+        Raises:
+            ValueError: it does not leave through one norm.
+        """
+
+    @abstractmethod
+    def token_stream(self, model: nn.Module, images: Tensor) -> Tensor:
+        """All tokens behind the last norm, `(batch, tokens, width)`, those before the patches first."""
+
+    @abstractmethod
+    def leading(self, model: nn.Module) -> int:
+        """How many tokens come before the patches; if any, the class token is the first."""
 
     @abstractmethod
     def preprocess(self, model: nn.Module) -> dict[str, Any]:
@@ -184,6 +212,18 @@ class Adapter(ABC):
     @abstractmethod
     def piece(self, model: nn.Module, part: Part) -> Piece:
         """That piece of such a model, which may lose what does not belong to it."""
+
+    def restored_macs(self, model: nn.Module) -> int:
+        """Multiply-accumulates an image and channel of the stream of what restores the output's width, if anything."""
+        width = restored_width(model)
+        if width is None:
+            return 0
+        pooled = self.output_norm(model).endswith("fc_norm")
+        return width * (1 if pooled else self.tokens_out(model))
+
+    def tokens_out(self, model: nn.Module) -> int:
+        """Tokens behind the last block."""
+        return self.tokens(model) - sum(self.merges(model))
 
     def block_names(self, model: nn.Module) -> list[str]:
         """Names of `blocks`, in their order."""

@@ -15,10 +15,14 @@ from torch import nn
 
 from .base import host_class
 
+POOLER = "add_pooling_layer"
+"""ViTModel's own argument beside its config, kept with it."""
+
 OLDEST = (5, 18)
 """The first transformers whose four families name their projections alike."""
 
 HALF, IMAGENET_MEAN, IMAGENET_STD = (0.5,) * 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "interpolation": "bicubic", "crop_pct": 224 / 256}
 
 
@@ -29,9 +33,20 @@ class Host:
     Attributes:
         layers: of the base model.
         norms, scales: of a block, before and after its attention and MLP; no scales where there is no LayerScale.
-        classifiers: of the class token and of the distillation token.
+        base: the base model inside the model; the model itself where empty.
+        patches: the convolution over patches; where it lies in the base model, as the next two do.
+        entry: what hands the tokens to the blocks: a dropout, a norm, or the embeddings.
+        norm: the one behind the blocks.
+        attention, proj: of a block, and the layer of it that writes the stream.
+        prefix: tokens before the patches, without registers; the first is the class token.
+        classifiers: of the class token and of the distillation token; none of a tower.
+        readers: other linear layers that read what the last norm hands out, in the base model's names.
+        projection: one of the whole model behind the pooled output.
+        pool: the module that pools tokens by attention, in the base model.
+        outputs: fields of a tower's output that hold its features, the first that is there.
+        norm_pools: the last norm sees the class token alone.
         reads: vectors of the stream that a classifier reads side by side: the class token, the mean of the patches.
-        any_size: it interpolates its positions for images of any size.
+        any_size: it takes images of any size.
         images: as timm's data config names it.
     """
 
@@ -39,7 +54,19 @@ class Host:
     norms: tuple[str, str]
     images: Mapping[str, Any]
     scales: tuple[str, ...] = ()
-    classifiers: tuple[str, ...] = ("classifier",)
+    base: str = ""
+    patches: str = "embeddings.patch_embeddings.projection"
+    entry: str = "embeddings.dropout"
+    norm: str = "layernorm"
+    attention: str = "attention"
+    proj: str = "o_proj"
+    prefix: int = 1
+    classifiers: tuple[str, ...] = ()
+    readers: tuple[str, ...] = ()
+    projection: str = ""
+    pool: str = ""
+    outputs: tuple[str, ...] = ("pooler_output", "last_hidden_state")
+    norm_pools: bool = False
     reads: int = 1
     any_size: bool = False
 
@@ -48,28 +75,94 @@ _VIT = Host(
     "layers",
     ("layernorm_before", "layernorm_after"),
     {"mean": HALF, "std": HALF, "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash"},
+    readers=("pooler.dense",),
 )
-_DEIT = replace(_VIT, images=IMAGENET | {"crop_mode": "squash"})
+_VIT_CLASSIFIER = replace(_VIT, base="vit", classifiers=("classifier",), readers=())
+_DEIT = replace(_VIT_CLASSIFIER, base="deit", prefix=2, images=IMAGENET | {"crop_mode": "squash"})
 _DINO = Host(
     "encoder.layer",
     ("norm1", "norm2"),
     IMAGENET | {"crop_mode": "center"},
     scales=("layer_scale1", "layer_scale2"),
-    reads=2,
     any_size=True,
 )
+_DINO3 = replace(
+    _DINO,
+    layers="model.layer",
+    patches="embeddings.patch_embeddings",
+    entry="embeddings",
+    norm="norm",
+    images=IMAGENET | {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash"},
+)
+_CLIP = Host(
+    "encoder.layers",
+    ("layer_norm1", "layer_norm2"),
+    {"mean": CLIP_MEAN, "std": CLIP_STD, "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"},
+    patches="embeddings.patch_embedding",
+    entry="pre_layrnorm",
+    norm="post_layernorm",
+    attention="self_attn",
+    proj="out_proj",
+    norm_pools=True,
+)
+_SIGLIP = replace(
+    _CLIP,
+    images={"mean": HALF, "std": HALF, "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash"},
+    entry="embeddings",
+    prefix=0,
+    pool="head",
+    norm_pools=False,
+)
+
+
+def _classifier(of: Host, base: str) -> Host:
+    return replace(of, base=base, classifiers=("classifier",), reads=2)
+
+
 ARCHITECTURES: dict[str, Host] = {
-    "ViTForImageClassification": _VIT,
+    "ViTForImageClassification": _VIT_CLASSIFIER,
     "DeiTForImageClassification": _DEIT,
     "DeiTForImageClassificationWithTeacher": replace(_DEIT, classifiers=("cls_classifier", "distillation_classifier")),
-    "Dinov2ForImageClassification": _DINO,
-    "Dinov2WithRegistersForImageClassification": _DINO,
+    "Dinov2ForImageClassification": _classifier(_DINO, "dinov2"),
+    "Dinov2WithRegistersForImageClassification": _classifier(_DINO, "dinov2_with_registers"),
+    "ViTModel": _VIT,
+    "Dinov2Model": _DINO,
+    "Dinov2WithRegistersModel": _DINO,
+    "DINOv3ViTModel": _DINO3,
+    "CLIPVisionModel": _CLIP,
+    "CLIPVisionModelWithProjection": replace(
+        _CLIP, base="vision_model", projection="visual_projection", outputs=("image_embeds",)
+    ),
+    "SiglipVisionModel": _SIGLIP,
 }
+
+REFUSED = {
+    "Siglip2VisionModel": "it takes patches with a mask and their spatial shapes, not images; of a fixed size it is "
+    "timm's vit_base_patch16_siglip_224.v2_webli and alike, which are supported",
+}
+"""Architectures that were looked at and do not fit, and what to do."""
+
+
+def is_tower(model: nn.Module) -> bool:
+    """Whether a model is one of transformers' towers without a classifier."""
+    cls = host_class(model)
+    host = ARCHITECTURES.get(cls.__name__)
+    return host is not None and not host.classifiers and cls.__module__.startswith("transformers.models.")
 
 
 def host_of(model: nn.Module) -> Host:
     """What a model's architecture calls its pieces."""
     return ARCHITECTURES[host_class(model).__name__]
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """What holds embeddings, blocks and the last norm."""
+    return model.get_submodule(host_of(model).base)
+
+
+def in_base(model: nn.Module, name: str) -> str:
+    """The name in the model of what the base model calls `name`."""
+    return ".".join(part for part in (host_of(model).base, name) if part)
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -107,9 +200,22 @@ def dense(architecture: str, config: Mapping[str, Any], device: str) -> nn.Modul
     Raises:
         ValueError: it does not build one.
     """
-    cls = getattr(library(), architecture)
+    cls, config = getattr(library(), architecture), dict(config)
+    more = {POOLER: config.pop(POOLER)} if POOLER in config else {}
     try:
         with torch.device(device):
-            return cls(cls.config_class.from_dict(dict(config)))
+            model = cls(cls.config_class.from_dict(config), **more)
     except Exception as e:  # its validation has exception classes of its own
         raise ValueError(f"its config does not build a {architecture}: {' '.join(str(e).split())}") from None
+    fill_tables_(model)
+    return model
+
+
+def fill_tables_(model: nn.Module) -> None:
+    """Give a model that was built on the meta device its tables, which are not saved, on the CPU."""
+    for module in model.modules():
+        for name, table in module.named_buffers(recurse=False):
+            if table.is_meta and name == "position_ids":
+                module.position_ids = torch.arange(table.shape[-1]).expand(table.shape)
+            elif table.is_meta and name == "inv_freq":
+                module.inv_freq = type(module)(module.config).inv_freq

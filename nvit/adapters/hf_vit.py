@@ -1,4 +1,5 @@
-"""Image classifiers of Hugging Face transformers: ViT, DeiT with one classifier or two, DINOv2 and its registers."""
+"""Image models of Hugging Face transformers: classifiers (ViT, DeiT with one classifier or two, DINOv2 and its
+registers) and towers without one (these, DINOv3, CLIP, SigLIP)."""
 
 from __future__ import annotations
 
@@ -10,13 +11,15 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import Attention, GatedMlp, LayerScale, Layout, Linear, Mlp, Prunable, StreamEntry
+from ..layers import GatedMlp, LayerScale, Layout, Linear, Mlp, Prunable
 from ..spec import Part, Slice, ViTSpec
 from .base import Logits, host_class
 from .declare import EMB, block_axes, embedding_slices, norm, resize_layers, with_axes
 from .hf_config import dense_config
-from .hf_hosts import ARCHITECTURES, dense, host_of, pair, too_old
+from .hf_hosts import ARCHITECTURES, POOLER, REFUSED, base_of, dense, host_of, in_base, pair, too_old
+from .hf_parts import ProbePool, TransformersAttention, enter_stream_, probe_macs
 from .one_stream import OneStream
+from .tower import picked, restored_width
 
 PROBLEMS = {
     "single_label_classification": "classification",
@@ -26,19 +29,8 @@ PROBLEMS = {
 """Names of tasks by those of transformers' `problem_type`."""
 
 
-class _Attention(Attention):
-    """Called as transformers' blocks call theirs: the second output is for attention weights, which nobody computes."""
-
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False, **_: Any
-    ) -> tuple[Tensor, None]:
-        if output_attentions:
-            raise ValueError("a prunable model computes no attention weights; leave out output_attentions")
-        return self.attend(hidden_states, attention_mask), None
-
-
 class HFViT(OneStream):
-    """The adapter of transformers' ViT, DeiT and DINOv2."""
+    """The adapter of transformers' ViT, DeiT, DINOv2, DINOv3, CLIP and SigLIP."""
 
     family = "hf_vit"
     depth_key = "num_hidden_layers"
@@ -50,7 +42,9 @@ class HFViT(OneStream):
         return host_class(model).__module__.startswith("transformers.models.")
 
     def refusal(self, model: nn.Module) -> str | None:
-        if host_class(model).__name__ not in ARCHITECTURES:
+        if (name := host_class(model).__name__) in REFUSED:
+            return REFUSED[name]
+        if name not in ARCHITECTURES:
             return f"of transformers' classes it has to be one of {', '.join(ARCHITECTURES)}"
         if hasattr(model, "dense_config"):
             return None
@@ -88,11 +82,10 @@ class HFViT(OneStream):
         return self._swap(model, self.preprocess(model))
 
     def _swap(self, model: nn.Module, images: Mapping[str, Any]) -> nn.Module:
-        host, base = host_of(model), model.base_model
+        host, base = host_of(model), base_of(model)
         model.dense_config, model.preprocess = {}, dict(images)  # its config says the rest, see `settings`
         model.set_attn_implementation("sdpa")  # the masks that prunable attention takes
-        dropout = base.embeddings.dropout
-        base.embeddings.dropout = nn.Sequential(dropout, with_axes(EMB, StreamEntry(), dropout))
+        enter_stream_(base, host.entry)
         for i, layer in enumerate(self.stack(model)):
             attention_axes, mlp_axes = block_axes(f"blocks.{i}")
             for name in host.norms:
@@ -100,9 +93,11 @@ class HFViT(OneStream):
             for name in host.scales:
                 scale = getattr(layer, name)
                 setattr(layer, name, with_axes(EMB, LayerScale(scale.lambda1, "lambda1"), scale))
-            layer.attention = _attention(layer.attention, attention_axes)
+            setattr(layer, host.attention, _attention(getattr(layer, host.attention), attention_axes, host.proj))
             layer.mlp = _mlp(layer.mlp, mlp_axes)
-        base.layernorm = norm(base.layernorm, EMB)
+        setattr(base, host.norm, norm(getattr(base, host.norm), EMB))
+        if host.pool and getattr(base, "use_head", True):
+            setattr(base, host.pool, with_axes(EMB, ProbePool(getattr(base, host.pool)), getattr(base, host.pool)))
         return _prepare_heads(model)
 
     def settings(self, model: nn.Module) -> dict[str, Any]:
@@ -115,16 +110,16 @@ class HFViT(OneStream):
         return config.get("num_hidden_layers", 0), tokens, config.get("hidden_size", 0)
 
     def stack(self, model: nn.Module) -> nn.ModuleList:
-        return model.base_model.get_submodule(host_of(model).layers)
+        return base_of(model).get_submodule(host_of(model).layers)
 
     def emb(self, model: nn.Module) -> int:
-        return model.base_model.layernorm.weight.numel()
+        return _last_norm(model).weight.numel()
 
     def embeddings(self, model: nn.Module) -> list[Slice]:
-        prefix, embeddings = f"{model.base_model_prefix}.embeddings.", model.base_model.embeddings
-        patches = {f"{prefix}patch_embeddings.projection.{leaf}": 0 for leaf in ("weight", "bias")}
-        tokens = {f"{prefix}{name}": p.dim() - 1 for name, p in embeddings.named_parameters(recurse=False)}
-        return embedding_slices(model, tokens | patches, patches)
+        """The patches' kernels have the stream's channels first, class tokens, positions and alike have them last."""
+        found = {in_base(model, f"embeddings.{name}"): p for name, p in base_of(model).embeddings.named_parameters()}
+        patches = {f"{in_base(model, host_of(model).patches)}.{leaf}": 0 for leaf in ("weight", "bias")}
+        return embedding_slices(model, {name: p.dim() - 1 for name, p in found.items()} | patches, patches)
 
     def name(self, model: nn.Module) -> str:
         return model.config.name_or_path or type(model).__name__
@@ -147,18 +142,49 @@ class HFViT(OneStream):
     def resize(self, model: nn.Module, params: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> nn.Module:
         """As every adapter's. The model's config stays the dense one: it has no word for a block's own widths."""
         resize_layers(model, params, masks)
-        model.base_model.embeddings.patch_embeddings.projection.out_channels = int(masks["emb"].sum())
+        base_of(model).get_submodule(host_of(model).patches).out_channels = int(masks["emb"].sum())
         return model
 
     def logits(self, model: nn.Module, images: Tensor) -> Logits:
         """From the class token and, of a DeiT with teacher, from the distillation token."""
+        host = host_of(model)
+        if not host.classifiers:
+            return super().logits(model, images)
         out = model(images, return_dict=True)
-        if len(host_of(model).classifiers) == 1:
+        if len(host.classifiers) == 1:
             return Logits(out.logits)
         return Logits(out.cls_logits, out.distillation_logits)
 
+    def features(self, model: nn.Module, images: Tensor) -> Tensor:
+        """The pooled output or the embedding; where there is none, the class token, or the mean of the patches."""
+        out, host = model(images), host_of(model)
+        found = next(out[name] for name in host.outputs if out.get(name) is not None)
+        if found.dim() == 2:
+            return found
+        return picked(found, self.leading(model), "class" if host.prefix else "pooled", type(model).__name__)
+
+    def output_norm(self, model: nn.Module) -> str:
+        host = host_of(model)
+        if host.projection:
+            return ""  # what it hands out is as wide as its projection makes it
+        if host.norm_pools:
+            raise ValueError(
+                f"keep_output: the tokens of a {type(model).__name__} leave before its last norm, narrow; prune "
+                "without it, which leaves the stream whole, or take CLIPVisionModelWithProjection"
+            )
+        return in_base(model, host.norm)
+
+    def token_stream(self, model: nn.Module, images: Tensor) -> Tensor:
+        return model(images).last_hidden_state
+
+    def leading(self, model: nn.Module) -> int:
+        host = host_of(model)
+        return host.prefix + getattr(model.config, "num_register_tokens", 0) if host.prefix else 0
+
     def label_names(self, model: nn.Module) -> dict[str, int]:
         """`label2id` of the config, unless nobody has filled it in."""
+        if not host_of(model).classifiers:
+            return {}
         names = {str(name): int(i) for i, name in model.config.id2label.items()}
         return {} if all(name == f"LABEL_{i}" for name, i in names.items()) else names
 
@@ -179,45 +205,73 @@ class HFViT(OneStream):
 
     def task(self, model: nn.Module) -> str | None:
         """By `problem_type`, and as transformers itself reads a config without one: one output is a number."""
+        if not host_of(model).classifiers:
+            return "features"
         problem = model.config.problem_type
         if problem is None:
             return "regression" if model.num_labels == 1 else None
         return PROBLEMS[problem]
 
     def tokens(self, model: nn.Module) -> int:
-        embeddings, config = model.base_model.embeddings, model.config
-        prefix = embeddings.position_embeddings.shape[1] - embeddings.patch_embeddings.num_patches
-        prefix += getattr(config, "num_register_tokens", 0)
-        return prefix + self._patches(model)
+        return host_of(model).prefix + getattr(model.config, "num_register_tokens", 0) + self._patches(model)
 
     def _patches(self, model: nn.Module) -> int:
         (_, height, width), (down, across) = self.preprocess(model)["input_size"], pair(model.config.patch_size)
         return (height // down) * (width // across)
 
     def rest_macs(self, model: nn.Module) -> Callable[[int], int]:
-        host, projection = host_of(model), model.base_model.embeddings.patch_embeddings.projection
-        conv = projection.weight[0].numel() * self._patches(model)
-        outputs = len(host.classifiers) * host.reads * model.num_labels
-        return lambda emb: (conv + outputs) * emb
+        host, base = host_of(model), base_of(model)
+        per_channel = base.get_submodule(host.patches).weight[0].numel() * self._patches(model)
+        per_channel += len(host.classifiers) * host.reads * getattr(model, "num_labels", 0)
+        readers = sum(reader.weight.shape[0] for reader in _readers(model).values())
+        restored = self.restored_macs(model)
+        per_channel += restored or readers
+        pool = getattr(base, host.pool) if host.pool and getattr(base, "use_head", True) else None
+        fixed = 0 if pool is None else probe_macs(pool, self.tokens(model))
+        fixed += readers * restored_width(model) if restored else 0
+        return lambda emb: per_channel * emb + fixed
 
     def steps(self, model: nn.Module, part: Part) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-        host, block = host_of(model), self.stack(model)[0]
+        host, block, base = host_of(model), self.stack(model)[0], base_of(model)
         norm1, norm2 = (getattr(block, name) for name in host.norms)
         scale1, scale2 = (getattr(block, name) for name in host.scales) if host.scales else (nn.Identity(),) * 2
+        attention, more = getattr(block, host.attention), {}
+        if hasattr(base, "rope_embeddings"):
+            like = _last_norm(model).weight
+            more["position_embeddings"] = base.rope_embeddings(like.new_zeros(1, *self.preprocess(model)["input_size"]))
         return (
-            lambda x: x + scale1(block.attention(norm1(x))[0]),
+            lambda x: x + scale1(attention(norm1(x), **more)[0]),
             lambda x: x + scale2(block.mlp(norm2(x))),
         )
 
 
+def _last_norm(model: nn.Module) -> nn.Module:
+    return getattr(base_of(model), host_of(model).norm)
+
+
+def _readers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Linear layers of a tower behind the last norm, by name."""
+    host = host_of(model)
+    names = [in_base(model, name) for name in host.readers] + [host.projection] * bool(host.projection)
+    found = {name: _at(model, name) for name in names}
+    return {name: layer for name, layer in found.items() if layer is not None}
+
+
+def _at(model: nn.Module, name: str) -> nn.Module | None:
+    for part in name.split("."):
+        model = getattr(model, part, None)
+    return model
+
+
 def _prepare_heads(model: nn.Module) -> nn.Module:
     """Make plain linear classifiers prunable, also those that a prepared model got since; returns the model."""
-    host = host_of(model)
-    inputs = Layout((None, "emb"), (host.reads, model.base_model.layernorm.weight.numel()))
-    for name in host.classifiers:
-        classifier = getattr(model, name)
-        if type(classifier) is nn.Linear:
-            setattr(model, name, with_axes(EMB, Linear(classifier, inputs=inputs), classifier))
+    host, width = host_of(model), _last_norm(model).weight.numel()
+    layers = {name: (getattr(model, name), host.reads) for name in host.classifiers}
+    layers |= {name: (layer, 1) for name, layer in _readers(model).items()}
+    for name, (layer, reads) in layers.items():
+        if type(layer) is nn.Linear:
+            inputs = Layout((None, "emb"), (reads, width)) if host.classifiers else Layout.of("emb", width)
+            model.set_submodule(name, with_axes(EMB, Linear(layer, inputs=inputs), layer))
     return model
 
 
@@ -229,28 +283,39 @@ def _is_plain(m: nn.Module) -> bool:
 
 def _config(model: nn.Module) -> dict[str, Any]:
     """The model's config as its JSON file holds it, without what follows from the rest."""
-    return dense_config(json.loads(model.config.to_json_string()))
+    plain = host_class(model).__name__ == "ViTModel" and model.pooler is None
+    return dense_config(json.loads(model.config.to_json_string())) | ({POOLER: False} if plain else {})
 
 
-def _attention(host: nn.Module, axes: Mapping[str, str]) -> Prunable:
-    layer = _Attention(
+def _attention(host: nn.Module, axes: Mapping[str, str], proj: str) -> Prunable:
+    def said(*names: str) -> Any:
+        return next(getattr(host, name) for name in names if hasattr(host, name))
+
+    pairs = "half" if type(host).__name__.startswith("DINOv3") else None
+    layer = TransformersAttention(
         host,
-        heads=host.num_attention_heads,
-        qk_dim=host.head_dim,
+        heads=said("num_attention_heads", "num_heads"),
+        qk_dim=host.head_dim // 2 if pairs else host.head_dim,
         v_dim=host.head_dim,
-        scale=host.scaling,
+        scale=said("scaling", "scale"),
         inputs=("q_proj", "k_proj", "v_proj"),
-        proj="o_proj",
-        attn_drop=host.attention_dropout,
+        proj=proj,
+        pairs=pairs,
+        attn_drop=said("attention_dropout", "dropout"),
     )
     return with_axes(axes, layer, host)
 
 
 def _mlp(host: nn.Module, axes: Mapping[str, str]) -> Prunable:
     if hasattr(host, "gate_proj"):
-        layer = GatedMlp(host, host.act_fn, first=("gate_proj", "up_proj"), last="down_proj")
+        layer = GatedMlp(host, _act(host.act_fn), first=("gate_proj", "up_proj"), last="down_proj")
+    elif hasattr(host, "up_proj"):
+        layer = Mlp(host, _act(host.act_fn), first="up_proj", last="down_proj")
     else:
-        act = host.activation_fn
-        # transformers wraps the function in a module of its own, which fused kernels do not know.
-        layer = Mlp(host, nn.GELU() if getattr(act, "act", None) is F.gelu else act)
+        layer = Mlp(host, _act(host.activation_fn))
     return with_axes(axes, layer, host)
+
+
+def _act(act: nn.Module) -> nn.Module:
+    """transformers wraps the GELU function in a module of its own, which fused kernels do not know."""
+    return nn.GELU() if getattr(act, "act", None) is F.gelu else act

@@ -19,6 +19,8 @@ class LatentPool(Prunable):
     """timm's AttentionPoolLatent over a stream of kept channels. What follows its heads keeps the dense width: it works
     on one token an image."""
 
+    pools = True
+
     def __init__(self, host: AttentionPoolLatent) -> None:
         super().__init__()
         self.adopt(host)
@@ -33,9 +35,11 @@ class LatentPool(Prunable):
         return [LinearPart("kv", self.kv, "in", None, self.emb)]
 
     def keep_(self, keeps: Mapping[str, Tensor]) -> None:
-        self._index("emb", index(keeps["emb"]))
+        self._index("emb", index(keeps["emb"]) if self.axes else None)
 
     def slices(self) -> Iterator[tuple[str, Slice]]:
+        if not self.axes:
+            return
         emb = Layout.of("emb", self.kv.weight.shape[1])
         for axis, s in dim_slices("kv.weight", tuple(self.kv.weight.shape), 1, emb):
             yield axis, replace(s, published=True)

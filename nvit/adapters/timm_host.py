@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from timm.data import resolve_data_config
-from torch import nn
+from torch import Tensor, nn
 
 from ..spec import ViTSpec
 from .base import Adapter
@@ -57,6 +57,12 @@ class TimmAdapter(Adapter):
             # A model built by hand or with img_size= has another size than its pretrained config says.
             data["input_size"] = (embed.proj.in_channels, *embed.img_size)
         return data
+
+    def token_stream(self, model: nn.Module, images: Tensor) -> Tensor:
+        return model.forward_features(images).flatten(1, -2)
+
+    def leading(self, model: nn.Module) -> int:
+        return getattr(model, "num_prefix_tokens", 0) if getattr(model, "cls_token", None) is not None else 0
 
     def construct(self, spec: ViTSpec, config: Mapping[str, Any], device: str) -> nn.Module:
         """timm's model of `spec` from its constructor's arguments, not prepared.

@@ -10,7 +10,7 @@ from typing import Any
 from timm.layers import AttentionPoolLatent, PatchEmbed
 from torch import Tensor, nn
 
-from ..layers import StreamEntry
+from ..layers import Norm, StreamEntry
 from ..spec import Slice
 from . import timm_config
 from .declare import EMB, embedding_slices, resize_layers
@@ -18,6 +18,7 @@ from .one_stream import OneStream
 from .pooling import LatentPool, latent_pool, pool_macs, pool_refusal
 from .timm_host import TimmAdapter
 from .timm_layers import classifier, is_norm, is_norm_or_none, stem_refusal, stream_norm
+from .tower import restored_width
 
 
 class TimmPlain(TimmAdapter, OneStream):
@@ -67,13 +68,22 @@ class TimmPlain(TimmAdapter, OneStream):
     def resize(self, model: nn.Module, params: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> nn.Module:
         resize_layers(model, params, masks)
         emb = int(masks["emb"].sum())
-        model.embed_dim = model.num_features = emb
+        model.embed_dim, model.num_features = emb, restored_width(model) or emb
         if not isinstance(getattr(model, "attn_pool", None), LatentPool):
-            model.head_hidden_size = emb
+            model.head_hidden_size = model.num_features
         model.patch_embed.proj.out_channels = emb
         for info in model.feature_info:
             info["num_chs"] = emb
         return model
+
+    def output_norm(self, model: nn.Module) -> str:
+        found = [name for name in ("norm", "fc_norm") if isinstance(getattr(model, name, None), Norm)]
+        if len(found) != 1:
+            raise ValueError(
+                f"keep_output: this {type(model).__name__} has {len(found)} norms behind its blocks, expected one; "
+                "prune without it, which leaves the stream whole"
+            )
+        return found[0]
 
     def tokens(self, model: nn.Module) -> int:
         return model.patch_embed.num_patches + model.num_prefix_tokens
@@ -83,8 +93,10 @@ class TimmPlain(TimmAdapter, OneStream):
         pool = getattr(model, "attn_pool", None)
         if isinstance(pool, LatentPool):
             per_channel, fixed = pool_macs(pool, self.pooled_tokens(model))
+            if restored := self.restored_macs(model):
+                conv, per_channel, fixed = conv + restored, 0, fixed + per_channel * pool.kv.weight.shape[1]
             return lambda emb: (conv + per_channel) * emb + fixed + pool.out_features * model.num_classes
-        outputs = self.classifiers(model) * model.num_classes
+        outputs = self.classifiers(model) * model.num_classes + self.restored_macs(model)
         return lambda emb: (conv + outputs) * emb
 
 

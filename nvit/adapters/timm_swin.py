@@ -23,6 +23,7 @@ from .timm_host import TimmAdapter
 from .timm_layers import is_norm, is_norm_or_none, mlp, mlp_refusal, stem_refusal
 from .timm_swin_parts import NEIGHBOURS, SwinParts
 from .timm_swin_windows import WindowAttention, shift_of, windows_of
+from .tower import restored_width
 
 
 class TimmSwin(SwinParts, TimmAdapter):
@@ -105,7 +106,7 @@ class TimmSwin(SwinParts, TimmAdapter):
     def resize(self, model: nn.Module, params: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> nn.Module:
         resize_layers(model, params, masks)
         emb = [int(masks[_emb(s)].sum()) for s in range(len(model.layers))]
-        model.embed_dim, model.num_features = emb[0], emb[-1]
+        model.embed_dim, model.num_features = emb[0], restored_width(model) or emb[-1]
         model.patch_embed.proj.out_channels = emb[0]
         for s, stage in enumerate(model.layers):
             stage.dim, model.feature_info[s]["num_chs"] = emb[s - 1 if s else 0], emb[s]
@@ -113,8 +114,8 @@ class TimmSwin(SwinParts, TimmAdapter):
                 stage.downsample.dim, stage.downsample.out_dim = emb[s - 1], emb[s]
             for block in stage.blocks:
                 block.dim = emb[s]
-        model.head.in_features = emb[-1]
-        model.head_hidden_size = model.head.num_features = emb[-1] * model.head.global_pool.feat_mult()
+        model.head.in_features = model.num_features
+        model.head_hidden_size = model.head.num_features = model.num_features * model.head.global_pool.feat_mult()
         return model
 
     def tokens(self, model: nn.Module) -> int:

@@ -48,7 +48,8 @@ class SwinParts(Adapter):
         if name == "head":
             pooled = model.head.global_pool.feat_mult() * model.num_classes
             unpooled = math.prod(model.layers[-1].output_resolution) if model.head.global_pool.is_identity() else 1
-            return lambda emb: pooled * unpooled * emb
+            restored = self.restored_macs(model)
+            return lambda emb: (pooled * unpooled + restored) * emb
         block, length = model.layers[int(stage)].blocks[0], math.prod(model.layers[int(stage)].output_resolution)
         if name == "merge":
             return lambda before, after: length * NEIGHBOURS * before * after
@@ -57,6 +58,12 @@ class SwinParts(Adapter):
         area = math.prod(block.window_size)
         padded = windows_of(block) * area
         return lambda emb, heads, qk, v: padded * heads * (emb * (2 * qk + v) + v * emb + area * (qk + v))
+
+    def tokens_out(self, model: nn.Module) -> int:
+        return math.prod(model.layers[-1].output_resolution)
+
+    def output_norm(self, model: nn.Module) -> str:
+        return "norm"
 
     def sample_spec(self, spec: ViTSpec, part: Part, widths: Sequence[int]) -> ViTSpec:
         """The stage of `part`, or for a merge the two it joins, with one block of `widths` along the axes of `part`

@@ -110,8 +110,8 @@ class TimmViT(TimmPlain):
 
     def logits(self, model: nn.Module, images: Tensor) -> Logits:
         """From the class token and, of a distilled model, from the distillation token."""
-        if not isinstance(model, VisionTransformerDistilled):
-            return Logits(model(images))
+        if not isinstance(model, VisionTransformerDistilled) or not model.num_classes:
+            return super().logits(model, images)
         x = model.forward_features(images)
         return Logits(model.head(model.head_drop(x[:, 0])), model.head_dist(model.head_drop(x[:, 1])))
 

@@ -71,6 +71,7 @@ def _open(command: PruneCommand, folder: RunFolder, progress: Progress) -> Opene
     # What is not here or cannot be done is refused before all else.
     command.latency.deployed(next(model.parameters()).device)
     adapters.find_maskable(model)
+    tasks.settled(config, model)
     images = open_images(
         model,
         command.where,

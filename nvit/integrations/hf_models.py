@@ -62,10 +62,10 @@ def _config_class(base: type) -> type:
 
 
 def _classes() -> dict[str, type]:
-    """The class of pruned models for every architecture that can be pruned."""
+    """The class of pruned models for every classifier that can be pruned; towers are saved as snapshots."""
     configs: dict[type, type] = {}
     found = {}
-    for architecture in hf_hosts.ARCHITECTURES:
+    for architecture in (name for name, host in hf_hosts.ARCHITECTURES.items() if host.classifiers):
         host = getattr(transformers, architecture)
         config = configs.setdefault(host.config_class, None) or _config_class(host.config_class)
         configs[host.config_class] = config
@@ -125,7 +125,7 @@ def pretrained(model: nn.Module) -> nn.Module:
     """
     adapter = adapters.find(model)
     if (cls := CLASSES.get(host_class(model).__name__)) is None:
-        raise ValueError(f"{type(model).__name__} is not of transformers; save it with nvit.snapshot.save")
+        raise ValueError(f"{type(model).__name__} is no classifier of transformers; save it with nvit.snapshot.save")
     adapter.prepare(model)
     if (masks := masks_of(model)) is not None:
         model = compact(model, adapter.groups(model), masks)

@@ -220,7 +220,7 @@ def _narrow(
     for spec in specs:
         key = json.dumps(spec.config)
         if key not in hosts:
-            model = adapter.build(spec)
+            model = adapters.build(spec)
             hosts[key] = model, adapter.groups(model)
         model, groups = hosts[key]
         keep = {g.name: torch.arange(g.size) < getattr(spec.blocks[g.blocks[0]], g.kind) for g in groups}

@@ -10,7 +10,7 @@ from .base import Layout, Prunable, keep_, prunable_layers
 from .merging import MergingStack
 from .mlp import GatedMlp, Mlp
 from .sites import Basis, LinearPart, Site
-from .stream import EmbeddingNorm, LayerScale, Linear, Norm, StreamEntry
+from .stream import EmbeddingNorm, LayerScale, Linear, Norm, RestoringNorm, StreamEntry
 
 __all__ = [
     "Attention",
@@ -25,6 +25,7 @@ __all__ = [
     "Mlp",
     "Norm",
     "Prunable",
+    "RestoringNorm",
     "Site",
     "StreamEntry",
     "head_layout",

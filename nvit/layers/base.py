@@ -76,9 +76,11 @@ class Prunable(nn.Module):
             residual stream than it reads has an axis `emb_out` as well.
         places: axis -> the dense model's units that are left, of the axes where it matters which.
         reads_only: it reads a stream and writes none, as a classifier does.
+        pools: it makes one token of all of the stream's.
     """
 
     reads_only = False
+    pools = False
 
     def __init__(self) -> None:
         nn.Module.__init__(self)  # a subclass may be an nn.Linear as well, whose parameters are the host's
@@ -103,6 +105,15 @@ class Prunable(nn.Module):
         """Forget all masks: every index becomes None."""
         for name in self._indices:
             setattr(self, name, None)
+
+    @property
+    def follows_stream(self) -> bool:
+        """Whether it reads what the stream ends in."""
+        return self.reads_only or self.pools
+
+    def release_(self) -> None:
+        """Be of no width any more, in a dense model: what it reads stays as wide as it is."""
+        self.axes, self.places = {}, {}
 
     def resize_(self, keeps: Mapping[str, Tensor]) -> None:
         """Declare new dense widths, after the weights were cut to `keeps` (bool over the old widths)."""
@@ -149,7 +160,7 @@ class Prunable(nn.Module):
             raise ValueError(f"{type(self).__name__} has no site {site!r}; it has {', '.join(self.sites())}")
         watches = self._watches.setdefault(site, [])
         if site == "in" and not watches:
-            self.register_forward_pre_hook(_enter)
+            self.register_forward_pre_hook(_enter, with_kwargs=True)
         if site == "end" and not watches:
             self.register_forward_hook(_end)
         watches.append(callback)
@@ -208,9 +219,12 @@ class Prunable(nn.Module):
             setattr(self, name, kept if kept is None else kept.to(device))
 
 
-def _enter(layer: Prunable, args: tuple) -> tuple:
-    """Forward pre-hook of a layer whose site `in` is watched."""
-    return (layer.watched("in", args[0]), *args[1:])
+def _enter(layer: Prunable, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Forward pre-hook of a layer whose site `in` is watched; some hosts give their layers all arguments by name."""
+    if args:
+        return (layer.watched("in", args[0]), *args[1:]), kwargs
+    name = next(iter(kwargs))
+    return args, kwargs | {name: layer.watched("in", kwargs[name])}
 
 
 def _end(layer: Prunable, args: tuple, out: Tensor | tuple) -> Tensor | tuple:

@@ -76,7 +76,7 @@ class Norm(Prunable):
         self.layout = self.layout.resized(keeps)
 
     def slices(self) -> Iterator[tuple[str, Slice]]:
-        for name, p in self.named_parameters():
+        for name, p in self.named_parameters(recurse=False):
             for axis, s in dim_slices(name, tuple(p.shape), 0, self.layout):
                 yield axis, replace(s, scored=self.scored)
 
@@ -153,6 +153,10 @@ class Linear(Prunable, nn.Linear):
         for name in ("rows", "cols"):
             self._index(name, None)
 
+    def release_(self) -> None:
+        super().release_()
+        self.inputs, self.reads_stream = None, False
+
     def sites(self) -> dict[str, Site]:
         return super().sites() | ({"emb": Site({"emb": -1})} if self.reads_stream else {})
 
@@ -179,3 +183,25 @@ class Linear(Prunable, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         x = self.watched("emb", x)
         return functional.linear(x, self.weight, self.bias, self.rows, self.cols)
+
+
+class RestoringNorm(Norm):
+    """The last norm of a stream, and behind it `restore`, a linear layer from the kept channels to a width that stays.
+
+    Args:
+        host: a norm over the stream, dense; its parameters are taken over.
+        width: of the output. The layer begins as the identity.
+    """
+
+    def __init__(self, host: Norm, width: int) -> None:
+        super().__init__(host.weight, host.bias, host.eps, layout=host.layout, rms=host.rms, scored=host.scored)
+        linear = nn.Linear(len(host.layout), width).to(host.weight)
+        nn.init.eye_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        self.axes = dict(host.axes)
+        self.restore = Linear(linear, inputs=host.layout)
+        self.restore.axes = dict(host.axes)
+        self.train(host.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.restore(super().forward(x))

@@ -81,7 +81,7 @@ def prune(
     device = next(model.parameters()).device
     adapter = adapters.find_maskable(model)
     adapter.prepare(model)
-    tasks.of(config.task, model).check(config)  # before a table is measured
+    tasks.settled(config, model)  # before a table is measured
     budget = Budget(config.budget, device, meter) if config.budget else None
     config = config.over_ranks(parallel.world())
     parallel.same_weights_(model)

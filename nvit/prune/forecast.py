@@ -187,7 +187,7 @@ def _steps(
     watch, taught = Watch(next(twin.parameters()).device), bool(config.distill_weight)
     unpruned = frozen(copy.deepcopy(dense)) if taught else None
     watched = {} if pruner is None else {"observe": pruner.observe, "constrain": lambda: pruner.project()}
-    objective = Objective.of(config, tasks.of(config.task, twin), unpruned, cnn_teacher, renormalise)
+    objective = Objective.of(config, tasks.settled(config, twin), unpruned, cnn_teacher, renormalise)
     trainer = Trainer(twin, objective, dataclasses.replace(config, graphs=False), lr, None, **watched)
     times: list[float] = []
 

@@ -13,12 +13,12 @@ from ..tasks import Task
 
 def free_groups(groups: Sequence[Group], config: PruneConfig, task: Task) -> list[Group]:
     """The groups that a config allows to shrink, less the stream whose channels are the features of a model without a
-    head: whoever reads them expects as many as before.
+    head: whoever reads them expects as many as before, and gets them where the output keeps its width by itself.
 
     Raises:
         ValueError: as `prunable_groups`.
     """
-    kept = () if task.outputs != 0 else ([g.name for g in groups if g.kind == "emb"][-1],)
+    kept = () if task.outputs != 0 or config.keep_output else ([g.name for g in groups if g.kind == "emb"][-1],)
     return prunable_groups(groups, config.only, (*config.freeze, *kept), config.stages)
 
 

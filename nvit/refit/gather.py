@@ -113,11 +113,23 @@ def inputs_of(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, lis
         yield found
 
 
-def classifier_moments(ours: LinearPart, theirs: LinearPart, xs: Sequence[Tensor], exact: Sequence[Tensor], first_held):
-    """Moments of a classifier that reads `xs` where the dense one, `theirs`, reads `exact`, batch by batch."""
+def classifier_moments(
+    ours: LinearPart,
+    theirs: LinearPart,
+    xs: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    first_held: int,
+    weights: Tensor | None = None,
+) -> Halves:
+    """Moments of a classifier that reads `xs` where the dense one, `theirs`, reads `exact`, batch by batch.
+
+    Args:
+        weights: of the rows of one image, where it reads several.
+    """
     weight, bias = ours.kept()
     found = tuple(Moments.empty(xs[0].shape[1], len(weight), xs[0].device) for _ in range(2))
     for b, (x, e) in enumerate(zip(xs, exact, strict=True)):
         target = linear(e, *theirs.kept())
-        found[b >= first_held].add(x, target - linear(x, weight, bias), target)
+        w = None if weights is None else weights.repeat(len(x) // len(weights)).to(x.device)
+        found[b >= first_held].add(x, target - linear(x, weight, bias), target, w)
     return found

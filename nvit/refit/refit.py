@@ -72,7 +72,9 @@ def refit_(
             pair.advance()
         for name in xs:
             (ours,), (theirs,) = layers[name].linears(), their_layers[name].linears()
-            halves = classifier_moments(ours, theirs, xs[name], exact[name], pair.first_held)
+            # One that restores the stream's width reads what its norm, around it, hands on.
+            weights = row_weights(statistics, (name.rpartition(".")[0], "emb"), uniform)
+            halves = classifier_moments(ours, theirs, xs[name], exact[name], pair.first_held, weights)
             # It sees a row an image, too few to choose a ridge for every class: all share one.
             report.append(_change_(name, ours, halves, shared=True))
         progress(at + 1, len(names), "refit")

@@ -29,7 +29,7 @@ def skeleton(spec: ViTSpec) -> nn.Module:
             beyond any model's; nothing was allocated for these.
     """
     check_sizes(spec)
-    return narrow_(family_of(spec).build(spec), spec)
+    return narrow_(adapters.build(spec), spec)
 
 
 def narrow_(model: nn.Module, spec: ViTSpec) -> nn.Module:
@@ -54,7 +54,7 @@ def dense_blocks(spec: ViTSpec) -> tuple[BlockWidths, ...]:
         ValueError: as `skeleton`.
     """
     check_sizes(spec)
-    groups = family_of(spec).groups(family_of(spec).build(spec))
+    groups = family_of(spec).groups(adapters.build(spec))
     return widths(groups, full_masks(groups))
 
 

@@ -222,7 +222,8 @@ def fresh(spec: ViTSpec) -> nn.Module:
     torch.Size([1, 10])
     """
     check_sizes(spec)
-    model = family_of(spec).build(spec, "cpu")
+    family_of(spec)
+    model = adapters.build(spec, "cpu")
     adapters.change_(model, spec.changes)
     family_of(spec).merge_(model, spec.merges)
     return compact(model, *kept(spec, model))

@@ -5,6 +5,8 @@ To add one, write a subclass of `base.Task` in a file of its own and list it in 
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from .. import adapters
@@ -14,7 +16,7 @@ from .features import Features
 from .multilabel import MultiLabel
 from .regression import Regression
 
-__all__ = ["TASKS", "Classification", "Features", "Meter", "MultiLabel", "Regression", "Task", "infer", "of"]
+__all__ = ["TASKS", "Classification", "Features", "Meter", "MultiLabel", "Regression", "Task", "infer", "of", "settled"]
 
 TASKS: dict[str, type[Task]] = {t.name: t for t in (Classification, MultiLabel, Regression, Features)}
 
@@ -39,6 +41,22 @@ def of(name: str, model: nn.Module) -> Task:
     if name == Classification.name and outputs == 1:
         raise ValueError("task classification needs 2 outputs, this model has 1; take --task regression or multilabel")
     return TASKS[name](outputs)
+
+
+def settled(config: Any, model: nn.Module) -> Task:
+    """The task of a recipe (`config.TrainingConfig` or a kind of it) for a prepared model, which from now on hands out
+    the features that the recipe chooses, at the width it asks for.
+
+    Raises:
+        ValueError: as `of`, or the recipe asks for what the task or the model has not.
+    """
+    task = of(config.task, model)
+    task.check(config)
+    if task.name == Features.name:
+        adapters.choose_features_(model, config.features)
+        if getattr(config, "keep_output", False):
+            adapters.keep_output_(model, config.features)
+    return task
 
 
 def infer(model: nn.Module) -> str:

@@ -40,6 +40,7 @@ class Task(ABC):
         reads_labels: its batches hold labels; otherwise the unpruned model's outputs take their place.
         class_numbers: labels are class numbers, so that class folders, smoothing, mixup, and a second teacher's hard
             labels go with it.
+        own: settings of a recipe that are for this task alone.
         outputs: of the model; 0 of one without a head, None where it does not say.
     """
 
@@ -47,6 +48,7 @@ class Task(ABC):
     metric: ClassVar[str]
     reads_labels: ClassVar[bool] = True
     class_numbers: ClassVar[bool] = False
+    own: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, outputs: int | None) -> None:
         self.outputs = outputs
@@ -92,6 +94,9 @@ class Task(ABC):
 
     def check(self, config: Any) -> None:
         """Raise ValueError where a recipe (`config.TrainingConfig` or a kind of it) asks for what this task has not."""
+        for field, default in (("features", "auto"), ("keep_output", False)):
+            if field not in self.own and getattr(config, field, default) != default:
+                raise ValueError(f"{field} is for task features, the task is {self.name}; leave it out")
         if self.class_numbers:
             return
         for field in ("cnn_teacher", "label_smoothing", "mixup", "cutmix"):

@@ -15,16 +15,19 @@ from .base import Meter, Task, rows_of, signs
 
 
 class Features(Task):
-    """A tower without a head, as it hands out its features `(batch, width)`.
+    """A tower without a head, as it hands out its features `(batch, width)`, or `(batch, tokens, width)`.
 
     The loss is the squared distance of features of length 1 (two less twice their cosine). There are no labels: what
     stands in their place are the features of the unpruned model.
     """
 
     name, metric, reads_labels = "features", "cosine", False
+    own = ("features", "keep_output")
 
     def check(self, config: Any) -> None:
         super().check(config)
+        if getattr(config, "keep_output", False) and not config.refit:
+            raise ValueError("keep_output is fitted by a refit; add --refit (refit = true)")
         if getattr(config, "train", False):
             raise ValueError(
                 "task features has no labels, and the unpruned model's features have no gradient before something has "
@@ -38,9 +41,9 @@ class Features(Task):
         return images.new_zeros(len(images), 0)
 
     def loss(self, student: Logits, labels: Tensor) -> Tensor:
-        """Squared distance to features `(batch, width)` of any length; 0 where there are none to compare with."""
+        """Squared distance to features of any length, mean over tokens; 0 where there are none to compare with."""
         own = normalize(student.mean, dim=-1)
-        if not labels.shape[1]:
+        if not labels.shape[-1]:
             return own.sum() * 0.0
         return (own - normalize(labels.to(own.dtype), dim=-1)).square().sum(-1).mean()
 
@@ -48,17 +51,19 @@ class Features(Task):
         return self.loss(student, teacher.mean)
 
     def draw(self, outputs: Tensor, rows: Sequence[int] = (), batch: int = 0) -> Tensor:
-        """The normalised features with a noise of length about 1, fp32 `(batch, width)`."""
+        """The normalised features with a noise of length about 1, fp32."""
         own = normalize(outputs.detach().float(), dim=-1)
-        width = own.shape[1]
-        return own + rows_of(own.new_empty(batch if rows else len(own), width).normal_(), rows) / math.sqrt(width)
+        noise = own.new_empty(batch if rows else len(own), *own.shape[1:]).normal_()
+        return own + rows_of(noise, rows) / math.sqrt(own.shape[-1])
 
     def probe(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        """The Hessian is 2 Jᵀ J, J = (1 - n nᵀ) / length the Jacobian of the normalised features n."""
+        """The Hessian is 2 Jᵀ J, J = (1 - n nᵀ) / length the Jacobian of the normalised features n; of several tokens,
+        over their number."""
         outputs_ = outputs.detach().float()
         n, length = normalize(outputs_, dim=-1), outputs_.norm(dim=-1, keepdim=True)
         noise = signs(n, generator)
-        return (math.sqrt(2) * (noise - n * (n * noise).sum(-1, keepdim=True)) / length.clamp(min=1e-12)).to(outputs)
+        share = math.sqrt(2 * len(n) * n.shape[-1] / n.numel())
+        return (share * (noise - n * (n * noise).sum(-1, keepdim=True)) / length.clamp(min=1e-12)).to(outputs)
 
     def meter(self) -> Meter:
         return Cosine()
@@ -72,7 +77,7 @@ class Cosine(Meter):
 
     def add(self, outputs: Tensor, labels: Tensor) -> None:
         self.total += float(torch.cosine_similarity(outputs.double(), labels.double(), dim=-1).sum())
-        self.images += len(outputs)
+        self.images += outputs.numel() // outputs.shape[-1]
 
     def value(self) -> dict[str, float]:
         return {"cosine": self.total / self.images}

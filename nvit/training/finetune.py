@@ -66,7 +66,10 @@ def finetune(
     parallel.join()
     adapters.find(model).prepare(model)
     parallel.same_weights_(model)
-    objective = Objective.of(config, tasks.of(config.task, model), teacher, cnn_teacher, renormalise)
+    task = tasks.settled(config, model)
+    if teacher is not None:
+        tasks.settled(config, teacher)
+    objective = Objective.of(config, task, teacher, cnn_teacher, renormalise)
     trainer = Trainer(model, objective, config, config.lr, state_file, constrain=constrain)
     if trainer.note:
         progress(0, 0, trainer.note)

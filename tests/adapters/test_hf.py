@@ -184,7 +184,7 @@ def broken(folder: Path, path: Path, what: str) -> None:
     good.save_pretrained(path)
     config = json.loads((path / hf_folder.CONFIG).read_text())
     changes = {
-        "class": {"architectures": ["ViTModel"]},
+        "class": {"architectures": ["ViTMAEModel"]},
         "nameless": {"architectures": None},
         "value": {"hidden_size": "wide"},
     }
@@ -204,7 +204,7 @@ def broken(folder: Path, path: Path, what: str) -> None:
     ("what", "says"),
     [
         ("json", "config.json is damaged"),
-        ("class", "holds ViTModel, which is not supported; expected ViTForImageClassification"),
+        ("class", "holds ViTMAEModel, which is not supported; expected ViTForImageClassification"),
         ("nameless", "holds a vit without architectures"),
         ("value", "does not load as a ViTForImageClassification"),
         ("weights", "does not load as a ViTForImageClassification"),
@@ -229,7 +229,7 @@ def test_flags_of_timm_models_do_not_fit_a_folder(folder, capsys):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda m: m.vit, "of transformers' classes it has to be one of ViTForImageClassification"),
+        (lambda m: m.vit.layers[0], "of transformers' classes it has to be one of ViTForImageClassification"),
         (lambda m: setattr(m, "classifier", torch.nn.Identity()) or m, "no linear classifier"),
         (lambda m: setattr(m.vit.layers[0].mlp, "activation_fn", torch.nn.PReLU()) or m, "a PReLU in its blocks"),
         (lambda m: setattr(m, "classifier", torch.nn.Linear(48, 3)) or m, "config has (7, 48) there; set model.config"),

@@ -1,4 +1,4 @@
-"""Hugging Face's image classifiers, tiny; none where transformers is missing."""
+"""Hugging Face's image classifiers and towers, tiny; none where transformers is missing."""
 
 from __future__ import annotations
 
@@ -35,17 +35,34 @@ MODELS: dict[str, tuple[str, dict]] = {
 }
 """Class, and arguments of its config, by kind of model."""
 
+PROJECTED = VIT | {"projection_dim": 24, "hidden_act": "quick_gelu"}
+TOWERS: dict[str, tuple[str, dict]] = {
+    "vit_tower": ("ViTModel", VIT),
+    "vit_tower_no_pooler": ("ViTModel", VIT | {"add_pooling_layer": False}),
+    "dinov2_tower": ("Dinov2Model", DINO),
+    "dinov2_registers_tower": ("Dinov2WithRegistersModel", DINO | {"num_register_tokens": 3}),
+    "dinov3_tower": ("DINOv3ViTModel", VIT | {"num_register_tokens": 2, "image_size": 24}),
+    "dinov3_gated_tower": ("DINOv3ViTModel", VIT | {"num_register_tokens": 2, "use_gated_mlp": True, "image_size": 24}),
+    "clip_tower": ("CLIPVisionModel", PROJECTED),
+    "clip_projected_tower": ("CLIPVisionModelWithProjection", PROJECTED),
+    "siglip_tower": ("SiglipVisionModel", VIT | {"hidden_act": "gelu_pytorch_tanh"}),
+    "siglip_headless_tower": ("SiglipVisionModel", VIT | {"vision_use_head": False}),
+}
+"""The same of towers without a classifier."""
+
 
 def make(name: str, **more) -> nn.Module:
     """A model as a user would give it, not prepared."""
     import transformers
 
-    architecture, config = MODELS[name]
-    cls = getattr(transformers, architecture)
-    model = randomise_(cls(cls.config_class(**config | more))).eval()
+    architecture, config = (MODELS | TOWERS)[name]
+    cls, config = getattr(transformers, architecture), config | more
+    own = {"add_pooling_layer": config.pop("add_pooling_layer")} if "add_pooling_layer" in config else {}
+    model = randomise_(cls(cls.config_class(**config), **own)).eval()
     if name == "dinov2_interpolated":
         model.preprocess = {"input_size": (3, 42, 28)}
     return model
 
 
 HOSTS = {f"hf_{name}": partial(make, name) for name in MODELS} if HERE else {}
+TOWER_HOSTS = {f"hf_{name}": partial(make, name) for name in TOWERS} if HERE else {}

@@ -1,0 +1,86 @@
+"""Towers without a head: DeiT-Ti pruned by its class token's features against pruning it as a classifier.
+
+    NVIT_DATA=FOLDER python -m benchmarks.accuracy.features [--target 0.65] [--images 1000]
+
+Both in one shot with a refit, from the same 1000 images of imagenet_sample1000 without their labels, to the same share
+of multiply-accumulates; the classifier loses its head afterwards. Then, for each: the cosine of its features to the
+dense ones, the top-1 of k-NN (k = 20) with the 1000 images as the bank (one a class) and the 1300 validation images
+asked, with its difference from the dense tower's and the standard error of that (paired over images), and of a linear
+probe trained on the same bank. `stream` says whether channels of the residual stream may leave: `whole` (no),
+`restored` (they may, `--keep-output` brings the width back), `narrow` (they may, the features are narrower). Writes
+benchmarks/results/features_cpu.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import time
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+import nvit
+from benchmarks.accuracy.library import BATCH, INPUT, data_folder, dense_model, images_of
+from benchmarks.harness import Records
+from nvit.analysis.evaluate import macs
+from nvit.analysis.neighbours import Bank, cosine, features_of, knn, linear_probe
+
+
+def without_head(model: nn.Module) -> nn.Module:
+    """A copy of a timm model that hands out the class token's features."""
+    tower = copy.deepcopy(model)
+    tower.reset_classifier(0)
+    return tower.eval()
+
+
+def pruned(model: nn.Module, loader, config: nvit.PruneConfig) -> nn.Module:
+    """The compact model at the config's target of multiply-accumulates; `model` is left as it is."""
+    model = copy.deepcopy(model)
+    return nvit.prune(model, loader, config, nvit.LatencyTable.analytic(model)).model
+
+
+def main(target: float, count: int) -> None:
+    root = data_folder()
+    dense, classes = dense_model(root), root / "imagenet_synsets.txt"
+    bank, asked = (images_of(root / name, dense, classes) for name in ("imagenet_sample1000", "imagenet_val1300"))
+    bank_loader, asked_loader = (DataLoader(list(images), batch_size=BATCH) for images in (bank, asked))
+    calibration = nvit.data.TrainingData(bank, BATCH)
+    tower = without_head(dense)
+    known = features_of(tower, bank_loader), features_of(tower, asked_loader)
+    base = nvit.PruneConfig(latency_target=target, train=False, refit=True, images=count, batch_size=BATCH)
+    records = Records("features")
+
+    def add(case: str, stream: str, model: nn.Module, seconds: float = 0.0) -> None:
+        mine: tuple[Bank, Bank] = features_of(model, bank_loader), features_of(model, asked_loader)
+        same = mine[1].features.shape == known[1].features.shape
+        records.add(
+            case=case,
+            stream=stream,
+            macs=macs(model, INPUT),
+            width=mine[1].features.shape[1],
+            cosine=cosine(mine[1], known[1]) if same else None,
+            knn=knn(*mine),
+            probe=linear_probe(*mine),
+            cpu_s=seconds,
+        )
+        records.save()
+
+    add("dense", "whole", tower)
+    for case, model, task in (("features", tower, "features"), ("classification", dense, "classification")):
+        for stream in ("whole", "restored") if task == "features" else ("whole", "narrow"):
+            config = dataclasses.replace(base, task=task, freeze=("emb",) if stream == "whole" else ())
+            if stream == "restored":
+                config = dataclasses.replace(config, keep_output=True)
+            start = time.process_time()
+            small = pruned(model, calibration, config)
+            add(case, stream, small if task == "features" else without_head(small), time.process_time() - start)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", type=float, default=0.65)
+    parser.add_argument("--images", type=int, default=1000)
+    chosen = parser.parse_args()
+    main(chosen.target, chosen.images)
