@@ -49,7 +49,7 @@ class LatentPool(Prunable):
     def forward(self, x: Tensor) -> Tensor:
         if self.pos_embed is not None:
             x = x + functional.take(self.pos_embed, None, self.emb)
-        q = self.q(self.latent.expand(len(x), -1, -1)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q = self.q(self.latent.expand(x.shape[0], -1, -1)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         (keys_and_values,) = self.linears()
         kv = keys_and_values.project()(x).unflatten(-1, (2, self.heads, -1))
         k, v = kv.permute(2, 0, 3, 1, 4)

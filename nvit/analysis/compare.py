@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import adapters
-from ..latency.clock import in_dtype, time_rounds
+from ..latency.clock import TORCH, in_dtype, time_rounds
 from ..latency.spread import ratio_to_first, typical
 from ..latency.table import LatencyTable
 from ..spec import BUNDLE_SIZES, KINDS
@@ -22,11 +22,12 @@ def size(model: nn.Module) -> dict[str, int]:
 
 
 def measured(
-    models: Sequence[nn.Module], images: Tensor, seconds: float, mode: str = "eager"
+    models: Sequence[nn.Module], images: Tensor, seconds: float, mode: str = "eager", runtime: str = TORCH
 ) -> list[dict[str, float]]:
     """A row per model, timed in turn on `images` and in their dtype: `measured_ratio`, of the first one's latency,
     with its `measured_spread`, `latency_ms` and `images_per_s`."""
-    rounds = time_rounds([in_dtype(m, images.dtype) for m in models], images, seconds, mode)
+    where = () if runtime == TORCH else (runtime,)
+    rounds = time_rounds([in_dtype(m, images.dtype) for m in models], images, seconds, mode, *where)
     rows = []
     for i, ms in enumerate(typical(rounds).tolist()):
         ratio = ratio_to_first(rounds, i)
@@ -50,11 +51,16 @@ def smallest_bundles(models: Sequence[nn.Module]) -> dict[str, int]:
 
 
 def side_by_side(
-    models: Sequence[nn.Module], table: LatencyTable, images: Tensor, seconds: float, mode: str = "eager"
+    models: Sequence[nn.Module],
+    table: LatencyTable,
+    images: Tensor,
+    seconds: float,
+    mode: str = "eager",
+    runtime: str = TORCH,
 ) -> list[dict[str, Any]]:
     """A row per model: `size`, `predicted_ratio`, `measured`, and `speedup` over the first."""
     rows = []
-    for model, times in zip(models, measured(models, images, seconds, mode), strict=True):
+    for model, times in zip(models, measured(models, images, seconds, mode, runtime), strict=True):
         row = size(model) | {"predicted_ratio": predicted_ratio(table, model)} | times
         rows.append(row | {"speedup": 1 / times["measured_ratio"]})
     return rows

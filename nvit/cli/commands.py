@@ -1,7 +1,7 @@
 """Every command by its words."""
 
 from .command import Command
-from .flags import compare, correlation, evaluate, finetune, latency, prune, report, sparsify, widths
+from .flags import compare, correlation, evaluate, export, finetune, latency, prune, report, sparsify, widths
 
 COMMANDS: dict[str, Command] = {
     "demo": prune.DEMO,
@@ -11,6 +11,7 @@ COMMANDS: dict[str, Command] = {
     "compare": compare.COMMAND,
     "latency": latency.COMMAND,
     "sparsify": sparsify.COMMAND,
+    "export": export.COMMAND,
     "report": report.COMMAND,
     "analyze widths": widths.COMMAND,
     "analyze correlation": correlation.COMMAND,

@@ -39,7 +39,7 @@ def run_compare(names: Sequence[str], command: CompareCommand, progress: Progres
     mode, dtype = command.latency.deployed(device)
     images = sample_images(models[0], command.latency.latency_batch).to(dtype)
     progress(0, 1, "measuring models")
-    found = side_by_side(models, table, images, command.seconds, mode)
+    found = side_by_side(models, table, images, command.seconds, mode, command.latency.runtime)
     rows = []
     for name, model, row in zip(names, models, found, strict=True):
         row = {"name": name} | row | {"peak_memory": peak_memory(in_dtype(model.eval(), dtype), images)}

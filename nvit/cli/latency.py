@@ -41,7 +41,8 @@ def run(command: LatencyCommand) -> None:
     where = "multiply-accumulates, 1 G counted as 1 ms"
     if table.setting is not None:
         s = table.setting
-        where = f"{s.device}, {s.dtype}, {s.mode}, batch {s.batch_size}, {s.tokens} tokens, {s.versions}"
+        how = s.mode if s.runtime == "torch" else s.runtime
+        where = f"{s.device}, {s.dtype}, {how}, batch {s.batch_size}, {s.tokens} tokens, {s.versions}"
     print(where)
     rate = "" if table.setting is None else f", {1e3 * table.setting.batch_size / table.dense_ms:.1f} images/s"
     print(f"dense model: {found['dense_ms']:.3f} ms{rate}; ms saved per unit, mean over the range:")

@@ -204,7 +204,7 @@ def _measure(
     images = sample_images(reference, command.latency.latency_batch).to(dtype)
     models = [reference, *(p.model for p in result.snapshots)]
     progress(0, 1, "measuring snapshots")
-    times = compare.measured(models, images, command.latency.latency_seconds / 4, mode)
+    times = compare.measured(models, images, command.latency.latency_seconds / 4, mode, command.latency.runtime)
     rows = []
     for pruned, ms in zip(result.snapshots, times[1:], strict=True):
         if opened.table.setting is not None and command.config.measure_seconds:

@@ -33,7 +33,7 @@ def open_table(
         table = LatencyTable.load(flags.table)
         if table.setting is not None:
             tokens = adapters.find(model).tokens(model)
-            here = current_setting(device, dtype, flags.latency_batch, tokens, mode)
+            here = current_setting(device, dtype, flags.latency_batch, tokens, mode, flags.runtime)
             table.check(here, snapshot.spec_of(model).blocks)
         return table
     progress(0, 1, f"measuring latency, about {flags.latency_seconds:.0f} s")
@@ -43,6 +43,7 @@ def open_table(
         device,
         dtype,
         mode=mode,
+        runtime=flags.runtime,
         bundle_sizes=bundle_sizes,
         seconds=flags.latency_seconds,
         cache=default_cache(),
@@ -58,6 +59,7 @@ def measured_on(flags: LatencyFlags, device: torch.device) -> dict[str, Any]:
     return {
         "latency_batch": flags.latency_batch,
         "latency_mode": mode,
+        "runtime": flags.runtime,
         "latency_dtype": name,
         "device": str(device),
         "environment": environment(device),
@@ -66,5 +68,5 @@ def measured_on(flags: LatencyFlags, device: torch.device) -> dict[str, Any]:
 
 def in_words(found: Mapping[str, Any]) -> str:
     """The same as a table's title."""
-    how = f"{found['latency_dtype']}, {found['latency_mode']}"
+    how = f"{found['latency_dtype']}, {found['latency_mode'] if found['runtime'] == 'torch' else found['runtime']}"
     return f"{found['latency_batch']} images a batch on {found['device']}, {how}"

@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import adapters
+from ..export.pieces import TORCH, Call, ready, runtime_version
 from ..utils import modes
 from ..utils.memory import keep_freed_memory
 from .spread import ROUNDS, steady, typical
@@ -41,6 +44,7 @@ class Setting:
 
     Attributes:
         mode: `eager`, `graph` or `compile`, see `utils.modes`; older tables are eager.
+        runtime: what computes, `torch` or one of `export.pieces.RUNTIMES`; older tables are torch's.
     """
 
     device: str
@@ -50,16 +54,23 @@ class Setting:
     threads: int
     versions: str
     mode: str = "eager"
+    runtime: str = TORCH
 
     @property
     def in_words(self) -> str:
         """`NVIDIA H200, bfloat16, graph, 197 tokens`; on a CPU with its threads."""
         threads = f", {self.threads} thread{'s' * (self.threads > 1)}" if self.threads else ""
-        return f"{self.device}, {self.dtype}, {self.mode}, {self.tokens} tokens{threads}"
+        how = self.mode if self.runtime == TORCH else self.runtime
+        return f"{self.device}, {self.dtype}, {how}, {self.tokens} tokens{threads}"
 
 
 def current_setting(
-    device: torch.device | str, dtype: torch.dtype, batch_size: int, tokens: int, mode: str = "eager"
+    device: torch.device | str,
+    dtype: torch.dtype,
+    batch_size: int,
+    tokens: int,
+    mode: str = "eager",
+    runtime: str = TORCH,
 ) -> Setting:
     threads = torch.get_num_threads() if torch.device(device).type == "cpu" else 0
     return Setting(
@@ -68,8 +79,9 @@ def current_setting(
         batch_size,
         tokens,
         threads,
-        f"torch {torch.__version__}",
+        runtime_version(runtime),
         mode,
+        runtime,
     )
 
 
@@ -90,6 +102,17 @@ def as_deployed(
         raise ValueError("latency mode graph needs a CUDA GPU, and this is a CPU; take eager or compile")
     dtype = dtype or (torch.bfloat16 if cuda else torch.float32)
     return mode, getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def check_runtime(runtime: str, device: torch.device | str, mode: str, dtype: torch.dtype) -> None:
+    """Raise ValueError where a runtime is unknown, not installed, or cannot be timed so."""
+    runtime_version(runtime)
+    if runtime != TORCH and (torch.device(device).type, mode, dtype) != ("cpu", "eager", torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(
+            f"runtime {runtime} is timed on the CPU in float32, as it is; found {device}, {mode}, {name}. "
+            "Take --device cpu and leave out --latency-mode and --latency-dtype, or --runtime torch"
+        )
 
 
 def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -178,17 +201,25 @@ def time_each(calls: Sequence[Callable[[], object]], device: torch.device | str,
     return watch.medians(end)
 
 
+def in_runtime(calls: Sequence[Call], runtime: str) -> list[Callable[[], Any] | None]:
+    """What runs each call in a runtime, on as many threads as torch has; None in torch itself."""
+    return [None] * len(calls) if runtime == TORCH else ready(calls, runtime, torch.get_num_threads())
+
+
 @torch.inference_mode()
-def time_rounds(models: Sequence[nn.Module], images: Tensor, seconds: float, mode: str = "eager") -> np.ndarray:
-    """Milliseconds of a forward pass of each model on `images`, in turn: `(rounds, models)`.
+def time_rounds(
+    models: Sequence[nn.Module], images: Tensor, seconds: float, mode: str = "eager", runtime: str = TORCH
+) -> np.ndarray:
+    """Milliseconds of a forward pass of each model on `images` in a runtime, in turn: `(rounds, models)`.
 
     For about `seconds`, and on a busy machine up to `PATIENCE` times as long, until the models' ratios are `steady`.
     """
-    end = time.perf_counter() + seconds
     was = [m.training for m in models]
+    runs = in_runtime([(m.eval(), partial(adapters.predict, m), images) for m in models], runtime)
+    end = time.perf_counter() + seconds
     watch = Stopwatch(images.device, mode)
-    for model in models:
-        watch.add(model.eval(), images)
+    for model, run in zip(models, runs, strict=True):
+        watch.add(*((model, images) if run is None else (run,)))
     times = watch.rounds(end, ROUNDS)
     while not steady(times) and time.perf_counter() < end + (PATIENCE - 1) * seconds:
         times = np.concatenate([times, watch.rounds(0.0)])

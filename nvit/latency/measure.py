@@ -20,7 +20,7 @@ from .. import adapters
 from ..spec import KINDS, BlockWidths, Group, Part, ViTSpec, block_widths
 from ..structure.compact import compact, meta_copy
 from ..structure.masks import full_masks, widths
-from .clock import Setting, Stopwatch
+from .clock import TORCH, Setting, Stopwatch, in_runtime
 from .grid import Grid
 from .spread import drifted, typical
 
@@ -104,13 +104,19 @@ def count_macs(samples: Samples) -> dict[str, Grid]:
 
 @torch.inference_mode()
 def time_pieces(
-    samples: Samples, batch_size: int, device: torch.device, dtype: torch.dtype, seconds: float, mode: str = "eager"
+    samples: Samples,
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    seconds: float,
+    mode: str = "eager",
+    runtime: str = TORCH,
 ) -> tuple[dict[str, Grid], float]:
     """Milliseconds of a piece of every part at its samples, and of the whole dense model, all timed in turn, in about
     `seconds`, first calls included: on as many of `LEVELS` points as these leave time for.
     """
     end = time.perf_counter() + seconds
-    pieces = _Pieces(samples, batch_size, device, dtype, mode)
+    pieces = _Pieces(samples, batch_size, device, dtype, mode, runtime)
     pieces.add(_wanted(samples, samples.axes(COARSER[-1])))
     for levels in (LEVELS, *COARSER):
         axes = samples.axes({kind: min(n, LEVELS[kind]) for kind, n in levels.items()})
@@ -130,11 +136,17 @@ def time_pieces(
 
 @torch.inference_mode()
 def time_dense(
-    samples: Samples, batch_size: int, device: torch.device, dtype: torch.dtype, seconds: float, mode: str = "eager"
+    samples: Samples,
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    seconds: float,
+    mode: str = "eager",
+    runtime: str = TORCH,
 ) -> np.ndarray:
     """Milliseconds of the whole dense model as the machine is now, `(rounds,)`: for `seconds`, three at least."""
     end = time.perf_counter() + seconds
-    pieces = _Pieces(samples, batch_size, device, dtype, mode)
+    pieces = _Pieces(samples, batch_size, device, dtype, mode, runtime)
     pieces.add([])
     return pieces.watch.rounds(end, 3)[:, 0]
 
@@ -157,12 +169,14 @@ class _Pieces:
         at: the place of each sample among the pieces.
     """
 
-    def __init__(self, samples: Samples, batch_size: int, device: torch.device, dtype: torch.dtype, mode: str) -> None:
+    def __init__(
+        self, samples: Samples, batch_size: int, device: torch.device, dtype: torch.dtype, mode: str, runtime: str
+    ) -> None:
         self.samples, self.batch_size = samples, batch_size
         self.spec = samples.adapter.spec(samples.skeleton, samples.dense)
         self.weights = self.inputs = torch.empty(0, device=device, dtype=dtype)
         self.hosts: dict[str, tuple[nn.Module, list[Group]]] = {}
-        self.watch = Stopwatch(device, mode)
+        self.watch, self.runtime, self.making = Stopwatch(device, mode), runtime, 0.0
         self.at: dict[Sample, int] = {}
 
     def add(self, wanted: Sequence[Sample]) -> None:
@@ -177,13 +191,19 @@ class _Pieces:
         for model in models:
             params = {n: self.weights[: p.numel()].view(p.shape) for n, p in model.named_parameters()}
             adapter.resize(model, params, full_masks(adapter.groups(model))).to(self.weights.dtype)
+        hosts = list(models)
         runs = [] if self.at else [(models.pop(0), self.spec.preprocess["input_size"])]
         runs += [adapter.piece(model, parts[i]) for model, (i, _) in zip(models, wanted, strict=True)]
         if not self.at:
             most = self.batch_size * max(math.prod(shape) for _, shape in runs)
             self.inputs = torch.randn(most, out=self.inputs.new_empty(most))
-        for run, shape in runs:
-            self.watch.add(run, self.inputs[: self.batch_size * math.prod(shape)].view(self.batch_size, *shape))
+        inputs = [self.inputs[: self.batch_size * math.prod(shape)].view(self.batch_size, *shape) for _, shape in runs]
+        calls = [(host, run, x) for host, (run, _), x in zip(hosts, runs, inputs, strict=True)]
+        start = time.perf_counter()
+        elsewhere = in_runtime(calls, self.runtime)
+        self.making += time.perf_counter() - start
+        for (_, run, x), there in zip(calls, elsewhere, strict=True):
+            self.watch.add(*((run, x) if there is None else (there,)))
         self.at |= {sample: len(self.at) + n for n, sample in enumerate(wanted)}
 
     def seconds(self, more: int) -> float:
@@ -191,7 +211,8 @@ class _Pieces:
         start = time.perf_counter()
         self.watch.round()
         steady, (_, *first) = time.perf_counter() - start, self.watch.first
-        return more * float(np.mean(first)) + 2 * steady * (1 + more / len(self.watch.first))
+        made = self.making / len(self.watch.first)
+        return more * (float(np.mean(first)) + made) + 2 * steady * (1 + more / len(self.watch.first))
 
 
 def fingerprint(samples: Samples, setting: Setting) -> str:

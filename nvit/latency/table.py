@@ -14,7 +14,7 @@ from torch import nn
 from ..spec import BUNDLE_SIZES, KINDS, TITLES, BlockWidths, Part
 from ..utils import html
 from ..utils.files import cache_folder, write_atomically
-from .clock import Setting, as_deployed, current_setting
+from .clock import TORCH, Setting, as_deployed, check_runtime, current_setting
 from .grid import Grid
 from .measure import count_macs, fingerprint, samples_of, time_dense, time_pieces
 from .spread import differ
@@ -108,7 +108,7 @@ class LatencyTable:
         A different library version is let pass: it is named in the report.
         """
         if self.setting is not None:
-            for field in ("device", "mode", "dtype", "batch_size", "tokens", "threads"):
+            for field in ("device", "runtime", "mode", "dtype", "batch_size", "tokens", "threads"):
                 mine, theirs = getattr(self.setting, field), getattr(setting, field)
                 if mine != theirs:
                     raise ValueError(
@@ -177,6 +177,7 @@ class LatencyTable:
         dtype: torch.dtype | str | None = None,
         *,
         mode: str | None = None,
+        runtime: str = TORCH,
         bundle_sizes: Mapping[str, int] = BUNDLE_SIZES,
         seconds: float = 40.0,
         cache: Path | None = None,
@@ -189,6 +190,7 @@ class LatencyTable:
             dtype: parameters' and inputs', as `torch.bfloat16` or `"bfloat16"`; bfloat16 on CUDA and float32 elsewhere
                 when None.
             mode: `graph` (replays of CUDA graphs), `eager` or `compile`; graph on CUDA and eager elsewhere when None.
+            runtime: `torch`, or where pieces are exported to and timed: `onnxruntime`, `openvino`, on the CPU.
             cache: a folder; a table measured there for the same model shape and setting is used again, unless the
                 dense model takes another time now than it took then.
 
@@ -202,15 +204,16 @@ class LatencyTable:
         """
         device = torch.device(device)
         mode, dtype = as_deployed(device, mode, dtype)
+        check_runtime(runtime, device, mode, dtype)
         samples = samples_of(model, bundle_sizes)
-        setting = current_setting(device, dtype, batch_size, samples.adapter.tokens(samples.skeleton), mode)
+        setting = current_setting(device, dtype, batch_size, samples.adapter.tokens(samples.skeleton), mode, runtime)
         whole, coarse = (f"{fingerprint(samples, setting)}{end}.json" for end in ("", f"-{seconds:g}s"))
         paths = () if cache is None else (cache / whole, cache / coarse)
         if (found := next((path for path in paths if path.exists()), None)) is not None:
             table = cls.load(found)
-            if not differ(time_dense(samples, batch_size, device, dtype, seconds / 20, mode), table.dense_ms):
+            if not differ(time_dense(samples, batch_size, device, dtype, seconds / 20, mode, runtime), table.dense_ms):
                 return table
-        grids, dense_ms = time_pieces(samples, batch_size, device, dtype, seconds, mode)
+        grids, dense_ms = time_pieces(samples, batch_size, device, dtype, seconds, mode, runtime)
         # Pieces timed alone add up to a little more or less than the model; the table speaks for the model.
         scale = dense_ms / cls(samples.parts, grids, samples.dense, setting).dense_ms
         scaled = {name: Grid(g.kinds, g.axes, g.values * scale) for name, g in grids.items()}

@@ -31,8 +31,9 @@ def per_head_and_window(
 
 def one_mask(batch: int, bias: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
     """Bias and mask as one that broadcasts to `(batch, heads, tokens, tokens)`."""
-    if attn_mask is not None and attn_mask.dim() == 4 and attn_mask.shape[0] != batch and attn_mask.shape[0] != 1:
-        attn_mask = attn_mask.repeat(batch // attn_mask.shape[0], 1, 1, 1)
+    if attn_mask is not None and attn_mask.dim() == 4 and (windows := attn_mask.shape[0]) > 1:
+        # Asks nothing of the batch, which an exported graph leaves open.
+        attn_mask = attn_mask.expand(batch // windows, *attn_mask.shape).flatten(0, 1)
     if bias is None or attn_mask is None:
         return attn_mask if bias is None else bias
     if attn_mask.dtype == torch.bool:

@@ -212,6 +212,11 @@ class Prunable(nn.Module):
         p = next(self.parameters(), None)
         self.register_buffer(name, kept if kept is None or p is None else kept.to(p.device), persistent=False)
 
+    @property
+    def masked(self) -> bool:
+        """Whether it computes over a part of its dense weights."""
+        return any(getattr(self, name) is not None for name in self._indices)
+
     def indices_to_(self, device: torch.device) -> None:
         """Move the kept indices to a device."""
         for name in self._indices:

@@ -123,7 +123,8 @@ def _checked(
         )
     if table.setting is not None:
         s = table.setting
-        here = current_setting(device, getattr(torch, s.dtype), s.batch_size, adapters.find(model).tokens(model))
+        dtype, tokens = getattr(torch, s.dtype), adapters.find(model).tokens(model)
+        here = current_setting(device, dtype, s.batch_size, tokens, runtime=s.runtime)
         table.check(here, table.dense)
     return table
 

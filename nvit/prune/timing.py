@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import parallel
-from ..latency.clock import Setting, in_dtype, time_rounds
+from ..latency.clock import TORCH, Setting, in_dtype, time_rounds
 from ..latency.measure import sample_images
 from ..latency.spread import Ratio, ratio_to_first
 from .aim import Clock
@@ -35,7 +35,8 @@ def clock_of(
 
         def timed() -> Ratio:
             images = sample_images(models[0], setting.batch_size)
-            return ratio_to_first(timer(models, images, seconds, setting.mode), 1)
+            elsewhere = {} if setting.runtime == TORCH else {"runtime": setting.runtime}
+            return ratio_to_first(timer(models, images, seconds, setting.mode, **elsewhere), 1)
 
         return parallel.from_main(timed)
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 FORMATS = {
     "params": ("params M", lambda v: f"{v / 1e6:.2f}"),
     "macs": ("GMACs", lambda v: f"{v / 1e9:.3f}"),
+    "bytes": ("MB", lambda v: f"{v / 1e6:.2f}"),
+    "difference": ("max difference", lambda v: f"{v:.1e}"),
     "predicted_ratio": ("predicted ×", lambda v: f"{v:.3f}"),
     "measured_ratio": ("measured ×", lambda v: f"{v:.3f}"),
     "latency_ms": ("ms", lambda v: f"{v:.2f}"),
@@ -75,9 +77,9 @@ PIPED = 160
 """Columns of a table that goes to no terminal, where the environment's COLUMNS does not say."""
 
 
-def show(title: str, rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
-    """A table of rows, each with a `name` and any keys of `FORMATS`. Where it is too wide, columns are left out and
-    named; numbers and the title's words are never cut."""
+def show(title: str, rows: Sequence[Mapping[str, Any]], console: Console | None = None, *, head: str = "model") -> None:
+    """A table of rows, each with a `name` (under `head`) and any keys of `FORMATS`. Where it is too wide, columns are
+    left out and named; numbers and the title's words are never cut."""
     from rich.console import Console
 
     console = console or Console()
@@ -86,7 +88,7 @@ def show(title: str, rows: Sequence[Mapping[str, Any]], console: Console | None 
     width = console.width
     keys = [k for k in FORMATS if any(row.get(k) is not None for row in rows)]
     dropped = []
-    while Console(width=10 * PIPED).measure(table := _table(rows, keys)).maximum > width:
+    while Console(width=10 * PIPED).measure(table := _table(rows, keys, head)).maximum > width:
         if (key := next((k for k in DROPPED if k in keys), None)) is None:
             break
         keys.remove(key)
@@ -103,12 +105,12 @@ def _print(console: Console, text: str, width: int) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> Table:
+def _table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], head: str) -> Table:
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("model", overflow="fold")
+    table.add_column(head, overflow="fold")
     for key in keys:
         table.add_column(FORMATS[key][0], justify="right", no_wrap=True)
     for row in rows:

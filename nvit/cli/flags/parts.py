@@ -153,13 +153,20 @@ class LatencyFlags:
         _help("of weights and images while latency is measured; auto: bfloat16 on a GPU, float32 on a CPU"),
     ] = "auto"
 
+    runtime: Annotated[
+        Literal["torch", "onnxruntime", "openvino"],
+        _help("what latency is measured in; beside torch the CPU's, models and pieces of them being exported to it"),
+    ] = "torch"
+
     def deployed(self, device: torch.device) -> tuple[str, torch.dtype]:
         """Mode and dtype on this device.
 
         Raises:
-            ValueError: a mode that the device has not.
+            ValueError: a mode that the device has not, or a runtime that is not there.
         """
-        from ...latency.clock import as_deployed
+        from ...latency.clock import as_deployed, check_runtime
 
         asked = (None if word == "auto" else word for word in (self.latency_mode, self.latency_dtype))
-        return as_deployed(device, *asked)
+        mode, dtype = as_deployed(device, *asked)
+        check_runtime(self.runtime, device, mode, dtype)
+        return mode, dtype
