@@ -16,7 +16,7 @@ FORMAT = _help(f"files to write, some of: {', '.join(FORMATS)}")
 
 @dataclass(frozen=True, kw_only=True)
 class ExportCommand:
-    """A compact model as a file of another runtime, checked there against the model first."""
+    """Write a compact model for another runtime, checked there first."""
 
     model: Annotated[str, MODEL] = ""
     format: Annotated[tuple[str, ...], FORMAT] = ("onnx",)
