@@ -26,7 +26,7 @@ def _help(text: str, **kwargs):
 
 
 TaskName = Annotated[
-    Literal["auto", "classification", "multilabel", "regression", "features"],
+    Literal["auto", "classification", "multilabel", "regression", "features", "segmentation"],
     _help("what the model is for: labels, loss, metric; auto: as its head or config tells, else it is asked for"),
 ]
 

@@ -147,6 +147,7 @@ _TYPES = {
     "kept": dict,
     "changes": dict,
     "merges": list,
+    "labels": list,
 }
 """What the fields of a spec are in JSON."""
 
@@ -168,6 +169,7 @@ class ViTSpec:
         changes: by layer, what was changed in the model that the config builds: numbers of it (`scale`, `p`), and as
             `layer` which parameterless one stands there. See `adapters.changes`.
         merges: how many tokens merge in each block, between attention and MLP; empty where none do.
+        labels: names of the classes, in the order of their numbers, where the model's head was made for them.
     """
 
     family: str
@@ -180,11 +182,13 @@ class ViTSpec:
     kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     merges: tuple[int, ...] = ()
+    labels: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         fields = dataclasses.asdict(self)
-        if not self.merges:
-            del fields["merges"]  # so that whoever knows of no merging reads what needs none
+        for later in ("merges", "labels"):
+            if not fields[later]:
+                del fields[later]  # so that whoever knows of neither reads what needs none
         return json.dumps({"format": FORMAT} | fields, indent=2) + "\n"
 
     @classmethod
@@ -204,7 +208,7 @@ class ViTSpec:
         if isinstance(raw, dict):
             check_format(raw.pop("format", 1))
         names = {f.name for f in dataclasses.fields(cls)}
-        if not isinstance(raw, dict) or set(raw) | {"sparse", "kept", "changes", "merges"} != names:
+        if not isinstance(raw, dict) or set(raw) | {"sparse", "kept", "changes", "merges", "labels"} != names:
             found = ", ".join(sorted(raw)) if isinstance(raw, dict) else type(raw).__name__
             raise ValueError(f"has the fields {found}; expected {', '.join(sorted(names))}")
         for name, kind in _TYPES.items():
@@ -222,4 +226,5 @@ class ViTSpec:
         merges = tuple(raw.pop("merges", ()))
         if not all(type(r) is int and r >= 0 for r in merges):
             raise ValueError(f"merges are {list(merges)[:4]}; expected a number of tokens for each block")
-        return cls(blocks=blocks, sparse=sparse, kept=kept, merges=merges, **raw)
+        labels = tuple(str(name) for name in raw.pop("labels", ()))
+        return cls(blocks=blocks, sparse=sparse, kept=kept, merges=merges, labels=labels, **raw)

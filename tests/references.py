@@ -367,7 +367,8 @@ def masked_host(host, groups, masks: dict[str, Tensor]):
                 keep = (torch.ones(s.view) * masks[g.name].float().view(shape)).bool().flatten()
                 keeps[s.name] = keeps.get(s.name, torch.ones_like(keep)) & keep
     for name, module in list(host.named_modules()):
-        if "norm" in type(module).__name__.lower() and f"{name}.weight" in params:
+        over_images = isinstance(module, torch.nn.BatchNorm2d)  # its channels are none of a stream's
+        if "norm" in type(module).__name__.lower() and f"{name}.weight" in params and not over_images:
             owner, _, leaf = name.rpartition(".")
             everything = torch.ones(module.weight.numel(), dtype=torch.bool)
             setattr(host.get_submodule(owner), leaf, _MaskedNorm(module, keeps.get(f"{name}.weight", everything)))

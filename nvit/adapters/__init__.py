@@ -23,6 +23,8 @@ from .hf_hosts import is_tower
 from .hf_vit import HFViT
 from .masking import hook_refusal
 from .restore import restore_
+from .segmenter import Segmenters
+from .segmenter import segmenter as _segmenter
 from .timm_beit import TimmBeit
 from .timm_eva import TimmEva
 from .timm_swin import TimmSwin
@@ -50,9 +52,11 @@ __all__ = [
     "predict",
     "preprocess",
     "refusal",
+    "segmenter",
 ]
 
 FAMILIES: dict[str, Adapter] = {a.family: a for a in (TimmViT(), TimmSwin(), TimmEva(), TimmBeit(), HFViT())}
+FAMILIES |= {Segmenters.family: Segmenters(dict(FAMILIES))}
 
 SUPPORTED = (
     "timm's VisionTransformer (ViT, DeiT, DINOv2, CLIP, SigLIP and alike), SwinTransformer, Eva (EVA02, DINOv3, PE and "
@@ -204,6 +208,24 @@ def merges(model: nn.Module) -> tuple[int, ...]:
     ()
     """
     return find(model).merges(model)
+
+
+def segmenter(model: nn.Module, names: Sequence[str]) -> nn.Module:
+    """A model of a supported family, dense or pruned, with SETR's naive head for pixels in place of its classifier.
+
+    Args:
+        model: it becomes a part of the result.
+        names: of the classes, in the order of their numbers.
+
+    Raises:
+        ValueError: an unsupported model, or one whose tokens make no map.
+
+    >>> model = nvit.adapters.segmenter(nvit.load(nvit.BUNDLED), ["ink", "paper"])
+    >>> model(torch.zeros(1, 1, 8, 8)).shape
+    torch.Size([1, 2, 8, 8])
+    """
+    family = find(model)
+    return _segmenter(family.prepare(model), family, names)
 
 
 def predict(model: nn.Module, images: Tensor) -> Tensor:

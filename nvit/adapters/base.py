@@ -100,8 +100,8 @@ class Adapter(ABC):
         if (width := restored_width(model)) is not None:
             config[KEEP_OUTPUT] = width
         merges, name = self.merges(model), self.name(model)
-        kind = host_class(model).__name__
-        return ViTSpec(self.family, kind, config, tuple(blocks), images, name, merges=merges)
+        kind, labels = host_class(model).__name__, tuple(getattr(model, "class_names", ()))
+        return ViTSpec(self.family, kind, config, tuple(blocks), images, name, merges=merges, labels=labels)
 
     @abstractmethod
     def settings(self, model: nn.Module) -> dict[str, Any]:
@@ -163,10 +163,31 @@ class Adapter(ABC):
         """How images are prepared for the model, as timm's data config; `input_size` is always there."""
 
     def label_names(self, model: nn.Module) -> dict[str, int]:
-        """Class numbers by the model's own names of its classes; empty where it has none. timm's ImageNet models are
-        known by their number of classes, whose names are WordNet synsets."""
+        """Class numbers by the model's own names of its classes (`class_names`, which a new head got); empty where it
+        has none. timm's ImageNet models are known by their number of classes, whose names are WordNet synsets."""
+        if own := getattr(model, "class_names", ()):
+            return {name: i for i, name in enumerate(own)}
         subset = infer_imagenet_subset(model)
         return {} if subset is None else {name: i for i, name in enumerate(ImageNetInfo(subset).label_names())}
+
+    def new_head_(self, model: nn.Module, names: Sequence[str]) -> None:
+        """Give a prepared model, dense or compact, a freshly drawn classifier of these classes, in place.
+
+        Raises:
+            ValueError: the family has no such head.
+        """
+        raise ValueError(f"{type(model).__name__}: family {self.family} has no head that can be replaced")
+
+    def set_image_size_(self, model: nn.Module, size: tuple[int, int]) -> None:
+        """Give a prepared model, dense or compact, images of another height and width, in place.
+
+        Raises:
+            ValueError: positions of the family do not follow, or patches do not fill them.
+        """
+        raise ValueError(
+            f"{type(model).__name__}: the image size of family {self.family} is settled when a model is made; give the "
+            "dense model --img-size and prune it at that size"
+        )
 
     def task(self, model: nn.Module) -> str | None:
         """The task that a model's own config names, a key of `tasks.TASKS`; None where it says nothing."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -180,6 +180,22 @@ class HFViT(OneStream):
     def leading(self, model: nn.Module) -> int:
         host = host_of(model)
         return host.prefix + getattr(model.config, "num_register_tokens", 0) if host.prefix else 0
+
+    def new_head_(self, model: nn.Module, names: Sequence[str]) -> None:
+        """Weights are drawn from N(0, 0.02²); both of a distilled model's heads are new; the config has the names."""
+        if not host_of(model).classifiers or model.num_labels == 0:
+            raise ValueError(f"{type(model).__name__} has no classifier to replace; take its ForImageClassification")
+        for name in host_of(model).classifiers:
+            old = getattr(model, name)
+            fresh = nn.Linear(old.in_features, len(names)).to(old.weight)
+            nn.init.trunc_normal_(fresh.weight, std=0.02)
+            nn.init.zeros_(fresh.bias)
+            setattr(model, name, fresh.train(model.training))
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: i for i, name in enumerate(names)}
+        model.num_labels = model.config.num_labels
+        model.config.problem_type = None
+        self.prepare(model)
 
     def label_names(self, model: nn.Module) -> dict[str, int]:
         """`label2id` of the config, unless nobody has filled it in."""

@@ -41,6 +41,26 @@ class TimmAdapter(Adapter):
             "global_pool": model.global_pool,
         }
 
+    def new_head_(self, model: nn.Module, names: Sequence[str]) -> None:
+        """Weights are drawn as timm draws a ViT's, N(0, 0.02²); both of a distilled model's heads are new."""
+        classifiers = model.get_classifier()
+        inputs = [getattr(c, "in_features", None) for c in _all(classifiers)]
+        if None in inputs:
+            raise ValueError(
+                f"{type(model).__name__} has no linear classifier to replace (num_classes 0); give --num-classes"
+            )
+        model.reset_classifier(len(names))
+        for name, module in list(model.named_modules()):
+            if any(module is c for c in _all(model.get_classifier())):
+                # Behind attention pooling the head is as wide as the dense model, whatever the stream is.
+                fresh = nn.Linear(inputs.pop(0), len(names)).to(module.weight)
+                nn.init.trunc_normal_(fresh.weight, std=0.02)
+                nn.init.zeros_(fresh.bias)
+                owner, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, fresh.train(model.training))
+        model.class_names = tuple(names)
+        self.prepare(model)
+
     def extent(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
         depths = config.get("depths") or [config.get("depth", 0)]
         tokens = _area(config.get("img_size") or 0) // max(1, _area(config.get("patch_size", 1)))
@@ -82,6 +102,10 @@ class TimmAdapter(Adapter):
         model.pretrained_cfg = data | {"architecture": spec.name, "num_classes": model.num_classes}
         model.default_cfg = model.pretrained_cfg
         return model
+
+
+def _all(classifiers: nn.Module | tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:
+    return classifiers if isinstance(classifiers, tuple) else (classifiers,)
 
 
 def _area(size: int | Sequence[int]) -> int:

@@ -14,6 +14,7 @@ from ..layers import Norm, StreamEntry
 from ..spec import Slice
 from . import timm_config
 from .declare import EMB, embedding_slices, resize_layers
+from .feature_maps import PlainMaps
 from .one_stream import OneStream
 from .pooling import LatentPool, latent_pool, pool_macs, pool_refusal
 from .timm_host import TimmAdapter
@@ -21,7 +22,7 @@ from .timm_layers import classifier, is_norm, is_norm_or_none, stem_refusal, str
 from .tower import restored_width
 
 
-class TimmPlain(TimmAdapter, OneStream):
+class TimmPlain(TimmAdapter, PlainMaps, OneStream):
     """The adapter of a plain transformer of timm."""
 
     @abstractmethod

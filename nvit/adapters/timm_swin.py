@@ -15,9 +15,10 @@ from timm.models.swin_transformer import PatchMerging, SwinTransformer, SwinTran
 from timm.models.swin_transformer import WindowAttention as TimmWindowAttention
 from torch import Tensor, nn
 
-from ..layers import Layout, Linear, StreamEntry
+from ..layers import Layout, Linear, Prunable, StreamEntry
 from ..spec import BUNDLE_SIZES, Group, ViTSpec
 from .declare import Width, block_axes, block_widths, collect, embedding_slices, norm, resize_layers, with_axes
+from .feature_maps import FeatureMaps
 from .timm_config import mlp_ratio, norm_config, norm_layer
 from .timm_host import TimmAdapter
 from .timm_layers import is_norm, is_norm_or_none, mlp, mlp_refusal, stem_refusal
@@ -26,7 +27,7 @@ from .timm_swin_windows import WindowAttention, shift_of, windows_of
 from .tower import restored_width
 
 
-class TimmSwin(SwinParts, TimmAdapter):
+class TimmSwin(SwinParts, FeatureMaps, TimmAdapter):
     """The adapter of timm's Swin; the part about latency is `SwinParts`."""
 
     family = "timm_swin"
@@ -117,6 +118,21 @@ class TimmSwin(SwinParts, TimmAdapter):
         model.head.in_features = model.num_features
         model.head_hidden_size = model.head.num_features = model.num_features * model.head.global_pool.feat_mult()
         return model
+
+    def headless_(self, model: nn.Module) -> None:
+        model.reset_classifier(0)
+        model.class_names = ()
+
+    def feature_map(self, model: nn.Module, images: Tensor) -> Tensor:
+        return model.forward_features(images)
+
+    def map_shape(self, model: nn.Module) -> tuple[int, int, int]:
+        return (*model.layers[-1].output_resolution, model.num_features)
+
+    def map_reader(self, model: nn.Module, layer: nn.Linear) -> Prunable:
+        """The last stage's stream."""
+        inputs = Layout.of("emb", layer.in_features)
+        return with_axes({"emb": _emb(len(model.layers) - 1)}, Linear(layer, inputs=inputs), layer)
 
     def tokens(self, model: nn.Module) -> int:
         """Tokens in the first stage's residual stream."""

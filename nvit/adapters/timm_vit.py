@@ -96,6 +96,12 @@ class TimmViT(TimmPlain):
             "patch_drop_rate": getattr(model.patch_drop, "prob", 0.0),
         }
 
+    def set_image_size_(self, model: nn.Module, size: tuple[int, int]) -> None:
+        """Position embeddings are interpolated as timm does it."""
+        if odd := [n for n, patch in zip(size, model.patch_embed.patch_size, strict=True) if n % patch or n < patch]:
+            raise ValueError(f"images of {size[0]} × {size[1]}: {odd[0]} is no multiple of the patches' side")
+        model.set_input_size(tuple(size))
+
     def build(self, spec: ViTSpec, device: str = "meta") -> nn.Module:
         config = dict(spec.config)
         config["act_layer"] = known(config, "act_layer", ACTIVATIONS)

@@ -82,7 +82,7 @@ def finetune_line(path: str, model: str, *, opening: ModelFlags, machine: Machin
     """The command that trains a snapshot further with the dense model as its teacher, ready to paste."""
     words = ["nvit", "finetune", path, "--out", f"{path}-finetuned"]
     # A teacher is opened by its name and weights alone.
-    if (opening.pretrained or opening.checkpoint or model == DIGITS) and not opening.num_classes + opening.img_size:
+    if (opening.pretrained or opening.checkpoint or model == DIGITS) and not (opening.num_classes or opening.size):
         words += ["--teacher", model]
         words += ["--teacher-checkpoint", opening.checkpoint] if opening.checkpoint else []
     return shlex.join([*words, "--epochs", "30", *_given(where), *_given(machine)])

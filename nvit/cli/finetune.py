@@ -23,9 +23,10 @@ from ..utils.report import show, write_result
 from ..utils.stages import Stage
 from .command import flat
 from .flags.finetune import FinetuneCommand
+from .heads import with_new_head
 from .inputs import open_images
 from .models import open_cnn_teacher, open_model, open_teacher, untrained
-from .progress import shown
+from .progress import say, shown
 
 
 def run_finetune(name: str, command: FinetuneCommand, progress: Progress, log: Log = unlogged) -> dict[str, Any]:
@@ -37,7 +38,9 @@ def run_finetune(name: str, command: FinetuneCommand, progress: Progress, log: L
     device = command.machine.pick()
     model = open_model(name, command.opening, device, scratch=command.scratch)
     new = untrained(name, command.opening, scratch=command.scratch)
-    images = open_images(model, command.images, task=config.task, witness="never" if new else "order")
+    model, headed = with_new_head(model, config.task, command.images, say, asked=command.new_head)
+    witness = "never" if new or headed else "order"
+    images = open_images(model, command.images, task=config.task, witness=witness)
     loader = images.training(config)
     evaluation = images.evaluation(config.batch_size, command.images.eval_images)
     teacher = open_teacher(command.teacher, command.teacher_checkpoint, device)
@@ -45,12 +48,13 @@ def run_finetune(name: str, command: FinetuneCommand, progress: Progress, log: L
 
     task = tasks.of(config.task, model)
 
-    def evaluated(name: str) -> dict[str, float | None]:
+    def evaluated(name: str = "") -> dict[str, float | None]:
         known = evaluation is not None and parallel.main()
         how = {"task": task, "reference": teacher, "progress": progress}
         return kept(accuracy(model, evaluation, **how) if known else None, task.metric, name)
 
-    before = evaluated(f"{task.metric}_before")
+    # A head that was just drawn knows nothing.
+    before = kept(None, task.metric, f"{task.metric}_before") if headed else evaluated(f"{task.metric}_before")
     model = finetune(
         model,
         loader,
@@ -65,7 +69,7 @@ def run_finetune(name: str, command: FinetuneCommand, progress: Progress, log: L
     )
     if not parallel.main():
         return {}
-    found = {"model": name, "epochs": config.epochs, "metric": task.metric} | before | evaluated(task.metric)
+    found = {"model": name, "epochs": config.epochs, "metric": task.metric} | before | evaluated()
     found |= compare.size(model)
     snapshot.save(out, model, found)
     found |= {"path": str(out), "seconds": time.monotonic() - start}

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 from .. import adapters, tasks
 from ..tasks import Task
 from ..training.images import DigitImages, Images, Labels
+from ..training.masks import MaskImages
 from ..training.targets import TargetImages
 from .flags import DIGITS, DataFlags
 from .progress import say
@@ -17,7 +18,7 @@ NO_DATA = "--data is missing: a folder of class folders, or a timm data set as t
 
 def open_images(
     model: nn.Module, flags: DataFlags, *, task: str = "auto", witness: str = "order"
-) -> Images | TargetImages | DigitImages:
+) -> Images | TargetImages | MaskImages | DigitImages:
     """The images of a command.
 
     Args:
@@ -32,6 +33,8 @@ def open_images(
     if not (flags.data or flags.eval_data):
         raise ValueError(NO_DATA)
     whose = tasks.of(task, model)
+    if whose.name == "segmentation":
+        return mask_images(model, flags)
     if not whose.class_numbers:
         return _target_images(model, flags, whose)
     if flags.targets or flags.eval_targets:
@@ -44,6 +47,20 @@ def open_images(
         labels=labels,
         resize=flags.resize,
         skip_broken=flags.skip_broken,
+        workers=flags.processes(),
+        say=say,
+    )
+
+
+def mask_images(model: nn.Module, flags: DataFlags) -> MaskImages:
+    for name in ("targets", "eval_targets", "class_map", "accept_labels", "skip_broken"):
+        if getattr(flags, name):
+            raise ValueError(f"--{name.replace('_', '-')} is not for --task segmentation, whose labels are images")
+    return MaskImages(
+        model=model,
+        where=flags.data or flags.eval_data,
+        evaluated=flags.eval_data,
+        ignored=flags.ignore_label,
         workers=flags.processes(),
         say=say,
     )

@@ -39,9 +39,8 @@ def open_model(name: str, flags: ModelFlags, device: torch.device, *, scratch: b
         model = snapshot.fresh(snapshot.load_spec(name)) if scratch else _load(name)
         if flags.num_classes != adapters.classes(model):
             _refuse(flags, f"{own}, {adapters.classes(model)}", "num_classes")
-        size = adapters.preprocess(model)["input_size"]
-        if flags.img_size not in (0, size[-1]):
-            raise ValueError(f"{name} takes images of {size[-2]} × {size[-1]}; leave out --img-size {flags.img_size}")
+        if flags.size not in (None, adapters.preprocess(model)["input_size"][-2:]):
+            adapters.of(model).set_image_size_(model, flags.size)
     elif Path(name).is_dir():
         model = _hf_model(name, flags, scratch)
     elif not name.startswith(HOSTED) and not timm.is_model(name):
@@ -111,14 +110,13 @@ def _refuse(flags: ModelFlags, because: str, *names: str) -> None:
 
 
 def _timm_model(name: str, flags: ModelFlags, scratch: bool) -> nn.Module:
-    for flag, least in (("num_classes", 0), ("img_size", 0)):
-        if getattr(flags, flag) < least:
-            raise ValueError(f"--{flag.replace('_', '-')} {getattr(flags, flag)} is negative")
+    if flags.num_classes < 0:
+        raise ValueError(f"--num-classes {flags.num_classes} is negative")
     if scratch:
         _refuse(flags, "--scratch starts from random weights", "checkpoint")
     if flags.checkpoint and not Path(flags.checkpoint).is_file():
         raise ValueError(f"checkpoint {flags.checkpoint} does not exist")
-    asked = {key: value for key in ("num_classes", "img_size") if (value := getattr(flags, key))}
+    asked = {key: value for key, value in (("num_classes", flags.num_classes), ("img_size", flags.size)) if value}
     pretrained = flags.pretrained and not flags.checkpoint and not scratch
     try:
         model = timm.create_model(name, pretrained=pretrained, **asked)
@@ -128,11 +126,11 @@ def _timm_model(name: str, flags: ModelFlags, scratch: bool) -> nn.Module:
             raise ValueError(f"{name} cannot be made{said}: {short(e)}") from e
         why = f"{name}: pretrained weights cannot be had ({short(e, 300)}); give --checkpoint or --no-pretrained"
         raise ValueError(why) from e
-    _check_size(name, model, flags.img_size)
+    _check_size(name, model, flags.size)
     if flags.checkpoint:
         # timm's own filter brings position embeddings to another image size.
         resampled = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        load_weights_(model, flags.checkpoint, name, resampled if flags.img_size else None)
+        load_weights_(model, flags.checkpoint, name, resampled if flags.size else None)
     return model
 
 
@@ -142,13 +140,14 @@ def untrained(name: str, flags: ModelFlags, *, scratch: bool = False) -> bool:
     return scratch or not kept
 
 
-def _check_size(name: str, model: nn.Module, side: int) -> None:
-    """Raise ValueError where patches do not fill images of `side` pixels, 0 if none was asked for."""
+def _check_size(name: str, model: nn.Module, size: tuple[int, int] | None) -> None:
+    """Raise ValueError where patches do not fill images of this height and width, None if none was asked for."""
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    if side and patch and side % max(patch):
-        below = side - side % max(patch)
-        near = f"{below} or {below + max(patch)}" if below else f"{max(patch)}"
-        raise ValueError(f"--img-size {side}: {name} has patches of {max(patch)} pixels a side; take {near}")
+    for side in size if size and patch else ():
+        if side % max(patch):
+            below = side - side % max(patch)
+            near = f"{below} or {below + max(patch)}" if below else f"{max(patch)}"
+            raise ValueError(f"--img-size {side}: {name} has patches of {max(patch)} pixels a side; take {near}")
 
 
 def open_teacher(name: str, checkpoint: str, device: torch.device) -> nn.Module | None:

@@ -43,7 +43,7 @@ def narrow_(model: nn.Module, spec: ViTSpec) -> nn.Module:
     groups, masks = kept(spec, model)
     params = dict(model.named_parameters())
     family_of(spec).resize(model, cut(params, weight_masks(params, groups, masks)), masks)
-    model.sparse24 = spec.sparse
+    model.sparse24, model.class_names = spec.sparse, spec.labels
     return model
 
 
@@ -63,7 +63,7 @@ def filled(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     tables (rotary angles, position biases' indices) get the device of the weights, and their dtype if they have one."""
     adapter = adapters.of(model)
     adapter.resize(model, weights, full_masks(adapter.groups(model)))
-    dtypes = {w.dtype for w in weights.values()}
+    dtypes = {w.dtype for w in weights.values() if w.is_floating_point()}
     return model.eval().to(*dtypes) if len(dtypes) == 1 else model.eval()
 
 

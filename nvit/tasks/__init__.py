@@ -15,10 +15,23 @@ from .classification import Classification
 from .features import Features
 from .multilabel import MultiLabel
 from .regression import Regression
+from .segmentation import Segmentation
 
-__all__ = ["TASKS", "Classification", "Features", "Meter", "MultiLabel", "Regression", "Task", "infer", "of", "settled"]
+__all__ = [
+    "TASKS",
+    "Classification",
+    "Features",
+    "Meter",
+    "MultiLabel",
+    "Regression",
+    "Segmentation",
+    "Task",
+    "infer",
+    "of",
+    "settled",
+]
 
-TASKS: dict[str, type[Task]] = {t.name: t for t in (Classification, MultiLabel, Regression, Features)}
+TASKS: dict[str, type[Task]] = {t.name: t for t in (Classification, MultiLabel, Regression, Features, Segmentation)}
 
 
 def of(name: str, model: nn.Module) -> Task:
@@ -29,6 +42,13 @@ def of(name: str, model: nn.Module) -> Task:
     """
     outputs = adapters.classes(model)
     name = infer(model) if name == "auto" else name
+    if (name == Segmentation.name) != (_said(model) == Segmentation.name):
+        if name == Segmentation.name:
+            raise ValueError(
+                "task segmentation needs a model with a head for pixels, this one has none; nvit finetune --task "
+                "segmentation puts one on it"
+            )
+        raise ValueError(f"task {name} is not this model's, whose head is for pixels; take --task segmentation")
     if outputs is None and name != Classification.name:
         raise ValueError(f"task {name} needs a model that says how many outputs it has, as timm's num_classes does")
     if name == Features.name and outputs:
@@ -65,7 +85,7 @@ def infer(model: nn.Module) -> str:
     Raises:
         ValueError: it has one output and does not say what for.
     """
-    said = adapters.of(model).task(model) if adapters.refusal(model) is None else None
+    said = _said(model)
     if said is not None:
         return said
     outputs = adapters.classes(model)
@@ -75,3 +95,8 @@ def infer(model: nn.Module) -> str:
             "multilabel (a yes or no)"
         )
     return Features.name if outputs == 0 else Classification.name
+
+
+def _said(model: nn.Module) -> str | None:
+    """The task that a model's own config or head names."""
+    return adapters.of(model).task(model) if adapters.refusal(model) is None else None

@@ -19,6 +19,7 @@ from torchvision import transforms
 from .. import parallel
 from ..config import PruneConfig, TrainingConfig
 from .batches import Loader, length, parts
+from .classes import names_of
 from .folders import ImageFiles, find_broken, scan, split_folder
 from .labels import mapped, numberings, read_class_map
 from .timm_sets import timm_images
@@ -35,7 +36,7 @@ def transform(
     torch.Size([1, 8, 8])
     """
     size = preprocess["input_size"]
-    mean, std = (_by_channel(preprocess[k], size[0]) for k in ("mean", "std"))
+    mean, std = (by_channel(preprocess[k], size[0]) for k in ("mean", "std"))
     shared = {"mean": mean, "std": std, "interpolation": preprocess["interpolation"], "input_size": size}
     if training is not None and (training.auto_augment or training.color_jitter or training.erasing):
         return create_transform(
@@ -53,7 +54,7 @@ def transform(
     )
 
 
-def _by_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+def by_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
     """A mean or deviation for every channel; their mean where a model has other channels than its config speaks of."""
     values = tuple(values)
     return values if len(values) == channels else (sum(values) / len(values),) * channels
@@ -95,7 +96,13 @@ def open_images(
     [0, 1]
     """
     if not Path(where).is_dir():
-        return timm_images(where, split, class_map, transform, channels)
+        dataset = timm_images(where, split, class_map, transform, channels)
+        if (names := names_of(dataset)) and not class_map and len(names) != classes:
+            raise ValueError(
+                f"data {where!r} has {len(names)} classes but the model has {classes}; give a model of these, or nvit "
+                "finetune --new-head for a head of them"
+            )
+        return dataset
     if (folder := split_folder(Path(where), split)) is None:
         return None
     found = scan(folder)

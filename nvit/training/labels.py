@@ -67,7 +67,7 @@ def numberings(
             hint = f" {odd[0]!r} is none of the model's label names" + (f", {close[0]!r} is." if close else ".")
         raise ValueError(
             f"the data has {len(names)} class folders but the model has {classes} classes.{hint} Give --class-map with "
-            "the model's class names in index order, or a model with as many classes."
+            "the model's class names in index order, or nvit finetune --new-head for a head of these classes."
         )
     if order == "lexical" or lexical == natural:
         return [Numbering(lexical, "lexical order of the folders")]

@@ -122,7 +122,7 @@ class Trainer:
         labels = self.objective.task.labels(images, labels)
         self._whole = True
         self._ending.check()
-        self.call.model.train(self.config.train_mode)
+        training_(self.call.model, self.config.train_mode)
         seed_draws(self.config.seed, 2**31 + self.step)
         if isinstance(self._stepper, GraphedStep):
             images, labels = self._stepper.stage(images, labels)
@@ -334,3 +334,12 @@ def _copy(params: Mapping[str, Tensor], name: str, tensor: Tensor, source: Path 
     if name not in params or params[name].shape != tensor.shape:
         raise ValueError(f"{source} is of another model: {name} {tuple(tensor.shape)} does not fit; drop --resume")
     params[name].copy_(parallel.like(tensor, params[name]))
+
+
+def training_(model: nn.Module, dropout: bool) -> None:
+    """Put a model in the mode of a training step: dropout and drop path as asked for; batch norms gather statistics in
+    any case, without which a new head's would never have any."""
+    model.train(dropout)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train()

@@ -31,6 +31,8 @@ FORMATS = {
     "top1": ("top-1 %", lambda v: f"{v:.2f}"),
     "top5": ("top-5 %", lambda v: f"{v:.2f}"),
     "mAP": ("mAP %", lambda v: f"{v:.2f}"),
+    "miou": ("mIoU %", lambda v: f"{v:.2f}"),
+    "pixel_accuracy": ("pixels %", lambda v: f"{v:.2f}"),
     "accuracy": ("right %", lambda v: f"{v:.2f}"),
     "mae": ("MAE", lambda v: f"{v:.4g}"),
     "rmse": ("RMSE", lambda v: f"{v:.4g}"),

@@ -112,7 +112,7 @@ SNAPSHOT, TIMM = "digits", NAME
 NOT_FOR_THEM = {
     "classes of a snapshot": (SNAPSHOT, {"num_classes": 7}, "--num-classes 7 goes with a timm name; .* is a snapshot"),
     "checkpoint of a snapshot": (SNAPSHOT, {"checkpoint": "w.pth"}, r"--checkpoint w\.pth goes with a timm name"),
-    "size of a snapshot": (SNAPSHOT, {"img_size": 16}, "takes images of 8 × 8; leave out --img-size 16"),
+    "size of a snapshot": (SNAPSHOT, {"img_size": (8, 9)}, "images of 8 × 9: 9 is no multiple of the patches' side"),
     "size of Hugging Face's": ("hf", {"img_size": 32}, "--img-size 32 goes with a timm name; .* is a Hugging Face"),
     "classes of Hugging Face's": ("hf", {"num_classes": 7}, "--num-classes 7 goes with a timm name"),
     "patches that do not fit": (TIMM, {"img_size": 33, "pretrained": False}, "--img-size 33: .* take 32 or 48$"),

@@ -19,6 +19,9 @@ class FinetuneCommand:
     out: Annotated[str, _help("folder for the snapshot and result.json")] = "nvit-finetuned"
     teacher: Annotated[str, _help("the unpruned model for L_full, named as MODEL is; none if empty")] = ""
     teacher_checkpoint: Annotated[str, _help("its weights")] = ""
+    new_head: Annotated[
+        bool, _help("a fresh head for what --task and --data ask: as many classes as the data has, with their names")
+    ] = False
     scratch: Annotated[bool, _help("start from random weights")] = False
     resume: Annotated[bool, _help("go on where an interrupted run in --out stopped")] = False
     opening: ModelFlags = field(default_factory=ModelFlags)
@@ -44,6 +47,19 @@ class FinetuneCommand:
         return [self.state_file]
 
 
-FIRST = ("data", "eval_data", "out", "epochs", "lr", "batch_size", "teacher", "scratch", "resume", "device", "target")
+FIRST = (
+    "data",
+    "eval_data",
+    "out",
+    "epochs",
+    "lr",
+    "batch_size",
+    "teacher",
+    "new_head",
+    "scratch",
+    "resume",
+    "device",
+    "target",
+)
 
 COMMAND = Command(FinetuneCommand, "finetune", first=FIRST, ranks=True)

@@ -58,8 +58,24 @@ class ModelFlags:
     checkpoint: Annotated[str, _help("weights for a timm model: a .safetensors or .pth file")] = ""
     pretrained: Annotated[bool, _help("load timm's pretrained weights when there is no checkpoint")] = True
     num_classes: Annotated[int, _help("of a timm model; 0 keeps the model's own")] = 0
-    img_size: Annotated[int, _help("pixels a side of a timm model's images; 0 keeps the model's own")] = 0
+    img_size: Annotated[
+        tuple[int, ...], _help("pixels a side of the model's images, or height and width; the model's own if empty")
+    ] = ()
     target: Annotated[float, TARGET] = 0.0
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width asked for, or None.
+
+        Raises:
+            ValueError: more than two numbers, or one that is not positive.
+        """
+        said = (self.img_size,) if isinstance(self.img_size, int) else tuple(self.img_size)
+        if said in ((), (0,)):
+            return None
+        if len(said) > 2 or min(said) < 1:
+            raise ValueError(f"--img-size {' '.join(map(str, said))}: expected a side, or height and width")
+        return (said[0], said[-1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,13 +122,20 @@ class DataFlags:
     """Which images."""
 
     data: Annotated[
-        str, _help("training images: a folder of class folders, with or without train/, or torch/cifar10[:FOLDER]")
+        str,
+        _help(
+            "training images: a folder of class folders, with or without train/, or torch/cifar10[:FOLDER]; of images/ "
+            "and labels/ for --task segmentation"
+        ),
     ] = ""
     eval_data: Annotated[str, _help("evaluation images; val/ of --data when empty, if it has one")] = ""
     targets: Annotated[
         str, _help("CSV of image files below --data and their outputs, for --task multilabel and regression")
     ] = ""
     eval_targets: Annotated[str, _help("the same for evaluation, of files below --eval-data, or --data if empty")] = ""
+    ignore_label: Annotated[
+        int, _help("number in label files that stands for no class, for --task segmentation; 255 always does")
+    ] = 255
     class_map: Annotated[str, _help("file with a class folder's name a line, in index order")] = ""
     class_order: Annotated[
         Literal["auto", "lexical", "natural"],

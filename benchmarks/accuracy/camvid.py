@@ -1,0 +1,70 @@
+"""DeiT-Ti with SETR's naive head on CamVid, dense and pruned first, with the same short schedule, on this machine.
+
+    NVIT_DATA=FOLDER python -m benchmarks.accuracy.camvid [--out RUNS] [--pruned RUN] [--seeds 0 1]
+
+The pruned model is that of `benchmarks.accuracy.transfer`, pruned on ImageNet's sample at 112 pixels before there was a
+head; what is in RUNS is not done again. Images are 176 × 240 pixels, half of CamVid's here; 101 validation images
+evaluate. A row is written to benchmarks/results/camvid_cpu.csv as soon as it is known.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import nvit
+from benchmarks.accuracy.library import MODEL, data_folder
+from benchmarks.accuracy.rows import Rows
+from benchmarks.accuracy.transfer import prune
+from nvit.analysis import compare
+from nvit.cli import main as cli
+from nvit.latency.clock import sample_images
+
+TARGET = 0.65
+SIZE = ["--img-size", "176", "240"]
+TUNE = [
+    "--task", "segmentation", "--ignore-label", "11", "--epochs", "6", "--batch-size", "8", "--lr", "1.6e-2",
+    "--min-lr", "1e-6", "--warmup-epochs", "0.3", "--grad-clip", "1", "--distill-weight", "0", "--workers", "0",
+    "--device", "cpu",
+]  # fmt: skip
+
+
+def tune(model: list[str], seed: int, out: Path) -> dict:
+    """Put a head on one model and train it; what its result.json says."""
+    if not (out / "result.json").exists():
+        where = ["--data", str(data_folder() / "camvid"), "--seed", str(seed), "--out", str(out)]
+        if code := cli.main(["finetune", *model, *SIZE, *TUNE, *where]):
+            sys.exit(code)
+    return json.loads((out / "result.json").read_text())
+
+
+def ratio(dense: Path, small: Path) -> float:
+    """Latency of `small` as a share of `dense`, both on this machine, eight images a batch."""
+    models = [nvit.load(path) for path in (dense, small)]
+    return compare.measured(models, sample_images(models[0], 8), 8.0, "eager")[1]["measured_ratio"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/camvid"), help="folder of the runs")
+    parser.add_argument("--pruned", type=Path, default=Path("runs/transfer/pruned"), help="the pruning run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    given = parser.parse_args()
+    rows, weights = Rows("camvid"), data_folder() / f"{MODEL}.safetensors"
+    small = next(s["path"] for s in prune(given.pruned)["snapshots"] if s["target"] == TARGET)
+    models = {1.0: [MODEL, "--checkpoint", str(weights)], TARGET: [small]}
+    for seed in given.seeds:
+        for target, model in models.items():
+            out = given.out / f"{target:g}_{seed}"
+            found = tune(model, seed, out)
+            rows.add(
+                case=f"target {target:g}",
+                seed=seed,
+                measured_ratio=1.0 if target == 1 else ratio(given.out / f"1_{seed}", out),
+                **{key: found[key] for key in ("macs", "params", "miou", "pixel_accuracy", "seconds")},
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
