@@ -149,6 +149,15 @@ class Segmenters(Adapter):
     def logits(self, model: nn.Module, images: Tensor) -> Logits:
         return Logits(model(images))
 
+    def output_norm(self, model: nn.Module) -> str:
+        raise ValueError("keep_output is about features of towers; a segmenter hands out classes of pixels")
+
+    def token_stream(self, model: nn.Module, images: Tensor) -> Tensor:
+        return self._host(model).token_stream(model.host, images)
+
+    def leading(self, model: nn.Module) -> int:
+        return self._host(model).leading(model.host)
+
     def preprocess(self, model: nn.Module) -> dict[str, Any]:
         return self._host(model).preprocess(model.host)
 
