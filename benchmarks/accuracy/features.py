@@ -5,9 +5,10 @@
 Both in one shot with a refit, from the same 1000 images of imagenet_sample1000 without their labels, to the same share
 of multiply-accumulates; the classifier loses its head afterwards. Then, for each: the cosine of its features to the
 dense ones, the top-1 of k-NN (k = 20) with the 1000 images as the bank (one a class) and the 1300 validation images
-asked, with its difference from the dense tower's and the standard error of that (paired over images), and of a linear
-probe trained on the same bank. `stream` says whether channels of the residual stream may leave: `whole` (no),
-`restored` (they may, `--keep-output` brings the width back), `narrow` (they may, the features are narrower). Writes
+asked, with its difference from the dense tower's (`knn_points`) and the standard error of that, paired over images, and
+of a linear probe trained on the same bank. `stream` says whether channels of the residual stream may leave: `whole`
+(no), `restored` (they may, `--keep-output` brings the width back), `narrow` (they may, the features are narrower).
+The restoring layer's own multiply-accumulates are in `macs`, not in the target. Writes
 benchmarks/results/features_cpu.csv.
 """
 
@@ -18,14 +19,14 @@ import copy
 import dataclasses
 import time
 
-from torch import nn
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 import nvit
-from benchmarks.accuracy.library import BATCH, INPUT, data_folder, dense_model, images_of
+from benchmarks.accuracy.library import BATCH, data_folder, dense_model, images_of
 from benchmarks.harness import Records
 from nvit.analysis.evaluate import macs
-from nvit.analysis.neighbours import Bank, cosine, features_of, knn, linear_probe
+from nvit.analysis.neighbours import Bank, cosine, features_of, knn, linear_probe, percent
 
 
 def without_head(model: nn.Module) -> nn.Module:
@@ -38,31 +39,45 @@ def without_head(model: nn.Module) -> nn.Module:
 def pruned(model: nn.Module, loader, config: nvit.PruneConfig) -> nn.Module:
     """The compact model at the config's target of multiply-accumulates; `model` is left as it is."""
     model = copy.deepcopy(model)
-    return nvit.prune(model, loader, config, nvit.LatencyTable.analytic(model)).model
+    return nvit.prune(model, loader, config, nvit.LatencyTable.analytic(model, config.bundle_sizes)).model
 
 
-def main(target: float, count: int) -> None:
-    root = data_folder()
-    dense, classes = dense_model(root), root / "imagenet_synsets.txt"
-    bank, asked = (images_of(root / name, dense, classes) for name in ("imagenet_sample1000", "imagenet_val1300"))
-    bank_loader, asked_loader = (DataLoader(list(images), batch_size=BATCH) for images in (bank, asked))
-    calibration = nvit.data.TrainingData(bank, BATCH)
+def difference(right: Tensor, dense: Tensor) -> tuple[float, float]:
+    """Points of top-1 above the dense tower's, and their standard error, paired over images: of right or wrong answers
+    `(images,)` to the same images."""
+    points = 100 * (right.double() - dense.double())
+    return float(points.mean()), float(points.std() / len(points) ** 0.5)
+
+
+def compare(dense: nn.Module, bank: Dataset, asked: Dataset, base: nvit.PruneConfig, records: Records) -> None:
+    """A row for the dense tower, then one for each way to prune it; saved after each.
+
+    Args:
+        dense: a timm classifier with trained weights; its copies are pruned.
+        bank, asked: images with class numbers; those of `bank` calibrate too, without them.
+        base: the target, and how many images calibrate.
+    """
+    bank_loader, asked_loader = (DataLoader(images, batch_size=base.batch_size) for images in (bank, asked))
+    calibration = nvit.data.TrainingData(bank, base.batch_size)
     tower = without_head(dense)
     known = features_of(tower, bank_loader), features_of(tower, asked_loader)
-    base = nvit.PruneConfig(latency_target=target, train=False, refit=True, images=count, batch_size=BATCH)
-    records = Records("features")
+    dense_right = knn(*known)
 
     def add(case: str, stream: str, model: nn.Module, seconds: float = 0.0) -> None:
         mine: tuple[Bank, Bank] = features_of(model, bank_loader), features_of(model, asked_loader)
         same = mine[1].features.shape == known[1].features.shape
+        right = knn(*mine)
+        points, off = difference(right, dense_right)
         records.add(
             case=case,
             stream=stream,
-            macs=macs(model, INPUT),
+            macs=macs(model, nvit.adapters.preprocess(model)["input_size"]),
             width=mine[1].features.shape[1],
             cosine=cosine(mine[1], known[1]) if same else None,
-            knn=knn(*mine),
-            probe=linear_probe(*mine),
+            knn=percent(right)[0],
+            knn_points=points,
+            knn_points_se=off,
+            probe=percent(linear_probe(*mine))[0],
             cpu_s=seconds,
         )
         records.save()
@@ -76,6 +91,14 @@ def main(target: float, count: int) -> None:
             start = time.process_time()
             small = pruned(model, calibration, config)
             add(case, stream, small if task == "features" else without_head(small), time.process_time() - start)
+
+
+def main(target: float, count: int) -> None:
+    root = data_folder()
+    dense, classes = dense_model(root), root / "imagenet_synsets.txt"
+    bank, asked = (images_of(root / name, dense, classes) for name in ("imagenet_sample1000", "imagenet_val1300"))
+    base = nvit.PruneConfig(latency_target=target, train=False, refit=True, images=count, batch_size=BATCH)
+    compare(dense, bank, asked, base, Records("features"))
 
 
 if __name__ == "__main__":

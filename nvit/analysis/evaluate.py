@@ -54,8 +54,8 @@ def accuracy(
     task = tasks.of(task, model) if isinstance(task, str) else task
     if not task.reads_labels and reference is None:
         raise ValueError(
-            f"task {task.name} compares a model with the unpruned one, which is not known here; give reference, or run "
-            "nvit compare DENSE SNAPSHOT"
+            f"task {task.name} compares a model with the unpruned one, which is not known here; give reference "
+            "(--reference DENSE), or run nvit compare DENSE SNAPSHOT"
         )
     device = next(model.parameters()).device
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from .. import adapters
+from ..tasks.classification import standard_error
+from ..tasks.features import Cosine
 from ..training.batches import Loader, known_length, parts
 from ..utils.progress import Progress, silent
 
@@ -49,20 +51,21 @@ def features_of(model: nn.Module, loader: Loader, progress: Progress = silent, s
     return Bank(torch.cat(features), torch.cat(labels))
 
 
-def knn(bank: Bank, asked: Bank, k: int = NEIGHBOURS, tau: float = TEMPERATURE) -> float:
-    """Top-1 in percent of a vote of the `k` images of the bank with the largest cosine, each with the weight
-    `exp(cosine / tau)` (arXiv:2104.14294)."""
+def knn(bank: Bank, asked: Bank, k: int = NEIGHBOURS, tau: float = TEMPERATURE) -> Tensor:
+    """Right or wrong by image, bool `(images,)`, of a vote of the `k` images of the bank with the largest cosine, each
+    with the weight `exp(cosine / tau)` (arXiv:2104.14294)."""
     known, classes = normalize(bank.features, dim=-1), int(bank.labels.max()) + 1
-    right = 0
+    right = []
     for features, labels in zip(asked.features.split(256), asked.labels.split(256), strict=True):
         near, at = (normalize(features, dim=-1) @ known.T).topk(min(k, len(known)))
         votes = near.new_zeros(len(near), classes).scatter_add_(1, bank.labels[at], (near / tau).exp())
-        right += int((votes.argmax(1) == labels).sum())
-    return 100 * right / len(asked.labels)
+        right.append(votes.argmax(1) == labels)
+    return torch.cat(right)
 
 
-def linear_probe(bank: Bank, asked: Bank, penalty: float = 1.0, iterations: int = 200) -> float:
-    """Top-1 in percent of a logistic regression on features of length 1, each channel brought to unit variance.
+def linear_probe(bank: Bank, asked: Bank, penalty: float = 1.0, iterations: int = 200) -> Tensor:
+    """Right or wrong by image, bool `(images,)`, of a logistic regression on features of length 1, each channel brought
+    to unit variance.
 
     Args:
         penalty: C of scikit-learn, the inverse strength of the L2 penalty.
@@ -85,7 +88,7 @@ def linear_probe(bank: Bank, asked: Bank, penalty: float = 1.0, iterations: int 
         warnings.simplefilter("ignore", ConvergenceWarning)  # accuracy has settled long before the last digit
         probe.fit(((x - mean) / spread).numpy(), bank.labels.numpy())
     found = torch.from_numpy(probe.predict(((queries - mean) / spread).numpy()))
-    return 100 * float((found == asked.labels).float().mean())
+    return found == asked.labels
 
 
 def cosine(ours: Bank, dense: Bank) -> float:
@@ -94,9 +97,12 @@ def cosine(ours: Bank, dense: Bank) -> float:
     Raises:
         ValueError: they have other widths or images.
     """
-    if ours.features.shape != dense.features.shape:
-        raise ValueError(
-            f"features are {tuple(ours.features.shape)} and {tuple(dense.features.shape)}; only features of one width "
-            "can be compared: prune with --keep-output, or leave the stream alone"
-        )
-    return float(torch.cosine_similarity(ours.features.double(), dense.features.double(), dim=-1).mean())
+    meter = Cosine()
+    meter.add(ours.features, dense.features)
+    return meter.value()["cosine"]
+
+
+def percent(right: Tensor) -> tuple[float, float]:
+    """Top-1 of answers right or wrong `(images,)`, and its standard error in points."""
+    top1 = 100 * float(right.float().mean())
+    return top1, standard_error(top1, len(right))

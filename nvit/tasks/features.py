@@ -70,12 +70,21 @@ class Features(Task):
 
 
 class Cosine(Meter):
-    """Mean cosine to the unpruned model's features."""
+    """Mean cosine to the unpruned model's features.
+
+    Raises:
+        ValueError: in `add`, features of other widths or images.
+    """
 
     def __init__(self) -> None:
         self.total, self.images = 0.0, 0
 
     def add(self, outputs: Tensor, labels: Tensor) -> None:
+        if outputs.shape != labels.shape:
+            raise ValueError(
+                f"features are {tuple(outputs.shape)} and the reference's {tuple(labels.shape)}; only features of one "
+                "width can be compared: prune with --keep-output, or leave the stream alone"
+            )
         self.total += float(torch.cosine_similarity(outputs.double(), labels.double(), dim=-1).sum())
         self.images += outputs.numel() // outputs.shape[-1]
 

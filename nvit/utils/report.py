@@ -38,12 +38,14 @@ FORMATS = {
     "rmse": ("RMSE", lambda v: f"{v:.4g}"),
     "r2": ("R²", lambda v: f"{v:.4f}"),
     "cosine": ("cosine", lambda v: f"{v:.4f}"),
+    "knn": ("k-NN %", lambda v: f"{v:.2f}"),
+    "probe": ("linear probe %", lambda v: f"{v:.2f}"),
     "spearman": ("Spearman", lambda v: f"{v:.3f}"),
     "loss_change_per_saliency": ("loss change per saliency", lambda v: f"{v:.3g}"),
 }
 """Column heads with units and number formats of tables, by key of result.json."""
 
-OFF = {"top1": "top1_se", "measured_ratio": "measured_spread"}
+OFF = {"top1": "top1_se", "knn": "knn_se", "probe": "probe_se", "measured_ratio": "measured_spread"}
 """By key, the key of how far its value may be off, shown behind it."""
 
 RESULT = "result.json"

@@ -5,17 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from ...config import TaskName, _help
+from ...config import FeaturesName, TaskName, _help
 from ..command import Command
 from .parts import MODEL, BatchFlags, DataFlags, GeneralFlags, MachineFlags, ModelFlags
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateCommand:
-    """Accuracy (top-1 and top-5, or what else the task has), and images per second."""
+    """Accuracy (top-1 and top-5, or what else the task has), and images per second. Of a tower without a classifier the
+    cosine to --reference, and k-NN and a linear probe from class folders: known in --data, asked in --eval-data."""
 
     model: Annotated[str, MODEL] = ""
     task: TaskName = "auto"
+    features: FeaturesName = "auto"
+    reference: Annotated[
+        str, _help("the unpruned tower, named as MODEL is, for the cosine of task features; left out if empty")
+    ] = ""
     batch_size: Annotated[int, _help("images a batch")] = 64
     amp: Annotated[Literal["no", "bf16", "fp16"], _help("mixed precision")] = "no"
     compile: Annotated[bool, _help("through torch.compile, once; images/s are those of the compiled model")] = False
@@ -27,6 +32,6 @@ class EvaluateCommand:
     general: GeneralFlags = field(default_factory=GeneralFlags)
 
 
-FIRST = ("data", "eval_data", "task", "batch_size", "amp", "out", "device", "target")
+FIRST = ("data", "eval_data", "task", "reference", "features", "batch_size", "amp", "out", "device", "target")
 
 COMMAND = Command(EvaluateCommand, "evaluate", first=FIRST)
