@@ -12,14 +12,17 @@ from .parts import MODEL, BatchFlags, DataFlags, GeneralFlags, MachineFlags, Mod
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateCommand:
-    """Accuracy (top-1 and top-5, or what else the task has), and images per second. Of a tower without a classifier the
-    cosine to --reference, and k-NN and a linear probe from class folders: known in --data, asked in --eval-data."""
+    """Accuracy (top-1 and top-5, or what else the task has), and images per second."""
 
     model: Annotated[str, MODEL] = ""
     task: TaskName = "auto"
     features: FeaturesName = "auto"
     reference: Annotated[
-        str, _help("the unpruned tower, named as MODEL is, for the cosine of task features; left out if empty")
+        str,
+        _help(
+            "the unpruned tower, named as MODEL is, for the cosine of task features; its k-NN and linear probe know class "
+            "folders of --data and are asked about those of --eval-data"
+        ),
     ] = ""
     batch_size: Annotated[int, _help("images a batch")] = 64
     amp: Annotated[Literal["no", "bf16", "fp16"], _help("mixed precision")] = "no"
