@@ -27,6 +27,7 @@ class Command:
         apart: pairs of a switch and a flag that it stands in place of.
         takes: what its positional arguments are, where they are no models.
         needy: whether there has to be a model.
+        word: what its help calls one.
     """
 
     flags: type
@@ -37,12 +38,18 @@ class Command:
     apart: tuple[tuple[str, str], ...] = ()
     takes: str = ""
     needy: bool = True
+    word: str = "MODEL"
 
     @property
     def models(self) -> str:
         """The field that positional arguments fill: `model`, `models`, or none."""
         names = {f.name for f in dataclasses.fields(self.flags)} if self.demo is None else ()
         return next((name for name in ("model", "models") if name in names), "")
+
+    @property
+    def shown(self) -> str:
+        """Its positional arguments in a line of help: `MODEL`, `MODEL …`, or none."""
+        return {"model": self.word, "models": f"{self.word} …", "": ""}[self.models]
 
 
 def parts(command: Any) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def view(command: Command) -> type:
             groups.setdefault(_title(home), []).append(name)
     made = []
     if command.models:
-        shown = tyro.conf.arg(metavar="MODEL" if command.models == "model" else "MODEL …")
+        shown = tyro.conf.arg(metavar=command.shown)
         made.append((command.models, Annotated[tyro.conf.Positional[fields[command.models][0]], shown]))
     defaults = flat(command.flags())
     for title, names in groups.items():

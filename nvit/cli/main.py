@@ -73,9 +73,8 @@ def _help() -> str:
         "",
     ]
     for name, command in COMMANDS.items():
-        model = {"model": " MODEL", "models": " MODEL …", "": ""}[command.models]
         said = command.flags.__doc__ if command.demo is None else "The bundled ViT pruned on the bundled digits."
-        begin = f"  nvit {name}{model}".ljust(_LEFT)
+        begin = f"  nvit {name} {command.shown}".rstrip().ljust(_LEFT)
         lines += textwrap.wrap(begin + said.splitlines()[0], 80, subsequent_indent=" " * _LEFT)
     lines += [
         "",

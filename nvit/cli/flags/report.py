@@ -21,4 +21,4 @@ class ReportCommand:
     general: GeneralFlags = field(default_factory=GeneralFlags)
 
 
-COMMAND = Command(ReportCommand, "report", first=("out",), takes=TAKES)
+COMMAND = Command(ReportCommand, "report", first=("out",), takes=TAKES, word="RUN")
