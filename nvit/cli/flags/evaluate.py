@@ -20,8 +20,8 @@ class EvaluateCommand:
     reference: Annotated[
         str,
         _help(
-            "the unpruned tower, named as MODEL is, for the cosine of task features; its k-NN and linear probe know class "
-            "folders of --data and are asked about those of --eval-data"
+            "the unpruned tower, named as MODEL is, for the cosine of task features; its k-NN and linear probe know "
+            "class folders of --data and are asked about those of --eval-data"
         ),
     ] = ""
     batch_size: Annotated[int, _help("images a batch")] = 64
