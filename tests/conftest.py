@@ -1,6 +1,7 @@
 """What all tests share: property tests without a clock or a stored database, no reach for the network or into the
 user's cache, the long ones first, and what is costly made once for all processes that run them."""
 
+import copy
 import os
 import shutil
 
@@ -58,3 +59,20 @@ def once(request, tmp_path_factory):
         return folder
 
     return get
+
+
+@pytest.fixture(scope="session")
+def torchlib_once():
+    """torch reads its table of operations anew, seconds, at every conversion to ONNX; here once an opset."""
+    from torch.onnx._internal.exporter import _registration
+
+    made, tables = _registration.ONNXRegistry.from_torchlib, {}
+
+    def once(opset_version):
+        if opset_version not in tables:
+            tables[opset_version] = made(opset_version)
+        return copy.copy(tables[opset_version])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_registration.ONNXRegistry, "from_torchlib", staticmethod(once))
+        yield

@@ -1,4 +1,4 @@
-"""The examples are run: the notebook in a kernel of its own, the callbacks' scripts with fewer epochs."""
+"""The examples are run: the notebook in a kernel of its own, the callbacks' scripts with fewer epochs, int8 whole."""
 
 import importlib.util
 import os
@@ -36,6 +36,20 @@ def test_a_callbacks_example_prunes_to_its_targets(script, needs, fewer, folder,
     ]
     assert len(reached) == 2 and all(predicted <= target for target, predicted in reached)
     assert nvit.load(tmp_path / folder).training is False
+
+
+@pytest.mark.long
+def test_int8_is_smaller_and_answers_the_same_digits(tmp_path):
+    for needs in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(needs, reason=f"{needs} is not installed; the extra `test` has it")
+    environment = os.environ | {"PYTHONWARNINGS": "ignore", "PYTHONPATH": str(EXAMPLES.parent)}
+    command = [sys.executable, str(EXAMPLES / "int8_onnxruntime.py")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = re.findall(r"^(\S+): top-1 ([\d.]+) %, ([\d.]+) MB", done.stdout, re.M)
+    (full, exact, large), (int8, near, small) = ((name, float(top1), float(mb)) for name, top1, mb in found)
+    assert (full, int8) == ("model.onnx", "model.int8.onnx") and small < 0.6 * large
+    assert exact > 90 and near > exact - 1
 
 
 def test_the_notebook_runs_and_shows_a_table_and_a_picture(tmp_path):

@@ -63,14 +63,17 @@ def run(line: str, root: Path) -> None:
     assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
-MOST_SOURCES = {"An analysis": 1, "A criterion": 2, "A command": 3, "A model family": 2}
+MOST_SOURCES = {"An analysis": 1, "A criterion": 2, "A command": 3, "A model family": 2, "An export format": 2}
 """Files beside tests that a section may touch; a kernel has a folder of its own."""
+NEEDS = {"A kernel": ["triton"], "An export format": ["onnx", "onnxscript", "onnxruntime"]}
+"""Packages without which a section is not run."""
 
 
 @pytest.mark.parametrize("title", SECTIONS)
 def test_what_a_section_says_works(title, copy):
-    if title == "A kernel" and importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not there")
+    for package in NEEDS.get(title, ()):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not there")
     touched, lines = set(), []
     for language, block in SECTIONS[title]:
         if language == "python":
@@ -87,7 +90,8 @@ def test_what_a_section_says_works(title, copy):
 
 
 def test_the_page_has_all_its_sections():
-    assert list(SECTIONS) == ["An analysis", "A criterion", "A command", "A model family", "A kernel"]
+    titles = ["An analysis", "A criterion", "A command", "A model family", "An export format", "A kernel"]
+    assert list(SECTIONS) == titles
 
 
 def test_examples_are_in_the_house_style(copy):

@@ -57,14 +57,16 @@ def dense_model(root: Path) -> nn.Module:
     return model
 
 
-def images_of(where: Path, model: nn.Module, class_map: Path | None) -> list[tuple[Tensor, int]]:
-    """Decoded images and labels, kept in memory."""
+def images_of(
+    where: Path, model: nn.Module, class_map: Path | None, count: int | None = None
+) -> list[tuple[Tensor, int]]:
+    """Decoded images and labels, all or the first so many, kept in memory."""
     transform = data.transform(resolve_data_config(model=model), resize=False)
     names = str(class_map) if class_map else ""
     dataset = data.open_images(
         str(where), "validation", class_map=names, classes=model.num_classes, transform=transform
     )
-    return [dataset[i] for i in range(len(dataset))]
+    return [dataset[i] for i in range(len(dataset))[:count]]
 
 
 @torch.inference_mode()

@@ -14,7 +14,10 @@ from nvit.latency import measure
 from nvit.latency.clock import check_runtime, current_setting, time_rounds
 from tests.hosts import make
 
-BUNDLES = {"emb": 16, "heads": 1, "qk_dim": 8, "v_dim": 8, "mlp": 32}
+pytestmark = pytest.mark.usefixtures("torchlib_once")
+
+BUNDLES = {"emb": 16, "heads": 3, "qk_dim": 16, "v_dim": 16, "mlp": 32}
+"""Of heads and their dims all leave together, so that few pieces are converted, which is what takes time here."""
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +34,8 @@ def calls():
 
 @pytest.mark.parametrize("runtime", pieces.RUNTIMES)
 def test_pieces_compute_the_same_in_the_callers_thread(calls, runtime, monkeypatch):
+    if runtime == "openvino":
+        calls = calls[1:]  # the same conversion, so one is enough
     monkeypatch.setattr(pieces, "TOGETHER", 2)
     with torch.inference_mode():  # as measurements are
         runs = ready(calls, runtime, threads=1)
@@ -47,21 +52,21 @@ def test_pieces_compute_the_same_in_the_callers_thread(calls, runtime, monkeypat
 
 def test_a_table_of_onnxruntime(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "LEVELS", dict.fromkeys(measure.LEVELS, 2))
-    model = make("plain")
+    model = make("plain", mlp_ratio=40.0)  # so wide that what 32 of them take less is seen in a tenth of a second
     how = {"bundle_sizes": BUNDLES, "seconds": 0.1, "cache": tmp_path}
-    table = LatencyTable.measure(model, 2, runtime="onnxruntime", **how)
+    table = LatencyTable.measure(model, 8, runtime="onnxruntime", **how)
     assert table.setting.runtime == "onnxruntime" and table.setting.versions == runtime_version("onnxruntime")
     assert 0 < table.ratio([replace(b, mlp=32) for b in table.dense]) < 1
     assert "onnxruntime" in repr(table)
     with pytest.raises(ValueError, match="measured with runtime onnxruntime, this run has torch"):
-        table.check(current_setting("cpu", torch.float32, 2, 5), table.dense)
+        table.check(current_setting("cpu", torch.float32, 8, 5), table.dense)
     assert len(list(tmp_path.iterdir())) == 1
     raw = json.loads(table.to_json())
     del raw["setting"]["runtime"]
     (tmp_path / "old.json").write_text(json.dumps(raw))
     assert LatencyTable.load(tmp_path / "old.json").setting.runtime == "torch", "tables from before are torch's"
-    rounds = time_rounds([model, model], torch.randn(2, 3, 16, 16), 0.1, "eager", "onnxruntime")
-    assert rounds.shape[1] == 2 and (rounds > 0).all()
+    rounds = time_rounds([model], torch.randn(2, 3, 16, 16), 0.1, "eager", "onnxruntime")
+    assert rounds.shape[1] == 1 and (rounds > 0).all()
 
 
 def test_what_cannot_be_timed_so_is_one_line(monkeypatch):
