@@ -49,7 +49,7 @@ def test_first_snippet_runs_on_real_deit(tmp_path):
         quick = quick.replace(long, short)
     shown = run(quick, tmp_path, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
     assert (
-        re.match(r"target 0\.8: (met|missed), measured 0\.\d+ ± 0\.\d+ of", shown)
+        re.match(r"target 0\.8: (met|missed)(, further than asked)?, measured 0\.\d+ ± 0\.\d+ of", shown)
         and (tmp_path / "deit_tiny_0.8" / "spec.json").exists()
     )
 

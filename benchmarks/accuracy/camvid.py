@@ -15,10 +15,10 @@ from pathlib import Path
 import nvit
 from benchmarks.accuracy.library import MODEL, data_folder
 from benchmarks.accuracy.rows import Rows
-from benchmarks.accuracy.transfer import prune
+from benchmarks.accuracy.transfer_pruned import prune
 from nvit.analysis import compare
 from nvit.cli import main as cli
-from nvit.latency.clock import sample_images
+from nvit.latency.measure import sample_images
 
 TARGET = 0.65
 SIZE = ["--img-size", "176", "240"]

@@ -93,17 +93,17 @@ def compare(dense: nn.Module, bank: Dataset, asked: Dataset, base: nvit.PruneCon
             add(case, stream, small if task == "features" else without_head(small), time.process_time() - start)
 
 
-def main(target: float, count: int) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", type=float, default=0.65)
+    parser.add_argument("--images", type=int, default=1000)
+    given = parser.parse_args()
     root = data_folder()
     dense, classes = dense_model(root), root / "imagenet_synsets.txt"
     bank, asked = (images_of(root / name, dense, classes) for name in ("imagenet_sample1000", "imagenet_val1300"))
-    base = nvit.PruneConfig(latency_target=target, train=False, refit=True, images=count, batch_size=BATCH)
+    base = nvit.PruneConfig(latency_target=given.target, train=False, refit=True, images=given.images, batch_size=BATCH)
     compare(dense, bank, asked, base, Records("features"))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", type=float, default=0.65)
-    parser.add_argument("--images", type=int, default=1000)
-    chosen = parser.parse_args()
-    main(chosen.target, chosen.images)
+    main()

@@ -59,9 +59,9 @@ FAMILIES: dict[str, Adapter] = {a.family: a for a in (TimmViT(), TimmSwin(), Tim
 FAMILIES |= {Segmenters.family: Segmenters(dict(FAMILIES))}
 
 SUPPORTED = (
-    "timm's VisionTransformer (ViT, DeiT, DINOv2, CLIP, SigLIP and alike), SwinTransformer, Eva (EVA02, DINOv3, PE and "
-    "alike) and Beit; Hugging Face's ViT, DeiT and DINOv2 for image classification, and its towers of ViT, DINOv2, "
-    "DINOv3, CLIP and SigLIP; docs/models.md lists them."
+    "timm's VisionTransformer (ViT, DeiT, DINOv2, CLIP, SigLIP), SwinTransformer, Eva (EVA02, DINOv3, PE) and Beit; "
+    "Hugging Face's ViT, DeiT and DINOv2 classifiers, and towers of ViT, DINOv2, DINOv3, CLIP and SigLIP; "
+    "docs/models.md lists them."
 )
 
 UNKNOWN = "no adapter knows its class"
@@ -135,7 +135,11 @@ def find_maskable(model: nn.Module) -> Adapter:
 
 
 def build(spec: ViTSpec, device: str = "meta") -> nn.Module:
-    """The prepared dense model of a spec, see `Adapter.build`; its family has to be known."""
+    """The prepared dense model of a spec, see `Adapter.build`; its family has to be known.
+
+    >>> len(nvit.adapters.build(nvit.snapshot.load_spec(nvit.BUNDLED)).blocks)
+    4
+    """
     config, family = dict(spec.config), FAMILIES[spec.family]
     width = config.pop(KEEP_OUTPUT, None)
     model = family.build(replace(spec, config=config), device)

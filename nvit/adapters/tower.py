@@ -25,6 +25,10 @@ def restored_width(model: nn.Module) -> int | None:
 def choose_features_(model: nn.Module, choice: str) -> nn.Module:
     """Have `adapters.predict` and the engine take these features of a prepared tower from now on; the model's own
     forward stays as it is. Copies choose alike, a snapshot says nothing of it.
+
+    >>> tower = nvit.load(nvit.BUNDLED)
+    >>> nvit.adapters.choose_features_(tower, "pooled") is tower
+    True
     """
     setattr(model, _CHOICE, choice)
     return model

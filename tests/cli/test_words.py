@@ -116,7 +116,7 @@ def test_help_at_80_columns(name, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         cli.main([*name.split(), "--help"])
     usage, *shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
-    assert max(map(len, shown)) <= 80 and not any("…" in line.replace("MODEL …", "") for line in shown)
+    assert max(map(len, shown)) <= 80 and not any("…" in line.replace(f"{COMMANDS[name].word} …", "") for line in shown)
     flags = re.findall(r"^.{0,2} --(\w[\w-]+)", "\n".join(shown), re.M)
     assert usage.startswith(f"usage: nvit {name}") and flags[0] == COMMANDS[name].first[0].replace("_", "-")
 
