@@ -34,8 +34,8 @@ root, found = Path(sys.argv[1]), {}
 with torch.inference_mode():
     for name, x in load_file(root / "images.safetensors").items():
         model = nvit.load(root / name)
-        found[name] = torch.cat([t for t in nvit.adapters.find(model).logits(model, x) if t is not None], -1).contiguous()
-save_file(found, root / "logits.safetensors")
+        found[name] = torch.cat([t for t in nvit.adapters.find(model).logits(model, x) if t is not None], -1)
+save_file({k: v.contiguous() for k, v in found.items()}, root / "logits.safetensors")
 """
 
 
@@ -52,7 +52,7 @@ def out(model, x, adapter=None) -> torch.Tensor:
     """Class logits, or both tokens' side by side."""
     with torch.no_grad():
         logits = (adapter or adapters.find(model)).logits(model, x)
-    return torch.cat([t for t in logits if t is not None], -1).contiguous()
+    return torch.cat([t for t in logits if t is not None], -1)
 
 
 def labels(model, x) -> torch.Tensor:
