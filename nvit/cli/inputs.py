@@ -34,7 +34,7 @@ def open_images(
         raise ValueError(NO_DATA)
     whose = tasks.of(task, model)
     if whose.name == "segmentation":
-        return mask_images(model, flags)
+        return _mask_images(model, flags)
     if not whose.class_numbers:
         return _target_images(model, flags, whose)
     if flags.targets or flags.eval_targets:
@@ -52,7 +52,7 @@ def open_images(
     )
 
 
-def mask_images(model: nn.Module, flags: DataFlags) -> MaskImages:
+def _mask_images(model: nn.Module, flags: DataFlags) -> MaskImages:
     for name in ("targets", "eval_targets", "class_map", "accept_labels", "skip_broken"):
         if getattr(flags, name):
             raise ValueError(f"--{name.replace('_', '-')} is not for --task segmentation, whose labels are images")

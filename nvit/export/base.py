@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,7 +49,7 @@ class Program:
         return to_onnx(self.exported, (), self.opset, [INPUT], [OUTPUT])
 
 
-class Format:
+class Format(ABC):
     """A file that another runtime reads.
 
     Attributes:
@@ -70,13 +71,13 @@ class Format:
         """Why it cannot be written on this machine, or None."""
         return None
 
+    @abstractmethod
     def write(self, program: Program, path: Path) -> None:
         """Write a program to `path`; whatever else belongs to it goes beside it, under names that begin alike."""
-        raise NotImplementedError
 
+    @abstractmethod
     def open(self, path: Path, threads: int = 1) -> Callable[[Tensor], Tensor]:
         """A written file in its own runtime, as a function of images on tensors of the CPU, on so many threads."""
-        raise NotImplementedError
 
     def version(self) -> str:
         """Of the runtime, for a table's title."""

@@ -1,8 +1,8 @@
 """What pruning costs, measured: one group alone is cut to a few depths, what reads it refitted, and the distance to the
 dense model taken on images that the refit did not see.
 
-Predictions of second order rank the units of a group well and price groups against each other badly. The costs of
-single groups nearly add up to that of all together, so that these curves are what a global choice needs.
+Predictions of second order rank the units of a group well and price groups against each other badly; costs of single
+groups nearly add up to that of all together. Whether choosing by them wins is a measurement: docs/LOG.md.
 """
 
 from __future__ import annotations
