@@ -110,7 +110,7 @@ def run(tmp_path_factory):
     """A run's folder, pruned and measured."""
     out = tmp_path_factory.mktemp("run") / "digits-run"
     said = ["prune", "digits", "--data", "digits", "--latency-target", "0.8", "--no-train", "--images", "64"]
-    quick = ["--latency-seconds", "0.5", "--latency-batch", "4", "--eval-images", "64", "--device", "cpu"]
+    quick = ["--latency-seconds", "2", "--latency-batch", "64", "--eval-images", "64", "--device", "cpu"]
     assert cli.main([*said, *quick, "--measure-seconds", "0.1", "--out", str(out)]) == 0
     return out
 
@@ -128,7 +128,7 @@ def test_the_card_says_what_the_run_found(run):
     top1 = [f"{r['top1']:.2f} ± {r['top1_se']:.2f}" for r in (dense, row)]
     assert f"| top-1 % | {top1[0]} | {top1[1]} |" in text
     assert f"| ms | {dense['latency_ms']:.2f} | {row['latency_ms']:.2f} |" in text
-    assert f"a batch of 4 images, float32, eager, on {table.setting.device}" in text
+    assert f"a batch of 64 images, float32, eager, on {table.setting.device}" in text
     assert "criterion curvature" in text and "| `latency_target` | &#91;0.8&#93; |" in text
     assert 'nvit.load("hf-hub:me/small")' in text and "80 % of its latency, " in text
     blocks = snapshot.load_spec(run / "target-0.8").blocks
