@@ -12,6 +12,7 @@ from tyro.conf import arg
 
 from .criteria.registry import CRITERIA, automatic, refusal
 from .spec import BUNDLE_SIZES, KINDS
+from .tasks.registry import TASKS
 from .utils import html
 
 CriterionName = Literal[tuple(CRITERIA)]
@@ -26,7 +27,7 @@ def _help(text: str, **kwargs):
 
 
 TaskName = Annotated[
-    Literal["auto", "classification", "multilabel", "regression", "features", "segmentation"],
+    Literal[("auto", *TASKS)],
     _help("what the model is for: labels, loss, metric; auto: as its head or config tells, else it is asked for"),
 ]
 

@@ -52,6 +52,18 @@ def test_int8_is_smaller_and_answers_the_same_digits(tmp_path):
     assert exact > 90 and near > exact - 1
 
 
+def test_a_pruned_model_is_the_encoder_of_a_decoder_of_smp(tmp_path):
+    pytest.importorskip("segmentation_models_pytorch", reason="the extra `test` has segmentation-models-pytorch")
+    code = (EXAMPLES / "decode_with_smp.py").read_text()
+    assert code.count("EPOCHS = 10, 10") == 1
+    code = code.replace("EPOCHS = 10, 10", "EPOCHS = 10, 2") + "\nprint(type(model.encoder.model.blocks[0].attn))"
+    environment = os.environ | {"PYTHONWARNINGS": "ignore", "PYTHONPATH": str(EXAMPLES.parent)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(re.search(r"^mIoU ([\d.]+) %", done.stdout, re.M)[1]) > 10, "one class for all pixels has 5"
+    assert "nvit.layers" in done.stdout, "it is ours, not one that timm made anew"
+
+
 def test_the_notebook_runs_and_shows_a_table_and_a_picture(tmp_path):
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed; the extra `test` has it")
     nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed; the extra `test` has it")

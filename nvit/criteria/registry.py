@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from importlib import import_module
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+from ..utils.registry import Registry
 
 if TYPE_CHECKING:
     from .base import Criterion
@@ -22,22 +23,7 @@ _HOMES = {
 }
 """File and class of each criterion, by the class's own `name`."""
 
-
-class _Registry(Mapping[str, "type[Criterion]"]):
-    """Classes imported when they are asked for, so that their names, which are flags' choices, come without torch."""
-
-    def __getitem__(self, name: str) -> type[Criterion]:
-        file, _, cls = _HOMES[name].partition(".")
-        return getattr(import_module(f"{__package__}.{file}"), cls)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(_HOMES)
-
-    def __len__(self) -> int:
-        return len(_HOMES)
-
-
-CRITERIA: Mapping[str, type[Criterion]] = _Registry()
+CRITERIA: Mapping[str, type[Criterion]] = Registry(__package__, _HOMES)
 
 
 def automatic(*, train: bool, refit: bool = False, budget: bool = False, ranks: int = 1) -> str:

@@ -1,102 +1,30 @@
 """What a model is for: what a batch holds, the loss, the metric. One file a task; nobody else knows a softmax.
 
-To add one, write a subclass of `base.Task` in a file of its own and list it in `TASKS`.
+To add one, write a subclass of `base.Task` in a file of its own and list it in `registry`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from .registry import TASKS
 
-from .. import adapters
-from .base import Meter, Task
-from .classification import Classification
-from .features import Features
-from .multilabel import MultiLabel
-from .regression import Regression
-from .segmentation import Segmentation
+if TYPE_CHECKING:
+    from .base import Meter, Task
+    from .choice import infer, of, settled
 
-__all__ = [
-    "TASKS",
-    "Classification",
-    "Features",
-    "Meter",
-    "MultiLabel",
-    "Regression",
-    "Segmentation",
-    "Task",
-    "infer",
-    "of",
-    "settled",
-]
+__all__ = ["TASKS", "Meter", "Task", "infer", "of", "settled"]
 
-TASKS: dict[str, type[Task]] = {t.name: t for t in (Classification, MultiLabel, Regression, Features, Segmentation)}
+_HOMES = {"Meter": "base", "Task": "base", "infer": "choice", "of": "choice", "settled": "choice"}
 
 
-def of(name: str, model: nn.Module) -> Task:
-    """The task called `name` for the outputs of `model`; where it is `auto`, the one that the model tells.
+if not TYPE_CHECKING:
 
-    Raises:
-        ValueError: the model does not tell, or has not the outputs that the task is about.
-    """
-    outputs = adapters.classes(model)
-    name = infer(model) if name == "auto" else name
-    if (name == Segmentation.name) != (_said(model) == Segmentation.name):
-        if name == Segmentation.name:
-            raise ValueError(
-                "task segmentation needs a model with a head for pixels, this one has none; nvit finetune --task "
-                "segmentation puts one on it"
-            )
-        raise ValueError(f"task {name} is not this model's, whose head is for pixels; take --task segmentation")
-    if outputs is None and name != Classification.name:
-        raise ValueError(f"task {name} needs a model that says how many outputs it has, as timm's num_classes does")
-    if name == Features.name and outputs:
-        raise ValueError(
-            f"task features is for models without a classifier, this one has {outputs} outputs; "
-            "model.reset_classifier(0) takes it off"
-        )
-    if name != Features.name and outputs == 0:
-        raise ValueError(f"task {name} needs a classifier, this model has none (num_classes 0); take --task features")
-    if name == Classification.name and outputs == 1:
-        raise ValueError("task classification needs 2 outputs, this model has 1; take --task regression or multilabel")
-    return TASKS[name](outputs)
-
-
-def settled(config: Any, model: nn.Module) -> Task:
-    """The task of a recipe (`config.TrainingConfig` or a kind of it) for a prepared model, which from now on hands out
-    the features that the recipe chooses, at the width it asks for.
-
-    Raises:
-        ValueError: as `of`, or the recipe asks for what the task or the model has not.
-    """
-    task = of(config.task, model)
-    task.check(config)
-    if task.name == Features.name:
-        adapters.choose_features_(model, config.features)
-        if getattr(config, "keep_output", False):
-            adapters.keep_output_(model, config.features)
-    return task
-
-
-def infer(model: nn.Module) -> str:
-    """The name of the task that a model tells by its config or its head.
-
-    Raises:
-        ValueError: it has one output and does not say what for.
-    """
-    said = _said(model)
-    if said is not None:
-        return said
-    outputs = adapters.classes(model)
-    if outputs == 1:
-        raise ValueError(
-            "the model has one output and does not say what for; take --task regression (a number) or --task "
-            "multilabel (a yes or no)"
-        )
-    return Features.name if outputs == 0 else Classification.name
-
-
-def _said(model: nn.Module) -> str | None:
-    """The task that a model's own config or head names."""
-    return adapters.of(model).task(model) if adapters.refusal(model) is None else None
+    def __getattr__(name: str) -> Any:
+        """What `__all__` names, imported when it is first asked for: the names of tasks are flags, and come without
+        torch."""
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        return found

@@ -11,7 +11,7 @@ from nvit.calibration.gauss_newton import GateProducts
 from nvit.calibration.statistics import StatisticsRecorder, gather_statistics
 from nvit.criteria.gates import GateRecorder
 from nvit.layers import prunable_layers
-from nvit.tasks import Classification
+from nvit.tasks.classification import Classification
 from tests.hosts import images, masked
 
 FIELDS = ("images", "rows", "x", "xx", "gg", "profile")

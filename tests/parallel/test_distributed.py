@@ -20,7 +20,7 @@ from nvit.layers import Attention
 from nvit.parallel import collectives
 from nvit.parallel import shards as shards_module
 from nvit.structure.run_state import load_run_state
-from nvit.tasks import Classification
+from nvit.tasks.classification import Classification
 from nvit.training.data import TrainingData, seed_draws
 from tests.families import HOSTS, ONE_OF_EACH
 from tests.ranks import PLAYED

@@ -10,7 +10,7 @@ from nvit.criteria.registry import CRITERIA
 from nvit.latency import clock, measure
 from nvit.structure import snapshot
 from nvit.structure.masks import kept_counts, weight_masks, widths
-from nvit.tasks import Classification
+from nvit.tasks.classification import Classification
 from tests.hosts import TINY_HOSTS, images, labels, make
 from tests.runs import arguments, assert_pruned_weights_are_zero, config, groups_of, loader, same, table, weights
 

@@ -23,7 +23,7 @@ from nvit.refit.ridge import Moments, ridge
 from nvit.refit.rotation import balanced, rotate_
 from nvit.structure.compact import compact
 from nvit.structure.masks import apply_, full_masks
-from nvit.tasks import Classification
+from nvit.tasks.classification import Classification
 from tests.hosts import TINY_HOSTS, images, prepared, random_masks
 from tests.runs import arguments
 

@@ -9,7 +9,11 @@ import torch
 from nvit import tasks
 from nvit.adapters import Logits
 from nvit.config import FinetuneConfig, PruneConfig
-from nvit.tasks import TASKS, Classification, Features, MultiLabel, Regression
+from nvit.tasks import TASKS
+from nvit.tasks.classification import Classification
+from nvit.tasks.features import Features
+from nvit.tasks.multilabel import MultiLabel
+from nvit.tasks.regression import Regression
 from tests.families import hf
 from tests.hosts import make
 

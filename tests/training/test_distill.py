@@ -8,7 +8,7 @@ from torch import nn
 
 from nvit import adapters
 from nvit.adapters import Logits
-from nvit.tasks import Classification
+from nvit.tasks.classification import Classification
 from nvit.training.distill import Objective, frozen, renormalisation
 from tests import references
 from tests.hosts import images, labels, masked, prepared
