@@ -8,12 +8,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..spec import ViTSpec
+from .hf_hosts import POOLER
+from .tower import KEEP_OUTPUT
 
 KEY, PREFIX = "nvit", "nvit_"
 """Of what is left, in a config; and before the `model_type` of the dense model."""
 
 _DERIVED = ("architectures", "dtype", "out_features", "out_indices", "stage_names", "transformers_version", KEY)
 """What follows from the rest of a config, or is no part of the dense model's."""
+
+_BESIDE = (POOLER, KEEP_OUTPUT)
+"""What a spec's config says and transformers' has no place for: it stands with what is left, under `KEY`."""
 
 
 def dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,7 +31,9 @@ def dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def kept_of(spec: ViTSpec) -> dict[str, Any]:
     """What a spec says beside the host's config, for `KEY`."""
-    return {key: value for key, value in json.loads(spec.to_json()).items() if key != "config"}
+    said = json.loads(spec.to_json())
+    config = said.pop("config")
+    return said | {key: config[key] for key in _BESIDE if key in config}
 
 
 def spec_in(config: Mapping[str, Any]) -> ViTSpec | None:
@@ -39,4 +46,6 @@ def spec_in(config: Mapping[str, Any]) -> ViTSpec | None:
         return None
     if not isinstance(config[KEY], Mapping):
         raise ValueError(f"{KEY} is a {type(config[KEY]).__name__}, expected an object")
-    return ViTSpec.from_json(json.dumps(dict(config[KEY]) | {"config": dense_config(config)}))
+    said = dict(config[KEY])
+    beside = {key: said.pop(key) for key in _BESIDE if key in said}
+    return ViTSpec.from_json(json.dumps(said | {"config": dense_config(config) | beside}))

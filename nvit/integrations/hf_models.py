@@ -20,6 +20,11 @@ from .. import adapters
 from ..adapters import hf_folder, hf_hosts
 from ..adapters.base import host_class
 from ..adapters.hf_config import KEY, PREFIX, kept_of, spec_in
+from ..adapters.hf_hosts import POOLER
+from ..adapters.restore import restore_
+from ..adapters.tower import KEEP_OUTPUT
+from ..layers import prunable_layers
+from ..spec import ViTSpec
 from ..structure.compact import compact
 from ..structure.masks import masks_of
 from ..structure.skeleton import check_sizes, narrow_
@@ -40,19 +45,52 @@ class Pruned:
     host_class: ClassVar[type]
 
     def __init__(self, config: Any, *args: Any, **more: Any) -> None:
-        super().__init__(config, *args, **more)
         spec = spec_in(json.loads(config.to_json_string()))
-        if spec is not None:
-            self.preprocess = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.preprocess.items()}
-            with torch.device("cpu"):  # masks have values, also where the model is built without any
-                check_sizes(spec)
-                narrow_(adapters.find(self).prepare(self), spec)
+        if spec is None:
+            super().__init__(config, *args, **more)
+            return
+        super().__init__(config, *args, **_arguments(type(self), spec) | more)
+        self.preprocess = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.preprocess.items()}
+        check_sizes(spec)
+        adapter, cpu = adapters.find(self), torch.device("cpu")
+        with cpu:  # tables and masks have values, also where the model is built without any
+            adapter.prepare(self)
+        if (width := spec.config.get(KEEP_OUTPUT)) is not None:
+            restore_(adapter, self, width)
+        with cpu:
+            narrow_(self, spec)
+
+    def initialize_weights(self) -> None:
+        """As transformers' own, for what no file holds; so it is with tables of prunable layers, which loading has
+        emptied."""
+        super().initialize_weights()
+        for layer in prunable_layers(self).values():
+            layer.keep_all_()
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **more: Any) -> None:
         """As transformers' own; weights keep their names (`save_original_format=False`), and the config says what the
         model is as it stands now."""
         setattr(self.config, KEY, kept_of(spec_of(self)))
         super().save_pretrained(save_directory, *args, **{"save_original_format": False} | more)
+
+
+def _arguments(cls: type[Pruned], spec: ViTSpec) -> dict[str, Any]:
+    """What a class takes beside its config to build the model that a spec describes; or its tower, or a classifier on
+    it, whose weights transformers finds by their names.
+
+    Raises:
+        ValueError: weights of the described class have other names, so that none would be found.
+    """
+    mine, theirs = cls.host_class.__name__, spec.architecture
+    if mine == theirs:
+        return {key: value for key, value in spec.config.items() if key == POOLER}
+    bases = {host.base for name in (mine, theirs) if (host := hf_hosts.ARCHITECTURES.get(name)) is not None}
+    if len(bases) < 2 or not bases <= {"", cls.base_model_prefix}:
+        raise ValueError(
+            f"it holds a pruned {theirs}, whose weights have other names than those of a {mine}; load it as "
+            f"Nvit{theirs}, or with nvit.load"
+        )
+    return {}
 
 
 def _config_class(base: type) -> type:
@@ -62,10 +100,10 @@ def _config_class(base: type) -> type:
 
 
 def _classes() -> dict[str, type]:
-    """The class of pruned models for every classifier that can be pruned; towers are saved as snapshots."""
+    """The class of pruned models for every class that can be pruned."""
     configs: dict[type, type] = {}
     found = {}
-    for architecture in (name for name, host in hf_hosts.ARCHITECTURES.items() if host.classifiers):
+    for architecture in hf_hosts.ARCHITECTURES:
         host = getattr(transformers, architecture)
         config = configs.setdefault(host.config_class, None) or _config_class(host.config_class)
         configs[host.config_class] = config
@@ -125,7 +163,7 @@ def pretrained(model: nn.Module) -> nn.Module:
     """
     adapter = adapters.find(model)
     if (cls := CLASSES.get(host_class(model).__name__)) is None:
-        raise ValueError(f"{type(model).__name__} is no classifier of transformers; save it with nvit.snapshot.save")
+        raise ValueError(f"{type(model).__name__} is no model of transformers; save it with nvit.snapshot.save")
     adapter.prepare(model)
     if (masks := masks_of(model)) is not None:
         model = compact(model, adapter.groups(model), masks)
@@ -136,8 +174,10 @@ def pretrained(model: nn.Module) -> nn.Module:
     with torch.device("meta"):
         twin = cls(config)
     twin.load_state_dict(model.state_dict(), assign=True)
-    twin.train(model.training)
-    return twin
+    hf_hosts.fill_tables_(twin)
+    for layer in prunable_layers(twin).values():
+        layer.keep_all_()
+    return twin.train(model.training).to(next(model.parameters()).device)
 
 
 def save_pretrained(model: nn.Module, folder: str | Path, processor: Any = None, **more: Any) -> Path:

@@ -38,10 +38,13 @@ def without_a_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
-def pruned(name="vit", keep=0.6, **more):
+def pruned(name="vit", keep=0.6, *, keep_output=False, **more):
     model = hf.make(name, **BIRDS | more)
     adapter = adapters.find(model)
-    groups = adapter.groups(adapter.prepare(model))
+    adapter.prepare(model)
+    if keep_output:
+        adapters.keep_output_(model)
+    groups = adapter.groups(model)
     return compact(model, groups, random_masks(groups, keep)).eval()
 
 
@@ -82,6 +85,50 @@ def test_every_host_comes_back_exact_with_its_labels(name, tmp_path):
     assert_same(again, small, images)
     assert_same(nvit.load(path), small, images)
     assert type(nvit.load(path)) is type(small)
+
+
+@pytest.mark.parametrize("name", hf.TOWERS)
+def test_every_tower_comes_back_exact_narrow_or_with_its_width_restored(name, tmp_path):
+    for keep_output in (False, True):
+        if keep_output and name == "clip_tower":
+            with pytest.raises(ValueError, match="take CLIPVisionModelWithProjection"):
+                pruned(name, keep_output=True)
+            continue
+        small = pruned(name, keep_output=keep_output)
+        path = nvit.hf.save_pretrained(small, tmp_path / f"s{keep_output}")
+        said = json.loads((path / "config.json").read_text())["nvit"]
+        assert said.get("keep_output") == (48 if keep_output and name != "clip_projected_tower" else None)
+        mine = nvit.hf.CLASSES[type(small).__name__].from_pretrained(path)
+        mine.save_pretrained(tmp_path / "again")
+        expected = small(images_of(small))
+        assert expected.last_hidden_state.shape[-1] == said.get("keep_output", said["blocks"][0]["emb"])
+        for again in (mine, nvit.load(path), nvit.load(tmp_path / "again")):
+            found = again(images_of(small))
+            assert found.keys() == expected.keys() and isinstance(again, type(small))
+            assert all(torch.equal(found[k], expected[k]) for k in expected)
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2"])
+def test_a_classifier_s_tower_and_a_classifier_on_a_tower(name, tmp_path):
+    """As transformers does with dense ones, weights by their names."""
+    small = pruned(name)
+    nvit.hf.save_pretrained(small, tmp_path / "classifier")
+    tower = transformers.AutoModel.from_pretrained(tmp_path / "classifier")
+    images, base = images_of(small), small.base_model_prefix
+    expected = getattr(small, base)(images).last_hidden_state
+    assert torch.equal(tower(images).last_hidden_state, expected)
+    small = pruned(f"{name}_tower", keep_output=True)
+    nvit.hf.save_pretrained(small, tmp_path / "tower")
+    model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "tower")
+    assert torch.equal(getattr(model, base)(images).last_hidden_state, small(images).last_hidden_state)
+    model.eval().save_pretrained(tmp_path / "c")
+    assert torch.equal(nvit.load(tmp_path / "c")(images).logits, model(images).logits)
+
+
+def test_weights_of_other_names_are_not_drawn_anew(tmp_path):
+    nvit.hf.save_pretrained(pruned("clip_projected_tower"), tmp_path / "s")
+    with pytest.raises(ValueError, match="have other names than those of a CLIPVisionModel; load it as NvitCLIP"):
+        transformers.AutoModel.from_pretrained(tmp_path / "s")
 
 
 def test_the_auto_classes_know_it(folder):
@@ -146,7 +193,7 @@ def test_a_masked_model_is_made_compact_and_others_are_refused(tmp_path):
     twin = nvit.hf.pretrained(model)
     assert twin.vit.layernorm.weight.numel() == int(masks["emb"].sum())
     torch.testing.assert_close(answers(twin, images_of(model))[0], answers(model, images_of(model))[0])
-    with pytest.raises(ValueError, match="VisionTransformer is no classifier of transformers; save it"):
+    with pytest.raises(ValueError, match="VisionTransformer is no model of transformers; save it"):
         nvit.hf.pretrained(nvit.load(nvit.BUNDLED))
 
 
