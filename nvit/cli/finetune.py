@@ -91,7 +91,7 @@ def refuse_snapshot(out: Path, resume: bool = False) -> None:
 def run(command: FinetuneCommand) -> None:
     with (
         command.machine.running(),
-        logs.opened(command.logging.log, command.log_folder, resume=command.resume) as log,
+        logs.opened(command.logging.log, command.logging.beside(command.out), resume=command.resume) as log,
         shown(STAGES) as progress,
     ):
         found = run_finetune(command.model, command, progress, log)

@@ -19,14 +19,31 @@ from .words import UsageError
 if TYPE_CHECKING:
     from .command import Command
 
-BAD_USAGE, FAILED, INTERRUPTED = 2, 1, 130
+BAD_USAGE, FAILED, INTERRUPTED, UNREAD = 2, 1, 130, 141
+"""Exit codes; the last two are a shell's words for SIGINT and SIGPIPE."""
 
 _LEFT = 34
 """Columns of the command's own words in the list of all."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a command line, under torchrun one process of it; returns the exit code."""
+    """Run a command line, under torchrun one process of it; returns the exit code. Where whoever read its output has
+    left (`nvit --help | head -1`), it ends without a word."""
+    try:
+        try:
+            return _run(args)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except BrokenPipeError:  # what waits in it would fail once more, and be told, when Python ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return UNREAD
+
+
+def _run(args: Sequence[str] | None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):
         print(_help())
@@ -51,7 +68,7 @@ def main(args: Sequence[str] | None = None) -> int:
         failures.say(e)
         return BAD_USAGE
     except BrokenPipeError:
-        return FAILED
+        raise
     except KeyboardInterrupt:
         again = "; the same command with --resume goes on" if config is not None and resumable(config) else ""
         failures.say(f"interrupted{again}")

@@ -124,6 +124,8 @@ def _timm_model(name: str, flags: ModelFlags, scratch: bool) -> nn.Module:
         if not pretrained:
             said = f" with {asked}" if asked else ""
             raise ValueError(f"{name} cannot be made{said}: {short(e)}") from e
+        if hub.is_hosted(name):
+            raise ValueError(f"{name} holds no snapshot, nor a timm model that can be had: {short(e, 300)}") from e
         why = f"{name}: pretrained weights cannot be had ({short(e, 300)}); give --checkpoint or --no-pretrained"
         raise ValueError(why) from e
     _check_size(name, model, flags.size)

@@ -26,6 +26,8 @@ from ..training.distill import frozen
 from ..training.finetune import finetune
 from ..training.images import DigitImages, Images
 from ..training.targets import TargetImages
+from ..utils import logs
+from ..utils.logs import Log, unlogged
 from ..utils.progress import Progress
 from ..utils.report import show, write_csv, write_result
 from ..utils.stages import Stage
@@ -100,7 +102,7 @@ def _choose_(
     return masks
 
 
-def run_sparsify(name: str, command: SparsifyCommand, progress: Progress) -> dict[str, Any]:
+def run_sparsify(name: str, command: SparsifyCommand, progress: Progress, log: Log = unlogged) -> dict[str, Any]:
     """What goes into result.json."""
     start = time.monotonic()
     out, config = Path(command.out), command.config
@@ -132,7 +134,8 @@ def run_sparsify(name: str, command: SparsifyCommand, progress: Progress) -> dic
     found |= sparse
     if config.epochs:
         constrain = partial(sparse24.apply_masks_, model, masks)
-        model = finetune(model, opened.training, config, teacher=teacher, constrain=constrain, progress=progress)
+        how = {"teacher": teacher, "constrain": constrain, "progress": progress, "log": log}
+        model = finetune(model, opened.training, config, **how)
     unchanged = {name.replace("_sparse", ""): value for name, value in sparse.items()}
     found |= evaluated(metric) if config.epochs else unchanged
     found["layers"] = _layers(model, layers, before)
@@ -196,8 +199,12 @@ def stages(command: SparsifyCommand) -> list[Stage]:
 
 
 def run(command: SparsifyCommand) -> None:
-    with command.machine.running(), shown(stages(command)) as progress:
-        found = run_sparsify(command.model, command, progress)
+    with (
+        command.machine.running(),
+        logs.opened(command.logging.log, command.logging.beside(command.out)) as log,
+        shown(stages(command)) as progress,
+    ):
+        found = run_sparsify(command.model, command, progress, log)
     metric = found["metric"]
     steps = {"dense": f"{metric}_dense", f"2:4 by {found['choice']}": f"{metric}_sparse"}
     if command.config.epochs:

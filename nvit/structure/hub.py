@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..adapters import hf_folder
@@ -11,6 +13,12 @@ from .manifest import MANIFEST
 
 PREFIXES = ("hf-hub:", "hf_hub:")
 FILES = ("spec.json", "weights.safetensors", "metrics.json", MANIFEST)
+PRUNED = [hf_folder.CONFIG, hf_folder.PROCESSOR, "model*.safetensors*"]
+"""Of a pruned model of transformers."""
+
+
+class NoSnapshot(ValueError):
+    """The repository is there, and holds something else."""
 
 
 def is_hosted(name: object) -> bool:
@@ -22,50 +30,67 @@ def fetch(name: str) -> Path:
     """The folder of the snapshot that `hf-hub:OWNER/NAME` means, downloaded or out of the cache.
 
     Raises:
-        ValueError: there is no such repository, it holds no snapshot, or nobody can be asked.
+        NoSnapshot: the repository holds none.
+        ValueError: there is no such repository, or nobody can be asked.
     """
     repo, revision = _parse(name)
     import huggingface_hub as hub
-    from huggingface_hub import errors
 
-    try:
-        file = Path(hub.hf_hub_download(repo, FILES[0], revision=revision))
-    except errors.LocalEntryNotFoundError as e:  # a kind of EntryNotFoundError: nobody could be asked
-        raise ValueError(f"{name} cannot be had, and is not in the cache: {short(e)}") from None
-    except errors.EntryNotFoundError:
-        return _pruned(name, repo, revision)
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as e:
-        raise ValueError(f"{name} cannot be had: {short(e)}") from None
-    try:
-        # What was asked for first says which commit it is: all files are of one.
-        return Path(hub.snapshot_download(repo, revision=file.parent.name, allow_patterns=list(FILES)))
-    except (errors.HfHubHTTPError, OSError) as e:
-        raise ValueError(f"{name} cannot be had: {short(e)}") from None
+    for first, wanted in ((FILES[0], list(FILES)), (hf_folder.CONFIG, PRUNED)):
+        with _said(name):
+            file = _download(repo, first, revision)
+            if file is None:
+                continue
+            if first == hf_folder.CONFIG and hf_folder.pruned_spec(file.parent) is None:
+                raise NoSnapshot(f"{name} holds no snapshot: {FILES[0]} is missing, and {first} is not of nvit")
+            # What was asked for first says which commit it is: all files are of one.
+            return Path(hub.snapshot_download(repo, revision=file.parent.name, allow_patterns=wanted))
+    raise NoSnapshot(f"{name} holds no snapshot: {FILES[0]} is missing")
 
 
 @functools.cache
 def snapshot_at(name: str) -> str | None:
-    """`fetch`, or None where that is no snapshot that can be had: another kind of model may lie there."""
+    """`fetch`, or None where another kind of model lies there; or may, its config in the cache and nobody to be asked.
+
+    Raises:
+        ValueError: there is no such repository, or nobody can be asked about what is not in the cache.
+    """
     try:
         return str(fetch(name))
-    except ValueError:
+    except NoSnapshot:
         return None
+    except ValueError:
+        from huggingface_hub import try_to_load_from_cache
+
+        repo, revision = _parse(name)
+        if isinstance(try_to_load_from_cache(repo, hf_folder.CONFIG, revision=revision), str):
+            return None
+        raise
 
 
-def _pruned(name: str, repo: str, revision: str | None) -> Path:
-    """The folder of a pruned model of transformers."""
+def _download(repo: str, file: str, revision: str | None) -> Path | None:
+    """A file of a repository, None where the repository has no such file."""
     import huggingface_hub as hub
     from huggingface_hub import errors
 
     try:
-        file = Path(hub.hf_hub_download(repo, hf_folder.CONFIG, revision=revision))
-        if hf_folder.pruned_spec(file.parent) is None:
-            raise ValueError(f"{name} holds no snapshot: {FILES[0]} is missing, and {hf_folder.CONFIG} is not of nvit")
-        wanted = [hf_folder.CONFIG, hf_folder.PROCESSOR, "model*.safetensors*"]
-        return Path(hub.snapshot_download(repo, revision=file.parent.name, allow_patterns=wanted))
+        return Path(hub.hf_hub_download(repo, file, revision=revision))
+    except errors.LocalEntryNotFoundError:  # a kind of EntryNotFoundError
+        raise
     except errors.EntryNotFoundError:
-        raise ValueError(f"{name} holds no snapshot: {FILES[0]} is missing") from None
-    except (errors.HfHubHTTPError, OSError) as e:
+        return None
+
+
+@contextlib.contextmanager
+def _said(name: str) -> Iterator[None]:
+    """What the hub's client raises, as a line."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.LocalEntryNotFoundError as e:
+        raise ValueError(f"{name}: the hub cannot be asked, and it is not in the cache: {short(e)}") from None
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as e:
         raise ValueError(f"{name} cannot be had: {short(e)}") from None
 
 

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,29 @@ def said(capsys) -> str:
     err = capsys.readouterr().err
     assert err.startswith("nvit: ") and err.count("\n") == 1, err
     return err
+
+
+@pytest.mark.parametrize("said", ["--help", "prune --help", "nothing"])
+def test_a_reader_who_has_left_is_no_error(said):
+    """`nvit … | head -1`: the exit code is a shell's for SIGPIPE, and nothing is said."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "nvit", *said.split()]
+    if said == "nothing":  # to either reader: bad usage is told on stderr
+        assert subprocess.run(command, stdout=write, stderr=write).returncode == cli.UNREAD
+    else:
+        done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+        assert (done.returncode, done.stderr) == (cli.UNREAD, "")
+    os.close(write)
+
+
+def test_a_table_s_reader_may_leave_as_well(tmp_path, monkeypatch, capsys):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert cli.main(["analyze", "widths", "digits", "--out", str(tmp_path)]) == cli.UNREAD
+    assert capsys.readouterr().err == "" and (tmp_path / "result.json").exists()
 
 
 def test_an_error_nobody_foresaw_is_a_line_and_a_file(broken, tmp_path, capsys):

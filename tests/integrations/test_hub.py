@@ -71,13 +71,26 @@ def test_what_cannot_be_had_is_one_line(repositories, tmp_path):
         for file, text in files.items():
             (repositories(repo) / file).write_text(text)
     for name, says in {
-        "hf-hub:me/nowhere": "hf-hub:me/nowhere cannot be had, and is not in the cache",
+        "hf-hub:me/nowhere": "hf-hub:me/nowhere: the hub cannot be asked, and it is not in the cache",
         "hf-hub:me/empty": "hf-hub:me/empty holds no snapshot: spec.json is missing",
         "hf_hub:me/timm": "hf_hub:me/timm holds no snapshot: spec.json is missing, and config.json is not of nvit",
     }.items():
         with pytest.raises(ValueError) as e:
             nvit.load(name)
         assert str(e.value).startswith(says) and "\n" not in str(e.value)
+
+
+def test_a_command_tells_a_hub_that_says_no_from_one_that_says_nothing(repositories, capsys, monkeypatch):
+    repositories("me/other").mkdir(parents=True)
+    for name, says in {
+        "me/nowhere": ": the hub cannot be asked,",
+        "me/other": " holds no snapshot, nor a timm model",
+    }.items():
+        assert cli.main(["compare", f"hf-hub:{name}", "--device", "cpu"]) == 1
+        err = capsys.readouterr().err
+        assert f"hf-hub:{name}{says}" in err and err.count("\n") == 1
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, file, revision: f"/cache/{file}")
+    assert store.snapshot_at("hf-hub:me/nowhere") is None, "timm has it, though nobody can be asked"
 
 
 def test_only_whole_snapshots_go_up(repositories, tmp_path):

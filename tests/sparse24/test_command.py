@@ -62,6 +62,11 @@ def test_a_large_loss_is_said_with_the_way_out():
     assert sparsify.way_out({"metric": "mae", "mae_dense": 80.0, "mae": 1.0}) is None
 
 
+def test_a_log_without_training_is_refused(tmp_path, capsys):
+    assert cli.main([*COMMON, "--log", "csv", "--out", str(tmp_path / "a")]) == 2
+    assert "--log csv is of finetuning, and --epochs is 0" in capsys.readouterr().err
+
+
 def test_curvature_without_images_is_refused(tmp_path, capsys):
     timm = ["sparsify", "test_vit", "--no-pretrained", "--device", "cpu", "--choice", "curvature"]
     assert cli.main([*timm, "--out", str(tmp_path / "a")]) == 1

@@ -76,7 +76,9 @@ def test_without_sparse_tensor_cores_nothing_is_claimed():
 def test_sparsify_on_the_command_line(tmp_path):
     out = tmp_path / "out"
     args = ["sparsify", "digits", "--epochs", "0.1", "--permute-seconds", "1", "--device", "cpu", "--out", str(out)]
+    args += ["--log", "csv"]
     assert cli.main(args) == 0
+    assert "finetune," in (tmp_path / "out_log" / "log.csv").read_text()
     found = json.loads((out / "result.json").read_text())
     assert found["sparse_layers"] == 16 and found["top1_dense"] > found["top1_sparse"] > 50
     model = nvit.load(out)

@@ -37,11 +37,6 @@ class FinetuneCommand:
         """Beside the snapshot, which appears whole."""
         return Path(f"{Path(self.out)}_state.safetensors")
 
-    @property
-    def log_folder(self) -> Path:
-        """Beside the snapshot as well."""
-        return Path(f"{Path(self.out)}_log")
-
     def states(self) -> list[Path]:
         """What `--resume` would go on from."""
         return [self.state_file]

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from ...config import _help
@@ -47,8 +48,15 @@ class LogFlags:
 
     log: Annotated[
         Literal["none", "csv", "tensorboard", "trackio"],
-        _help("write loss, ratio, widths, images/s as the run goes, to OUT/log (finetune: OUT_log); trackio: locally"),
+        _help(
+            "write loss, ratio, widths, images/s as the run goes, to OUT/log (of a snapshot: OUT_log); trackio: locally"
+        ),
     ] = "none"
+
+    @staticmethod
+    def beside(out: str) -> Path:
+        """The folder of a log beside a snapshot, which appears whole."""
+        return Path(f"{Path(out)}_log")
 
 
 @dataclass(frozen=True, kw_only=True)

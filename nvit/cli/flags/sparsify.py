@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from ...config import FinetuneConfig, _help
 from ..command import Command
-from .parts import MODEL, DataFlags, GeneralFlags, MachineFlags, ModelFlags
+from .parts import MODEL, DataFlags, GeneralFlags, LogFlags, MachineFlags, ModelFlags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,13 @@ class SparsifyCommand:
     machine: MachineFlags = field(default_factory=MachineFlags)
     where: DataFlags = field(default_factory=DataFlags)
     config: MaskedFinetuning = field(default_factory=MaskedFinetuning)
+    logging: LogFlags = field(default_factory=LogFlags)
     general: GeneralFlags = field(default_factory=GeneralFlags)
+
+    def check(self) -> None:
+        """Raise ValueError where there would be nothing to log."""
+        if self.logging.log != "none" and not self.config.epochs:
+            raise ValueError(f"--log {self.logging.log} is of finetuning, and --epochs is 0; give some or leave it out")
 
 
 COMMAND = Command(
