@@ -136,10 +136,11 @@ class PruneConfig(TrainingConfig):
         bool, _help("with --no-train: rotate queries, keys and values first, refit in closed form what is left")
     ] = False
     cost: Annotated[
-        Literal["auto", "predicted", "measured"],
+        Literal["auto", "predicted", "measured", "both"],
         _help(
             "with --refit, what the units of a group cost: as its scores predict, or as measured at a few depths of "
-            "each group alone; auto: predicted"
+            "each group alone; both: of the two choices the one that is nearer to the dense model on held-back images; "
+            "auto: predicted"
         ),
     ] = "auto"
     keep_output: Annotated[
@@ -188,9 +189,10 @@ class PruneConfig(TrainingConfig):
             raise ValueError(f"sweep scores units once, so rounds {self.rounds} would change nothing; give one of them")
         if self.refit and self.train:
             raise ValueError("refit is for pruning without training; add --no-train (train = false)")
-        if self.cost == "measured" and not self.refit:
+        if self.cost in ("measured", "both") and not self.refit:
             raise ValueError(
-                "cost measured is that of a refitted model; add --refit with --no-train (refit = true), or leave it out"
+                f"cost {self.cost} is that of a refitted model; add --refit with --no-train (refit = true), or leave "
+                "it out"
             )
         if self.budget and self.refit:
             raise ValueError(
@@ -224,7 +226,7 @@ class PruneConfig(TrainingConfig):
     @property
     def measures_costs(self) -> bool:
         """Whether a run measures what groups cost, see `refit.costs`."""
-        return self.refit and self.cost == "measured"
+        return self.refit and self.cost in ("measured", "both")
 
     @property
     def reads_labels(self) -> bool:

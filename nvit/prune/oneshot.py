@@ -12,9 +12,11 @@ from torch import Tensor
 from ..calibration.capture import Place
 from ..calibration.statistics import SiteStatistics, gather_statistics
 from ..refit.costs import measure_costs
+from ..refit.judge import Judge
 from ..refit.refit import refit_
 from ..refit.rotation import rotate_
 from ..selection.curves import Curve
+from ..structure.masks import Masks
 from ..training.batches import images_of
 from ..training.distill import frozen
 from ..utils.logs import Log, unlogged
@@ -44,7 +46,8 @@ def prune_one_shot(
                 score(pruner, loader, budget, statistics=known, progress=progress)
             last = r == config.rounds
             here = target if last else start + (pruner.aim.at(target) - start) * r / config.rounds
-            pruner.decide_at(here, refitter.costs if config.measures_costs else None)
+            judge = refitter.distance if config.measures_costs and config.cost == "both" else None
+            pruner.decide_at(here, refitter.costs if config.measures_costs else None, judge)
             if refitter is not None:
                 pruner.history[-1] |= refitter.refit()
             error = {k: v for k, v in pruner.history[-1].items() if k == "refit_error"}
@@ -62,11 +65,13 @@ class Refitter:
         statistics: of the dense model in the basis it is rotated to, before anything has left.
         dense: that model.
         cost_seconds: that measuring costs has taken.
+        judge: of two choices, once it is asked.
     """
 
     def __init__(self, pruner: Pruner, loader, progress: Progress) -> None:
         self.pruner, self.loader, self.progress = pruner, loader, progress
         self.cost_seconds = 0.0
+        self.judge: Judge | None = None
         self.total = count_batches(loader, pruner.config)
         pruner.model.eval()
         self.statistics: Mapping[Place, SiteStatistics] = gather_statistics(
@@ -92,6 +97,15 @@ class Refitter:
         )
         self.cost_seconds = time.monotonic() - start
         return curves
+
+    def distance(self, masks: Masks) -> float:
+        """How far the dense model is from itself once cut by masks and refitted; see `Judge`."""
+        if self.judge is None:
+            self.judge = Judge(self.dense, self.pruner.groups, self.pruner.task, statistics=self.statistics)
+            for images in self._images():
+                self.judge.take(images)
+            self.judge.ready()
+        return float(self.judge.of(masks))
 
     def refit(self) -> dict[str, Any]:
         """Refit what the last decision left, and return time and memory of it for the history."""

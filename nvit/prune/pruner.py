@@ -32,6 +32,9 @@ from .timing import Timer, clock_of
 
 __all__ = ["Pruner", "prunable_groups"]
 
+Measure = Callable[[Mapping[str, Tensor]], Mapping[str, Curve]]
+Judging = Callable[[Masks], float]
+
 
 class Pruner(Scorer):
     """Masks a model in place, decision by decision; for people with their own training loop.
@@ -182,9 +185,7 @@ class Pruner(Scorer):
             )
         return scores
 
-    def decide_at(
-        self, target: float, measure: Callable[[Mapping[str, Tensor]], Mapping[str, Curve]] | None = None
-    ) -> None:
+    def decide_at(self, target: float, measure: Measure | None = None, judge: Judging | None = None) -> None:
         """One decision down to `target`, least saliency removed at that latency; no training in between.
 
         Where `target` is one of `targets`, what was chosen is measured, and chosen again where it misses.
@@ -192,28 +193,50 @@ class Pruner(Scorer):
         Args:
             measure: from scores to what the first units of groups cost, asked once; scores order the units then, and
                 these `curves` price them, here and in later decisions.
+            judge: how far a model cut by masks is from the dense one; of the choice by scores and that by `curves` the
+                nearer one is taken.
         """
         scores = self._telling_scores()
         if measure is not None and not self.curves:
             self.curves = dict(measure(scores))
-        prices = dict(scores)
-        for g in self.free:
-            if g.name in self.curves:
-                prices[g.name] = priced(g, scores[g.name], self.masks[g.name], self.curves[g.name])
+        prices, said = self._prices(scores, target, judge)
 
         def choose(ratio: float) -> tuple[float, tuple[Masks, float]]:
-            masks, eta = drop_to_target(prices, self.masks, self.groups, self.table, ratio * self.table.dense_ms)
+            masks, eta = self._least(prices, ratio)
             return self.table.ratio(widths(self.groups, masks)), (masks, eta)
 
         if target not in self.targets:
             masks, eta = choose(target)[1]
-            self._take(scores, masks, eta=eta)
+            self._take(scores, masks, eta=eta, **said)
             self._settle_to(self.ratio)
         else:
             (masks, eta), reading = self.aim.hit(target, choose, lambda choice: self._cut(choice[0]))
-            self._take(scores, masks, eta=eta, **_measured(reading))
+            self._take(scores, masks, eta=eta, **said, **_measured(reading))
             self._settle_to(self.ratio if reading is None else target, reading)
         self._asked_for = True
+
+    def _least(self, prices: Mapping[str, Tensor], ratio: float) -> tuple[Masks, float]:
+        """`drop_to_target` from here, at a fraction of the dense latency."""
+        return drop_to_target(prices, self.masks, self.groups, self.table, ratio * self.table.dense_ms)
+
+    def _prices(
+        self, scores: dict[str, Tensor], target: float, judge: Judging | None
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What units cost, and what the decision's row says of that."""
+        if not self.curves:
+            return scores, {}
+        measured = dict(scores)
+        for g in self.free:
+            if g.name in self.curves:
+                measured[g.name] = priced(g, scores[g.name], self.masks[g.name], self.curves[g.name])
+        if judge is None:
+            return measured, {}
+        ways = {"predicted": scores, "measured": measured}
+        by_table = target in self.targets and not self.aim.beyond(target)
+        ratio = self.aim.at(target) if by_table else target
+        distances = {way: judge(self._least(prices, ratio)[0]) for way, prices in ways.items()}
+        best = min(distances, key=distances.__getitem__)
+        return ways[best], {"cost": best} | {f"distance_{way}": d for way, d in distances.items()}
 
     def _take(self, scores: Mapping[str, Tensor], masks: Masks, **more: Any) -> None:
         """Mask what a decision chose, once every rank has decided alike."""

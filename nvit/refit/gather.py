@@ -71,8 +71,8 @@ def moments_at(pair: Pair, place: Place, weights: Tensor | None, entry: Entry | 
     found: list[Halves] = []
     norm = None if entry is None else entry.norm
     for b in range(len(pair.ours)):
-        x, *before = _rows(pair.ours, place, b, norm)
-        exact, *before_exact = _rows(pair.theirs, place, b, norm)
+        x, *before = rows_at(pair.ours, place, b, norm)
+        exact, *before_exact = rows_at(pair.theirs, place, b, norm)
         lacking = 0.0 if entry is None else entry.lacking(before[0], before_exact[0], ours[0].rows)
         w = None if weights is None else weights.repeat(len(x) // len(weights)).to(x.device)
         for i, (part, source) in enumerate(zip(ours, theirs, strict=True)):
@@ -84,7 +84,7 @@ def moments_at(pair: Pair, place: Place, weights: Tensor | None, entry: Entry | 
     return found
 
 
-def _rows(replay: Replay, place: Place, batch: int, norm: str | None = None) -> list[Tensor]:
+def rows_at(replay: Replay, place: Place, batch: int, norm: str | None = None) -> list[Tensor]:
     """Rows that the linear layers at one end of a layer receive, and rows of the stream that `norm` reads."""
     found: dict[Place, Tensor] = {}
     name, end = place

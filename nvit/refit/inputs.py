@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from ..calibration.capture import Place, capture
 from ..calibration.replay import Replay
 from ..calibration.statistics import SiteStatistics
 from ..layers import LinearPart, Prunable
-from .gather import parts, row_weights
+from .gather import Halves, parts, row_weights, rows_at
 from .ridge import Moments, ridge
 
 
@@ -83,11 +84,55 @@ def gather_inputs(
     return found
 
 
+@dataclass(frozen=True)
+class Exact:
+    """What a layer's last linear layers read in the dense model, row by row: what a cut that changes these inputs, and
+    takes none away, is made good with.
+
+    Attributes:
+        rows: by batch, `(rows, in)`.
+        weights: of the rows of one image; None for all alike.
+    """
+
+    place: Place
+    rows: Mapping[int, Tensor]
+    weights: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        replay: Replay,
+        layer: str,
+        halves: Sequence[Sequence[int]],
+        statistics: Mapping[Place, SiteStatistics] | None,
+        uniform: float,
+    ) -> Exact:
+        """Of a layer of the current block, nothing cut."""
+        place = layer, "out"
+        rows = {b: rows_at(replay, place, b)[0] for batches in halves for b in batches}
+        return cls(place, rows, row_weights(statistics, place, uniform))
+
+    def moments(self, replay: Replay, part: LinearPart, halves: Sequence[Sequence[int]]) -> Halves:
+        """Moments of a linear layer that reads what the block, as it is now, hands it, where it read `rows`."""
+        out, width = part.module.weight.shape
+        found = tuple(Moments.empty(width, out, part.module.weight.device) for _ in range(2))
+        for half, batches in zip(found, halves, strict=True):
+            for b in batches:
+                x, target = rows_at(replay, self.place, b)[0], linear(self.rows[b], *part.kept())
+                w = None if self.weights is None else self.weights.repeat(len(x) // len(self.weights)).to(x.device)
+                half.add(x, target - linear(x, *part.kept()), target, w)
+        return found
+
+
 def refit_reader_(part: LinearPart, inputs: Both) -> None:
     """Let a linear layer, some of whose inputs are gone, make good what they gave it, as far as the others can."""
     if part.cols is None or not all(isinstance(half.weight, Tensor) for half in inputs):
         return
-    fitted, held = (half.without(part.module.weight, part.cols) for half in inputs)
-    change = ridge(fitted, held, constant=part.module.bias is not None)
+    fit_(part, tuple(half.without(part.module.weight, part.cols) for half in inputs))
+
+
+def fit_(part: LinearPart, halves: Halves) -> None:
+    """Change a linear layer by the ridge, if any change is better than none."""
+    change = ridge(*halves, constant=part.module.bias is not None)
     if change is not None:
         part.add_(change.weight, change.bias)

@@ -44,11 +44,7 @@ def test_the_curves_decide_and_the_scores_order():
     asked = []
     pruner.decide_at(0.9, lambda found: (asked.append(found), curves)[1])
     kept = kept_counts(pruner.masks)
-    assert (
-        kept[dear] == pruner.groups_by_name[dear].size
-        if hasattr(pruner, "groups_by_name")
-        else kept[dear] == len(scores[dear])
-    )
+    assert kept[dear] == len(scores[dear])
     gone = ~pruner.masks[cheap]
     assert gone.any() and scores[cheap][gone].max() < scores[cheap][~gone].min()
     assert len(asked) == 1 and same(asked[0], scores)
@@ -57,6 +53,40 @@ def test_the_curves_decide_and_the_scores_order():
     again = Pruner(arguments()[0], times, settings, timer=None)
     again.restore(values, tensors)
     assert again.curves == curves
+
+
+def test_of_two_choices_the_one_nearer_to_the_dense_model_is_taken():
+    """A judge that counts hidden units of the first block, either way round; the row says what it said."""
+    model, _, settings, times = arguments(
+        train=False, criterion="fisher", latency_target=0.9, only=("mlp",), bundle_mlp=4
+    )
+    kept = {}
+    for sign in (1, -1):
+        pruner = Pruner(model, times, settings, timer=None)
+        first, second = (g.name for g in pruner.free)
+        draw = torch.Generator().manual_seed(0)
+        scores = {g.name: torch.rand(g.size, generator=draw) for g in pruner.free}
+        scores[first] *= 1e-6  # leaves first by its scores, last by what was measured
+        pruner.scores = lambda scores=scores: dict(scores)
+        half = {g.name: (g.size // 2,) for g in pruner.free}
+        curves = {first: Curve(half[first], (1e3,)), second: Curve(half[second], (1e-3,))}
+        pruner.decide_at(0.9, lambda _, c=curves: c, lambda masks, s=sign, n=first: s * float(masks[n].sum()))
+        row = pruner.history[-1]
+        kept[sign] = int(pruner.masks[first].sum())
+        assert row["cost"] == ("predicted" if sign > 0 else "measured")
+        assert (
+            row[f"distance_{row['cost']}"]
+            == sign * kept[sign]
+            == min(row["distance_predicted"], row["distance_measured"])
+        )
+    assert kept[1] < kept[-1] == pruner.masks[first].numel()
+
+
+def test_a_run_takes_the_nearer_of_both_choices():
+    both = run(cost="both")
+    (row,) = both.history
+    assert min(row["distance_predicted"], row["distance_measured"]) > 0
+    assert same(both.masks, run(cost=row["cost"]).masks)
 
 
 def test_measured_costs_are_those_of_a_refitted_model():

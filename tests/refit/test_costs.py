@@ -12,6 +12,7 @@ from nvit.layers import prunable_layers
 from nvit.refit import costs
 from nvit.refit.costs import measure_costs
 from nvit.refit.inputs import Inputs
+from nvit.refit.judge import MEASURED, Deal
 from nvit.refit.ridge import Moments, ridge
 from nvit.selection.curves import depths
 from nvit.structure.compact import compact
@@ -76,7 +77,7 @@ def test_a_cost_is_the_distance_of_the_model_cut_there_its_reader_refitted():
     name = "blocks.0.mlp"
     curve = measure_costs(model, groups, {name: scores[name]}, xs, task=task)[name]
     hands = [[], [], []]
-    deal = costs._Deal()
+    deal = Deal()
     for x in xs:
         for hand, some in zip(hands, deal.of(x), strict=True):
             hand.append(some)
@@ -103,6 +104,42 @@ def test_a_cost_is_the_distance_of_the_model_cut_there_its_reader_refitted():
     assert curve.cost[1] == pytest.approx(float(expected), rel=1e-3)
 
 
+def test_queries_cut_cost_what_a_refitted_projection_leaves():
+    """Half of the first block's query and key dims: heads' outputs change, and the projection reads the new ones."""
+    model, groups, xs, scores, task = case("plain")
+    name = "blocks.0.qk_dim"
+    curve = measure_costs(model, groups, {name: scores[name]}, xs, task=task)[name]
+    deal, hands = Deal(), [[], [], []]
+    for x in xs:
+        for hand, some in zip(hands, deal.of(x), strict=True):
+            hand.append(some)
+    fit, held, shown = (torch.cat(h) for h in hands)
+    keep = torch.ones(len(scores[name]), dtype=torch.bool)
+    keep[scores[name].argsort(stable=True)[: curve.gone[0]]] = False
+    with torch.no_grad():
+        cut = compact(copy.deepcopy(model), groups, full_masks(groups) | {name: keep})
+        rows = [[reads(m, "blocks.0.attn.proj", x) for m in (cut, model)] for x in (fit, held)]
+        proj = cut.get_submodule("blocks.0.attn.proj")
+        weight = proj.weight
+        change = ridge(*(moments_of(x, linear(exact - x, weight), linear(exact, weight)) for x, exact in rows))
+        logits = adapters.find(cut).logits
+        dense = adapters.find(model).logits(model, shown)
+        unfitted = float(task.distance(logits(cut, shown), dense, 1.0))
+        proj.weight += change.weight.float()
+        proj.bias += change.bias.float()
+        expected = float(task.distance(logits(cut, shown), dense, 1.0))
+    assert curve.cost[0] == pytest.approx(expected, rel=1e-3) and expected != pytest.approx(unfitted, rel=0.02)
+
+
+def reads(model, layer, x):
+    """Rows that a linear layer of a model reads."""
+    found = []
+    hook = model.get_submodule(layer).register_forward_pre_hook(lambda _, args: found.append(args[0].flatten(0, 1)))
+    model(x)
+    hook.remove()
+    return found[0]
+
+
 def moments_of(x, r, targets):
     found = Moments.empty(x.shape[1], r.shape[1])
     found.add(x, r, targets)
@@ -113,13 +150,13 @@ def test_images_are_dealt_alike_however_they_come_in_batches():
     every = torch.arange(1000)
     found = []
     for size in (1, 7, 1000):
-        deal, hands = costs._Deal(), [[], [], []]
+        deal, hands = Deal(), [[], [], []]
         for batch in every.split(size):
             for hand, some in zip(hands, deal.of(batch), strict=True):
                 hand.append(some)
         found.append([torch.cat(h).tolist() for h in hands])
     assert found[0] == found[1] == found[2]
-    assert [len(h) for h in found[0]][2] == costs.MEASURED and len(found[0][1]) == pytest.approx(904 / 5, abs=1)
+    assert [len(h) for h in found[0]][2] == MEASURED and len(found[0][1]) == pytest.approx(904 / 5, abs=1)
 
 
 def test_one_image_measures_nothing():

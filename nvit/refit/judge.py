@@ -1,0 +1,110 @@
+"""How far a cut model is from the dense one once it is refitted, on images that the refit did not see."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import adapters
+from ..adapters.base import Logits
+from ..calibration.capture import Place
+from ..calibration.statistics import SiteStatistics
+from ..spec import Group
+from ..structure.masks import apply_
+from ..tasks import Task
+from ..utils.devices import sent
+from .refit import refit_
+
+MEASURED, REFITTED = 96, 128
+"""Images, at most, on which a distance is measured, and that refit a whole model."""
+
+
+class Deal:
+    """Deals images one by one, however they come in batches: 0 refits, 1 chooses the ridge, 2 measures."""
+
+    def __init__(self) -> None:
+        self.seen = self.shown = 0
+
+    def next(self) -> int:
+        others = self.seen - self.shown
+        hand = 2 if self.seen % 4 == 1 and self.shown < MEASURED else int(others % 5 == 1)
+        self.seen, self.shown = self.seen + 1, self.shown + (hand == 2)
+        return hand
+
+    def of(self, images: Tensor) -> list[Tensor]:
+        """The images of a batch that go to each."""
+        hands = torch.tensor([self.next() for _ in images])
+        return [images[hands == hand] for hand in range(3)]
+
+
+class Judge:
+    """Takes calibration images, one of four to measure with until there are `MEASURED`, then tells distances.
+
+    Attributes:
+        few: the first images that refit, at most `REFITTED`; `refit_` holds back some of them.
+        shown: images that measure, by batch; `dense` the dense model's answers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        task: Task,
+        *,
+        statistics: Mapping[Place, SiteStatistics] | None = None,
+        uniform: float = 0.2,
+    ) -> None:
+        """
+        Args:
+            model: prepared, dense.
+            statistics, uniform: as in `refit_`.
+        """
+        self.model, self.groups, self.task = model, groups, task
+        self.statistics, self.uniform = statistics, uniform
+        self.deal, self.size = Deal(), 1
+        self.few: list[Tensor] = []
+        self.shown: list[Tensor] = []
+        self.dense: list[Logits] = []
+
+    def take(self, images: Tensor) -> list[Tensor]:
+        """A batch of calibration images; returns those that refit, and those that choose the ridge."""
+        device = next(self.model.parameters()).device
+        *refitting, measuring = (sent(x, device) for x in self.deal.of(images))
+        self.size = max(self.size, len(images))
+        self.shown += [measuring] if len(measuring) else []
+        for x in refitting:
+            left = REFITTED - sum(map(len, self.few))
+            self.few += [x[:left]] if left > 0 and len(x) else []
+        return refitting
+
+    @torch.inference_mode()
+    def ready(self) -> None:
+        """All images are there.
+
+        Raises:
+            ValueError: none measures.
+        """
+        if not self.shown:
+            raise ValueError(
+                f"costs are measured on images of their own, and there are {self.deal.seen}; give at least 2"
+            )
+        self.shown = list(torch.cat(self.shown).split(self.size))
+        self.dense = [adapters.of(self.model).logits(self.model, x) for x in self.shown]
+
+    def mean(self, answers: Iterable[Logits]) -> Tensor:
+        """The task's distance of these answers to the dense model's at temperature 1, a mean over images."""
+        pairs = zip(answers, self.dense, strict=True)
+        total = sum(self.task.distance(ours, dense, 1.0) * len(dense.cls) for ours, dense in pairs)
+        return total / sum(map(len, self.shown))
+
+    @torch.inference_mode()
+    def of(self, masks: Mapping[str, Tensor]) -> Tensor:
+        """The distance of the dense model cut by masks and refitted on `few`."""
+        small = copy.deepcopy(self.model)
+        apply_(small, self.groups, masks)
+        if len(self.few) > 1:  # `refit_` needs two
+            refit_(small, self.model, self.groups, self.few, statistics=self.statistics, uniform=self.uniform)
+        return self.mean(adapters.of(self.model).logits(small, x) for x in self.shown)
