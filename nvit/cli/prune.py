@@ -181,6 +181,7 @@ def run_prune(command: PruneCommand, progress: Progress, log: Log = unlogged) ->
         refits = [row for row in result.history if "refit_seconds" in row]
         found["refit_seconds"] = sum(row["refit_seconds"] for row in refits)
         found["cost_seconds"] = max(row["cost_seconds"] for row in refits)
+        found["chosen_by"] = [row["cost"] for row in refits if "cost" in row]
         found["refit_peak_memory"] = max(row["peak_memory"] for row in refits)
     folder.finish(found)
     return found
@@ -262,6 +263,7 @@ def tell(command: PruneCommand, found: dict[str, Any]) -> None:
         print(f"memory: peak {show_bytes(memory['peak'])} of {found['recipe']['budget']}; {memory['picked']}")
     if "refit_seconds" in found:
         costs = f"costs measured in {found['cost_seconds']:.0f} s, " if found.get("cost_seconds") else ""
+        costs += f"chosen by {', '.join(by)} costs, " if (by := found.get("chosen_by")) else ""
         print(f"{costs}refit: {found['refit_seconds']:.0f} s, peak memory {found['refit_peak_memory'] / 1e6:.0f} MB")
     for line in found.get("ways_back", ()):
         print(line)

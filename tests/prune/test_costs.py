@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nvit import PruneConfig, prune
+from nvit.cli.prune import tell
 from nvit.prune import forecast
 from nvit.prune.pruner import Pruner
 from nvit.selection.curves import Curve
@@ -108,3 +109,17 @@ def test_a_plan_counts_the_measuring_once_whatever_the_targets(monkeypatch):
     (stage,) = forecast.forecast_one_shot(model, data, settings, times).stages
     assert stage.seconds == pytest.approx(2 * (1.0 + 40 * 0.05) + 1.0 + 40 * 0.125)
     assert stage.name == "score, measure costs, decide, refit"
+
+
+def test_a_run_of_both_says_which_was_chosen(capsys):
+    found = {"model": "m", "dense": {}, "snapshots": [], "seconds": 9.0}
+    found |= {
+        "latency_batch": 1,
+        "latency_dtype": "float32",
+        "latency_mode": "eager",
+        "runtime": "torch",
+        "device": "cpu",
+    }
+    found |= {"cost_seconds": 5.0, "chosen_by": ["predicted", "measured"], "refit_seconds": 2, "refit_peak_memory": 3e6}
+    tell(SimpleNamespace(out="run"), found)
+    assert "costs measured in 5 s, chosen by predicted, measured costs, refit: 2 s" in capsys.readouterr().out
