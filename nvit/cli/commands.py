@@ -1,7 +1,20 @@
 """Every command by its words."""
 
 from .command import Command
-from .flags import compare, correlation, evaluate, export, finetune, latency, prune, report, sparsify, widths
+from .flags import (
+    attention,
+    compare,
+    correlation,
+    evaluate,
+    export,
+    finetune,
+    latency,
+    prune,
+    report,
+    sensitivity,
+    sparsify,
+    widths,
+)
 
 COMMANDS: dict[str, Command] = {
     "demo": prune.DEMO,
@@ -14,5 +27,7 @@ COMMANDS: dict[str, Command] = {
     "export": export.COMMAND,
     "report": report.COMMAND,
     "analyze widths": widths.COMMAND,
+    "analyze attention": attention.COMMAND,
     "analyze correlation": correlation.COMMAND,
+    "analyze sensitivity": sensitivity.COMMAND,
 }

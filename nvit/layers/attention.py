@@ -118,7 +118,8 @@ class Attention(Prunable):
             "half": Site({"qk_dim": -1}, (-4, -2, -1)),
             "interleaved": Site({"qk_dim": -2}, (-4, -1, -2)),
         }
-        return super().sites() | {"qk": queries[self.pairs], "out": Site({"heads": -2, "v_dim": -1}, (-2, -1))}
+        out = Site({"heads": -2, "v_dim": -1}, (-2, -1))
+        return super().sites() | {"qk": queries[self.pairs], "maps": Site(), "out": out}
 
     def linears(self) -> list[LinearPart]:
         rows = (self.q_rows, self.q_rows, self.v_rows)
@@ -327,5 +328,6 @@ class Attention(Prunable):
             sizes=sizes,
             with_keys=with_keys,
             watch=watch,
+            maps="maps" in self._watches,
         )
         return (self.proj_drop(out[0]), out[1]) if with_keys else self.proj_drop(out)

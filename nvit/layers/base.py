@@ -130,8 +130,8 @@ class Prunable(nn.Module):
 
     def sites(self) -> dict[str, Site]:
         """Where its activations can be looked at, by name: `out` (where units leave before the last linear layer), `qk`
-        (queries as the keys meet them), `emb` (the stream as it is read). Every layer has `in`, what it is called
-        with, and `end`, what it returns."""
+        (queries as the keys meet them), `maps` (the softmax of attention; only looked at, so it has no gradient), `emb`
+        (the stream as it is read). Every layer has `in`, what it is called with, and `end`, what it returns."""
         return {"in": PLAIN, "end": PLAIN}
 
     def linears(self) -> list[LinearPart]:

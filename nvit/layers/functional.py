@@ -142,6 +142,7 @@ def attention(
     sizes: Tensor | None = None,
     with_keys: bool = False,
     watch: Watch | None = None,
+    maps: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Multi-head self-attention with separate query/key and value widths, over kept heads and dims.
 
@@ -161,6 +162,7 @@ def attention(
         attn_mask: additive or boolean, broadcastable to `(batch, heads, tokens, tokens)`, or `(windows, 1, tokens,
             tokens)` for a batch whose windows come one image after another.
         sizes: how many tokens each stands for, float32 `(batch, tokens)`: their logs are added to its logits as a key.
+        maps: the watch sees the softmax itself too, `(batch, heads, tokens, tokens)`, which nothing else needs whole.
 
     Returns:
         `(batch, tokens, kept emb)`; `with_keys`, the keys `(batch, heads, tokens, qk)` as well.
@@ -179,6 +181,10 @@ def attention(
     if sizes is not None:
         mass = sizes.log().to(q.dtype)[:, None, None, :]
         attn_mask = mass if attn_mask is None else one_mask(batch, mass, attn_mask)
+    if watch is not None and maps:
+        # What the softmax makes of the identity is the softmax, whichever way it is computed.
+        units = torch.eye(k.shape[2], dtype=v.dtype, device=v.device).expand(*k.shape[:2], -1, -1)
+        watch("maps", _attend(q, k, units, scale, bias, attn_mask, 0.0), None)
     out = _attend(q, k, v, scale, bias, attn_mask, dropout).transpose(1, 2).reshape(batch, tokens, heads * v_dim)
     out = out if norm is None else norm(out)
     if gate is not None:

@@ -41,11 +41,19 @@ FORMATS = {
     "knn": ("k-NN %", lambda v: f"{v:.2f}"),
     "probe": ("linear probe %", lambda v: f"{v:.2f}"),
     "spearman": ("Spearman", lambda v: f"{v:.3f}"),
+    "heads": ("heads", lambda v: f"{v}"),
+    "map_distance": ("of attention maps", lambda v: f"{v:.3f}"),
+    "output_distance": ("of outputs, 1 - CKA", lambda v: f"{v:.3f}"),
+    "trace": ("Hessian", lambda v: f"{v:.2e}"),
+    "gauss_newton": ("Gauss-Newton", lambda v: f"{v:.2e}"),
+    "latency_per_unit": ("latency a unit", lambda v: f"{v:.2e}"),
     "loss_change_per_saliency": ("loss change per saliency", lambda v: f"{v:.3g}"),
 }
 """Column heads with units and number formats of tables, by key of result.json."""
 
-OFF = {"top1": "top1_se", "knn": "knn_se", "probe": "probe_se", "measured_ratio": "measured_spread"}
+OFF = {"top1": "top1_se", "knn": "knn_se", "probe": "probe_se", "measured_ratio": "measured_spread"} | {
+    key: f"{key}_se" for key in ("trace", "gauss_newton", "map_distance")
+}
 """By key, the key of how far its value may be off, shown behind it."""
 
 RESULT = "result.json"

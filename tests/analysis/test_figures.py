@@ -16,6 +16,9 @@ from benchmarks.harness import RESULTS, Row
 from docs.tables import figures as pages
 from nvit.analysis.accuracy_curve import Against, plot_accuracy
 from nvit.analysis.correlation import plot as plot_correlation
+from nvit.analysis.diversity import plot as plot_diversity
+from nvit.analysis.sensitivity import STRUCTURES
+from nvit.analysis.sensitivity import plot as plot_sensitivity
 from nvit.analysis.widths import plot_widths
 from nvit.spec import KINDS, BlockWidths
 from nvit.tasks.classification import standard_error
@@ -56,6 +59,25 @@ def correlation(path, pixels):
     plot_correlation(bundles(names), names, path, 1300, pixels)
 
 
+def sensitivity(path, pixels):
+    """Traces over two decades with errors, some of a Hessian's below zero."""
+    draw = np.random.default_rng(0)
+    rows = [
+        {"structure": name, "block": block, "trace": draw.normal(1, 1), "trace_se": 0.1}
+        | {"gauss_newton": 10.0 ** draw.uniform(-7, -5), "gauss_newton_se": 1e-7}
+        for name in STRUCTURES
+        for block in (*range(12), "all")
+    ]
+    plot_sensitivity(rows, path, 512, pixels)
+
+
+def diversity(path, pixels):
+    """One model that has lost all heads but one in a block."""
+    rows = [{"block": b, "map_distance": 0.1 + b / 20, "output_distance": 0.9 - b / 20} for b in range(12)]
+    few = [r | (dict.fromkeys(("map_distance", "output_distance")) if r["block"] == 4 else {}) for r in rows]
+    plot_diversity({"deit_base_patch16_224": rows, "runs/imagenet/target-0.5": few}, path, 256, pixels)
+
+
 def accuracy(path, pixels):
     rows = [
         {"top1": 80 - 60 * (1 - s) ** 2, "macs": s, "ms": 100 * s, "ms_low": 98 * s, "ms_high": 105 * s}
@@ -84,7 +106,18 @@ def kernels(path, pixels):
     kernel_figure(rows, "attention", path, "nvit", pixels)
 
 
-FIGURES = [widths, widths_of_one_block, correlation, accuracy, deit, refit, kernels, pages.saliency, pages.correlation]
+FIGURES = [
+    widths,
+    widths_of_one_block,
+    correlation,
+    sensitivity,
+    accuracy,
+    deit,
+    refit,
+    kernels,
+    pages.saliency,
+    pages.correlation,
+]
 
 
 @pytest.mark.parametrize("pixels", SIZES)

@@ -34,7 +34,8 @@ def mean_logits(model, x):
 
 
 def places_of(model):
-    return [(name, site) for name, layer in prunable_layers(model).items() for site in layer.sites()]
+    """All but attention maps, which nothing that follows reads: they have no gradient."""
+    return [(n, site) for n, layer in prunable_layers(model).items() for site in layer.sites() if site != "maps"]
 
 
 def assert_untouched(model):

@@ -68,7 +68,10 @@ REFUSED = {
     "a value too many": (["prune", "M", "--refit=yes"], "--refit takes no value"),
     "a choice": (["evaluate", "M", "--amp", "bf17"], "--amp: unknown value 'bf17' .did you mean 'bf16'"),
     "a number": (["evaluate", "M", "--batch-size", "1.5"], "--batch-size: '1.5' is not a whole number"),
-    "an analysis": (["analyze", "width", "M"], "usage: nvit analyze {widths,correlation}.*'widths'"),
+    "an analysis": (
+        ["analyze", "width", "M"],
+        "usage: nvit analyze {widths,attention,.*'widths'",
+    ),
     "a command": (["evalute", "M"], "unknown command 'evalute' .did you mean 'evaluate'"),
 }
 
