@@ -8,8 +8,11 @@ the published ones. The registered Swin follows the rule, stage by stage. No pre
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from timm.models import register_model
@@ -18,8 +21,61 @@ from torch import nn
 from .adapters.timm_config import mlp_ratio
 from .spec import BlockWidths, ViTSpec
 from .structure.snapshot import fresh
+from .utils.files import write_atomically
 
 V_DIM = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Widths of every block as multiples of the stream's, wider by one factor in a middle part of the blocks: what the
+    paper's Table 6 says, with numbers of one's own. `nvit analyze rule` fits one to pruned models.
+
+    Attributes:
+        heads, qk_dim, mlp: per channel of the stream, in blocks outside of the middle.
+        v_dim: of every head, everywhere.
+        factor: of heads, qk_dim and mlp in the middle.
+        middle: its first block and the one behind its last, of `of` blocks; other depths take the same share, rounded
+            outwards.
+        multiples: what widths are rounded to, the nearest one, at least one.
+
+    >>> nvit.zoo.Rule(heads=1 / 64, qk_dim=1 / 8, v_dim=32, mlp=2, factor=1.5, middle=(1, 3), of=4).widths(128, 2)[0]
+    BlockWidths(emb=128, heads=3, qk_dim=24, v_dim=32, mlp=384)
+    """
+
+    heads: float
+    qk_dim: float
+    v_dim: int
+    mlp: float
+    factor: float
+    middle: tuple[int, int]
+    of: int
+    multiples: Mapping[str, int] = field(default_factory=lambda: {"heads": 1, "qk_dim": 8, "mlp": 16})
+
+    def widths(self, emb: int, depth: int = 12) -> tuple[BlockWidths, ...]:
+        """Raises ValueError for a width or depth below 1."""
+        if emb < 1 or depth < 1:
+            raise ValueError(f"emb {emb} and depth {depth} make no transformer; both have to be at least 1")
+        first, end = self.middle[0] * depth // self.of, -(-self.middle[1] * depth // self.of)
+        blocks = []
+        for i in range(depth):
+            e = emb * (self.factor if first <= i < end else 1)
+            fitted = {k: _to_multiple(getattr(self, k) * e, of) for k, of in self.multiples.items()}
+            blocks.append(BlockWidths(emb=emb, v_dim=self.v_dim, **fitted))
+        return tuple(blocks)
+
+    def save(self, path: str | Path) -> None:
+        """Write a JSON file that `load` reads."""
+        write_atomically(Path(path), (json.dumps(asdict(self), indent=2) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Rule:
+        """Raises ValueError where the file is no rule."""
+        try:
+            found = json.loads(Path(path).read_text())
+            return cls(**found | {"middle": tuple(found["middle"])})
+        except (ValueError, TypeError, KeyError) as e:
+            raise ValueError(f"{path} is not a rule of widths as `nvit analyze rule` writes one ({e})") from None
 
 
 def _to_multiple(value: float, of: int) -> int:
@@ -27,11 +83,24 @@ def _to_multiple(value: float, of: int) -> int:
     return max(1, int(value / of + 0.5)) * of
 
 
+REVIT = Rule(
+    heads=1 / 100,
+    qk_dim=1 / 20,
+    v_dim=V_DIM,
+    mlp=3,
+    factor=2,
+    middle=(1, 3),
+    of=4,
+    multiples={"heads": 2, "qk_dim": 8, "mlp": 1},
+)
+"""The paper's Table 6: ε = 2 in the middle half (blocks 4 to 9 of 12) and 1 elsewhere, heads = ε·emb/100, qk_dim =
+ε·emb/20, v_dim = 64, mlp = 3·ε·emb."""
+
+
 def revit_widths(emb: int, depth: int = 12) -> tuple[BlockWidths, ...]:
     """The ReViT rule: twice the heads, query/key dims and hidden units in the middle half of the blocks.
 
-    With ε = 2 in the middle half (blocks 4 to 9 of 12) and 1 elsewhere: heads = ε·emb/100 to the nearest even number,
-    qk_dim = ε·emb/20 to the nearest multiple of 8, v_dim = 64, mlp = 3·ε·emb. For a Swin model, once per stage.
+    Heads to the nearest even number, qk_dim to the nearest multiple of 8. For a Swin model, once per stage.
 
     Raises:
         ValueError: a width or depth below 1.
@@ -39,14 +108,7 @@ def revit_widths(emb: int, depth: int = 12) -> tuple[BlockWidths, ...]:
     >>> [block.mlp for block in nvit.zoo.revit_widths(200, depth=4)]
     [600, 1200, 1200, 600]
     """
-    if emb < 1 or depth < 1:
-        raise ValueError(f"emb {emb} and depth {depth} make no transformer; both have to be at least 1")
-    blocks = []
-    for i in range(depth):
-        e = 2 if depth // 4 <= i < depth - depth // 4 else 1
-        heads, qk_dim = _to_multiple(e * emb / 100, 2), _to_multiple(e * emb / 20, 8)
-        blocks.append(BlockWidths(emb, heads, qk_dim, V_DIM, 3 * e * emb))
-    return tuple(blocks)
+    return REVIT.widths(emb, depth)
 
 
 def _blocks(emb: int, heads: Sequence[int], qk_dim: Sequence[int], mlp: Sequence[int]) -> tuple[BlockWidths, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..analysis import widths
+from ..analysis import rule, widths
 from ..structure import snapshot
 from ..structure.skeleton import dense_blocks
 from ..utils.report import write_csv, write_result
@@ -24,7 +24,12 @@ def run_widths(names: Sequence[str], command: WidthsCommand) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "widths.csv", rows)
     widths.plot_widths(models, out / "widths.png", dense.pop() if len(dense) == 1 else None)
-    result = {"widths": rows, "csv": str(out / "widths.csv"), "figure": str(out / "widths.png")}
+    alike = len({len(blocks) for blocks in models.values()}) == 1
+    told = alike and len({b.emb for blocks in models.values() for b in blocks}) > 1
+    slopes = rule.slopes(models) if told else []
+    if slopes:
+        write_csv(out / "slopes.csv", slopes)
+    result = {"widths": rows, "slopes": slopes, "csv": str(out / "widths.csv"), "figure": str(out / "widths.png")}
     write_result(out, result)
     return result
 
@@ -32,3 +37,5 @@ def run_widths(names: Sequence[str], command: WidthsCommand) -> dict[str, Any]:
 def run(command: WidthsCommand) -> None:
     found = run_widths(command.models, command)
     print(f"{found['csv']}\n{found['figure']}")
+    if found["slopes"]:
+        print(f"{command.out}/slopes.csv: heads, QK and MLP against EMB, block by block")

@@ -9,8 +9,10 @@ from .flags import (
     export,
     finetune,
     latency,
+    prediction,
     prune,
     report,
+    rule,
     sensitivity,
     sparsify,
     widths,
@@ -29,5 +31,7 @@ COMMANDS: dict[str, Command] = {
     "analyze widths": widths.COMMAND,
     "analyze attention": attention.COMMAND,
     "analyze correlation": correlation.COMMAND,
+    "analyze latency": prediction.COMMAND,
+    "analyze rule": rule.COMMAND,
     "analyze sensitivity": sensitivity.COMMAND,
 }

@@ -155,7 +155,7 @@ def test_command_on_the_digits(tmp_path, capsys):
         (["correlation", "digits", "--bundles", "0"], 2, "bundles is 0; it must be at least 1"),
         (["correlation", "digits", "--only", "mpl"], 2, "did you mean 'mlp'"),
         (["correlation"], 2, "MODEL is missing"),
-        ([], 2, "usage: nvit analyze {widths,attention,correlation,sensitivity} MODEL"),
+        ([], 2, "usage: nvit analyze {widths,attention,correlation,latency,rule,sensitivity} MODEL"),
     ],
 )
 def test_wrong_input_is_one_clear_line(args, code, says, capsys):

@@ -17,6 +17,7 @@ from docs.tables import figures as pages
 from nvit.analysis.accuracy_curve import Against, plot_accuracy
 from nvit.analysis.correlation import plot as plot_correlation
 from nvit.analysis.diversity import plot as plot_diversity
+from nvit.analysis.prediction import plot as plot_prediction
 from nvit.analysis.sensitivity import STRUCTURES
 from nvit.analysis.sensitivity import plot as plot_sensitivity
 from nvit.analysis.widths import plot_widths
@@ -76,6 +77,15 @@ def diversity(path, pixels):
     rows = [{"block": b, "map_distance": 0.1 + b / 20, "output_distance": 0.9 - b / 20} for b in range(12)]
     few = [r | (dict.fromkeys(("map_distance", "output_distance")) if r["block"] == 4 else {}) for r in rows]
     plot_diversity({"deit_base_patch16_224": rows, "runs/imagenet/target-0.5": few}, path, 256, pixels)
+
+
+def prediction(path, pixels):
+    draw = np.random.default_rng(0)
+    rows = [
+        {"predicted_ratio": s, "measured_ratio": s / (1 + e), "measured_spread": 0.02, "error": e}
+        for s, e in zip(draw.uniform(0.2, 1, 24), draw.normal(0, 0.05, 24), strict=True)
+    ]
+    plot_prediction(rows, path, pixels)
 
 
 def accuracy(path, pixels):
