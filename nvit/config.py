@@ -143,6 +143,13 @@ class PruneConfig(TrainingConfig):
             "auto: predicted"
         ),
     ] = "auto"
+    depth: Annotated[
+        bool,
+        _help(
+            "with --refit: attention or MLP of a block may leave whole, its mean output stays as a bias; costs are "
+            "measured"
+        ),
+    ] = False
     keep_output: Annotated[
         bool, _help("with --refit, of a tower: prune the width of its output too; a linear layer restores it")
     ] = False
@@ -189,6 +196,13 @@ class PruneConfig(TrainingConfig):
             raise ValueError(f"sweep scores units once, so rounds {self.rounds} would change nothing; give one of them")
         if self.refit and self.train:
             raise ValueError("refit is for pruning without training; add --no-train (train = false)")
+        if self.depth and not self.refit:
+            raise ValueError(
+                "depth leaves the mean output of what has left, which a refit finds; add --refit with --no-train "
+                "(refit = true), or leave it out"
+            )
+        if self.depth and self.cost == "predicted":
+            raise ValueError("depth is priced by what was measured; leave out --cost predicted")
         if self.cost in ("measured", "both") and not self.refit:
             raise ValueError(
                 f"cost {self.cost} is that of a refitted model; add --refit with --no-train (refit = true), or leave "
@@ -226,7 +240,7 @@ class PruneConfig(TrainingConfig):
     @property
     def measures_costs(self) -> bool:
         """Whether a run measures what groups cost, see `refit.costs`."""
-        return self.refit and self.cost in ("measured", "both")
+        return self.refit and (self.cost in ("measured", "both") or self.depth)
 
     @property
     def reads_labels(self) -> bool:

@@ -54,6 +54,8 @@ class Group:
         multiple: units that leave in one move (a bundle).
         blocks: the blocks whose width this is: all of a residual stream for `emb`, one otherwise.
         divisor: what the published runs divide the gate gradient by before squaring, to make kinds comparable.
+        ends: the groups that go to nothing with its last bundle, where that may leave: then a bias stays of what its
+            layer gave. None where the last bundle never leaves.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Group:
     slices: tuple[Slice, ...]
     blocks: tuple[int, ...]
     divisor: float = 1.0
+    ends: tuple[str, ...] | None = None
 
     @property
     def scored_slices(self) -> tuple[Slice, ...]:
@@ -75,7 +78,8 @@ class Group:
 
 @dataclass(frozen=True)
 class BlockWidths:
-    """The five widths of one block; `qk_dim` and `v_dim` are per head."""
+    """The five widths of one block; `qk_dim` and `v_dim` are per head. Without attention the three of it are 0, without
+    MLP `mlp` is."""
 
     emb: int
     heads: int
@@ -89,7 +93,7 @@ def block_widths(groups: Sequence[Group], counts: Mapping[str, int]) -> tuple[Bl
     blocks: dict[int, dict[str, int]] = {}
     for g in groups:
         for b in g.blocks:
-            blocks.setdefault(b, {})[g.kind] = counts[g.name]
+            blocks.setdefault(b, dict.fromkeys(KINDS, 0))[g.kind] = counts[g.name]
     return tuple(BlockWidths(**blocks[b]) for b in sorted(blocks))
 
 
@@ -197,7 +201,7 @@ class ViTSpec:
 
         Raises:
             NewerFormat: it is of a later one.
-            ValueError: not JSON, a field missing, unknown or of another type, or a width that is no positive integer.
+            ValueError: not JSON, a field missing, unknown or of another type, or a width that is none.
         """
         try:
             raw = json.loads(text)
@@ -216,8 +220,10 @@ class ViTSpec:
                 raise ValueError(f"{name} is a {type(raw[name]).__name__}, expected {kind.__name__}")
         widths = {f.name for f in dataclasses.fields(BlockWidths)}
         for i, b in enumerate(raw["blocks"]):
-            if not isinstance(b, dict) or set(b) != widths or not all(type(v) is int and v > 0 for v in b.values()):
-                raise ValueError(f"block {i} has widths {b}; expected positive integers for {', '.join(KINDS)}")
+            if not isinstance(b, dict) or set(b) != widths or not all(type(v) is int and v >= 0 for v in b.values()):
+                raise ValueError(f"block {i} has widths {b}; expected whole numbers for {', '.join(KINDS)}")
+            if not b["emb"] or len({b[kind] > 0 for kind in ("heads", "qk_dim", "v_dim")}) > 1:
+                raise ValueError(f"block {i} has widths {b}; only all of its attention may be 0, or its mlp")
         blocks = tuple(BlockWidths(**b) for b in raw.pop("blocks"))
         sparse = tuple(str(name) for name in raw.pop("sparse", ()))
         kept = {str(name): tuple(units) for name, units in raw.pop("kept", {}).items()}

@@ -10,15 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import Attention, Prunable, StreamEntry
+from ..layers import Absent, Attention, Prunable, StreamEntry
 from ..layers.base import index
 from ..layers.functional import Rotary
 from ..spec import Slice
 from .declare import EMB, norm, with_axes
 
 
+class TransformersAbsent(Absent):
+    """An attention that has left, with the two outputs that transformers' blocks expect."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        return super().forward(hidden_states), None
+
+
 class TransformersAttention(Attention):
     """Called as transformers' blocks call theirs: the second output is for attention weights, which nobody computes."""
+
+    def absent(self, bias: nn.Parameter | None) -> Absent:
+        return TransformersAbsent(self.last_name, bias)
 
     def forward(
         self,

@@ -15,6 +15,7 @@ from ..layers import GatedMlp, LayerScale, Layout, Linear, Mlp, Prunable
 from ..spec import Part, Slice, ViTSpec
 from .base import Logits, host_class
 from .declare import EMB, block_axes, embedding_slices, norm, resize_layers, with_axes
+from .ended import end_
 from .hf_config import dense_config
 from .hf_hosts import ARCHITECTURES, POOLER, REFUSED, base_of, dense, host_of, in_base, pair, too_old
 from .hf_parts import ProbePool, TransformersAttention, enter_stream_, probe_macs
@@ -112,6 +113,10 @@ class HFViT(OneStream):
     def stack(self, model: nn.Module) -> nn.ModuleList:
         return base_of(model).get_submodule(host_of(model).layers)
 
+    def norms(self, model: nn.Module) -> Mapping[str, str]:
+        host = host_of(model)
+        return dict(zip((host.attention, "mlp"), host.norms, strict=True))
+
     def emb(self, model: nn.Module) -> int:
         return _last_norm(model).weight.numel()
 
@@ -141,7 +146,7 @@ class HFViT(OneStream):
 
     def resize(self, model: nn.Module, params: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> nn.Module:
         """As every adapter's. The model's config stays the dense one: it has no word for a block's own widths."""
-        resize_layers(model, params, masks)
+        resize_layers(model, end_(model, self.norms(model), params, masks), masks)
         base_of(model).get_submodule(host_of(model).patches).out_channels = int(masks["emb"].sum())
         return model
 

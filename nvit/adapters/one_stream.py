@@ -14,6 +14,7 @@ from ..layers.merging import counts
 from ..spec import BUNDLE_SIZES, KINDS, BlockWidths, Group, Part, Slice, ViTSpec
 from .base import Adapter, Piece
 from .declare import Width, block_widths, collect
+from .ended import has
 
 
 class OneStream(Adapter):
@@ -33,6 +34,10 @@ class OneStream(Adapter):
     def emb(self, model: nn.Module) -> int:
         """Channels of the stream."""
 
+    def norms(self, model: nn.Module) -> Mapping[str, str]:
+        """Of a block, the name of its attention and of its MLP, and of the norm before each."""
+        return {"attn": "norm1", "mlp": "norm2"}
+
     @abstractmethod
     def embeddings(self, model: nn.Module) -> list[Slice]:
         """Slices along the stream of what enters the blocks, see `declare.embedding_slices`."""
@@ -50,37 +55,50 @@ class OneStream(Adapter):
         return list(self.stack(model))
 
     def groups(self, model: nn.Module, bundle_sizes: Mapping[str, int] = BUNDLE_SIZES) -> list[Group]:
-        """Every prunable width: `emb`, then `heads`, `qk_dim`, `v_dim` and `mlp` block by block.
+        """Every prunable width: `emb`, then `heads`, `qk_dim`, `v_dim` and `mlp` block by block, of what has not left
+        whole. Attention may do that with its heads, an MLP with its hidden units.
 
         The gate of a stream's unit sits on what every reader sees. A norm feeds exactly one reader (or the classifiers
         together), so the gate gradients of its weight and bias add up to the readers' columns at a fraction of the
         cost.
         """
-        depth = len(self.stack(model))
-        widths = [Width("emb", "emb", tuple(range(depth)))]
-        for i in range(depth):
-            widths += block_widths(f"blocks.{i}", i)
-        return collect(model, widths, {"emb": self.embeddings(model)}, bundle_sizes)
+        blocks = self.stack(model)
+        widths = [Width("emb", "emb", tuple(range(len(blocks))))]
+        for i, block in enumerate(blocks):
+            widths += [w for w in block_widths(f"blocks.{i}", i) if has(block, w.kind)]
+        found = collect(model, widths, {"emb": self.embeddings(model)}, bundle_sizes)
+        ends = {"heads": ("qk_dim", "v_dim"), "mlp": ()}
+        return [
+            replace(g, ends=tuple(f"{g.name.removesuffix(g.kind)}{kind}" for kind in ends[g.kind]))
+            if g.kind in ends
+            else g
+            for g in found
+        ]
 
     def parts(self, model: nn.Module) -> tuple[Part, ...]:
         """The attention and the MLP of every block, each with its norm and residual, and the rest of the model.
 
         Where tokens merge, blocks of as many make a part: `attention.181.16` has its merge of 16, `mlp.165` none.
         """
-        depth, merges = len(self.stack(model)), self.merges(model)
+        blocks, merges = list(self.stack(model)), self.merges(model)
         attention, mlp = ("emb", "heads", "qk_dim", "v_dim"), ("emb", "mlp")
         rest = Part("rest", ("emb",), ((0,),))
-        if not merges:
-            every = range(depth)
-            pieces = (tuple((i,) * len(kinds) for i in every) for kinds in (attention, mlp))
-            return Part("attention", attention, next(pieces)), Part("mlp", mlp, next(pieces)), rest
-        tokens, found = counts(self.tokens(model), merges), {}
-        for i, r in enumerate(merges):
-            found.setdefault(("attention", attention, tokens[i], r), []).append(i)
-            found.setdefault(("mlp", mlp, tokens[i + 1], 0), []).append(i)
+        every, none = counts(self.tokens(model), merges), (None,) * (len(blocks) + 1)
+        tokens, found = every if merges else none, {}
+        for i, (block, r) in enumerate(zip(blocks, merges or (0,) * len(blocks), strict=True)):
+            if has(block, "heads"):
+                found.setdefault(("attention", attention, tokens[i], r), []).append(i)
+            if has(block, "mlp"):
+                found.setdefault(("mlp", mlp, tokens[i + 1], 0), []).append(i)
         return (
             *(
-                Part(f"{name}.{n}" + f".{r}" * (r > 0), kinds, tuple((i,) * len(kinds) for i in mine), n, r)
+                Part(
+                    name + f".{n}" * (n is not None) + f".{r}" * (r > 0),
+                    kinds,
+                    tuple((i,) * len(kinds) for i in mine),
+                    n,
+                    r,
+                )
                 for (name, kinds, n, r), mine in found.items()
             ),
             rest,
@@ -89,7 +107,7 @@ class OneStream(Adapter):
     def part_macs(self, model: nn.Module, part: Part) -> Callable[..., int]:
         if part.name == "rest":
             return self.rest_macs(model)
-        tokens, inside = part.tokens or self.tokens(model), list(self.stack(model)[0].modules())
+        tokens, inside = part.tokens or self.tokens(model), list(self.stack(model).modules())
         if part.name.startswith("mlp"):
             matrices = 3 if any(isinstance(m, GatedMlp) for m in inside) else 2
             return lambda emb, hidden: tokens * matrices * emb * hidden

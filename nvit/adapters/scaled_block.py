@@ -11,7 +11,7 @@ from ..layers import Layout, Prunable, functional
 from ..layers.base import dim_slices, index
 from ..spec import Slice
 from .declare import EMB, block_axes
-from .timm_layers import is_norm, mlp, mlp_refusal, stream_norm
+from .timm_layers import mlp, stream_norm
 
 
 class ScaledBlock(Prunable):
@@ -58,10 +58,3 @@ def scaled_block(host: nn.Module, index: int, attention) -> Prunable:
     block = ScaledBlock(host, attention(host.attn, attention_axes), mlp(host.mlp, mlp_axes))
     block.axes = dict(EMB)
     return block.train(host.training)
-
-
-def block_refusal(block: nn.Module) -> str | None:
-    """Why norms or MLP of a block have no prunable form, or None."""
-    if not (is_norm(block.norm1) and is_norm(block.norm2)):
-        return f"norm type {type(block.norm1).__name__}"
-    return mlp_refusal(block.mlp)

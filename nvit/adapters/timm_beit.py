@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from ..layers import Attention, Prunable, StreamEntry
 from ..spec import Part, ViTSpec
 from .declare import EMB, fill_buffers_, with_axes
-from .scaled_block import ScaledBlock, block_refusal, scaled_block
+from .scaled_block import ScaledBlock, scaled_block
 from .timm_config import mlp_ratio, norm_layer
-from .timm_layers import is_norm
+from .timm_layers import block_refusal, is_norm
 from .timm_plain import TimmPlain, embedding_config, norm_config, prepare_heads, prepare_output
 
 

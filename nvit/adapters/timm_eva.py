@@ -23,9 +23,9 @@ from ..layers.functional import Rotary
 from ..spec import Part, ViTSpec
 from .declare import EMB, fill_buffers_, with_axes
 from .rotary_table import RotaryTable, keep_table_
-from .scaled_block import ScaledBlock, block_refusal, scaled_block
+from .scaled_block import ScaledBlock, scaled_block
 from .timm_config import known, mlp_ratio, norm_layer
-from .timm_layers import inner_norm, is_norm, is_norm_or_none, stream_norm
+from .timm_layers import block_refusal, inner_norm, is_norm, is_norm_or_none, stream_norm
 from .timm_plain import TimmPlain, embedding_config, norm_config, prepare_heads, prepare_output
 
 ATTENTIONS = {"eva": EvaAttention, "rope": AttentionRope}

@@ -9,7 +9,7 @@ from timm.layers import GluMlp, SwiGLU
 from timm.layers import Mlp as TimmMlp
 from torch import nn
 
-from ..layers import GatedMlp, Layout, Linear, Mlp, Norm, Prunable
+from ..layers import Absent, GatedMlp, Layout, Linear, Mlp, Norm, Prunable
 from .declare import EMB, norm, with_axes
 from .timm_config import ACTIVATIONS, NORMS
 
@@ -57,9 +57,17 @@ def stem_refusal(embed: nn.Module) -> str | None:
     return None
 
 
+def block_refusal(block: nn.Module) -> str | None:
+    """Why norms or MLP of a pre-norm block have no prunable form, or None. No norm stands before what has left."""
+    for layer, before in ((block.attn, block.norm1), (block.mlp, block.norm2)):
+        if not (is_norm(before) or isinstance(layer, Absent)):
+            return f"norm type {type(before).__name__}"
+    return mlp_refusal(block.mlp)
+
+
 def mlp_refusal(mlp: nn.Module) -> str | None:
     """Why an MLP of a block has no prunable form, or None."""
-    if isinstance(mlp, (Mlp, GatedMlp)):
+    if isinstance(mlp, (Absent, Mlp, GatedMlp)):
         return None
     if type(mlp) not in (TimmMlp, GluMlp, SwiGLU) or not isinstance(mlp.fc2, nn.Linear):
         return f"MLP type {type(mlp).__name__}"

@@ -14,6 +14,7 @@ from ..layers import Norm, StreamEntry
 from ..spec import Slice
 from . import timm_config
 from .declare import EMB, embedding_slices, resize_layers
+from .ended import end_
 from .feature_maps import PlainMaps
 from .one_stream import OneStream
 from .pooling import LatentPool, latent_pool, pool_macs, pool_refusal
@@ -67,7 +68,7 @@ class TimmPlain(TimmAdapter, PlainMaps, OneStream):
         return embedding_slices(model, tokens | patches, patches)
 
     def resize(self, model: nn.Module, params: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> nn.Module:
-        resize_layers(model, params, masks)
+        resize_layers(model, end_(model, self.norms(model), params, masks), masks)
         emb = int(masks["emb"].sum())
         model.embed_dim, model.num_features = emb, restored_width(model) or emb
         if not isinstance(getattr(model, "attn_pool", None), LatentPool):

@@ -14,14 +14,14 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from ..layers import Attention, LayerScale, Layout, MergingStack, Prunable, StreamEntry
+from ..layers import Absent, Attention, LayerScale, Layout, MergingStack, Prunable, StreamEntry
 from ..layers.merging import check_merges
 from ..spec import Part, ViTSpec
 from .base import Logits
 from .declare import EMB, block_axes, with_axes
 from .merging_block import MergingBlock, merge_blocks_, merging_
 from .timm_config import ACTIVATIONS, MLPS, NORMS, known, mlp_hidden, mlp_name, mlp_ratio, name_in, norm_layer
-from .timm_layers import inner_norm, is_norm, is_norm_or_none, mlp, mlp_refusal, stream_norm
+from .timm_layers import block_refusal, inner_norm, is_norm, is_norm_or_none, mlp, stream_norm
 from .timm_plain import TimmPlain, embedding_config, norm_config, prepare_heads, prepare_output
 
 
@@ -35,7 +35,7 @@ class TimmViT(TimmPlain):
         if type(block) not in (Block, MergingBlock):
             return f"block type {type(block).__name__}; only the pre-norm Block is known"
         attn = block.attn
-        if not isinstance(attn, Attention):
+        if not isinstance(attn, (Attention, Absent)):
             if type(attn) is not TimmAttention:
                 return f"attention type {type(attn).__name__}"
             inner = next((m for m in (attn.q_norm, attn.k_norm, attn.norm) if not is_norm_or_none(m)), None)
@@ -43,9 +43,7 @@ class TimmViT(TimmPlain):
                 return f"norm type {type(inner).__name__} in attention"
             if attn.gate is not None:
                 return "gated attention output"
-        if not (is_norm(block.norm1) and is_norm(block.norm2)):
-            return f"norm type {type(block.norm1).__name__}"
-        return mlp_refusal(block.mlp)
+        return block_refusal(block)
 
     def prepare(self, model: nn.Module) -> nn.Module:
         if hasattr(model, "dense_config"):

@@ -54,7 +54,8 @@ class LatencyTable:
     ) -> None:
         self.parts, self.grids, self.dense, self.setting = tuple(parts), dict(grids), tuple(dense), setting
         self.at = {part.name: _at(part, len(self.dense)) for part in self.parts}
-        left_out = set(range(len(self.dense) * len(KINDS))).difference(*(at.flat for at in self.at.values()))
+        there = set(width_array(self.dense).reshape(-1).nonzero()[0].tolist())
+        left_out = there.difference(*(at.flat for at in self.at.values()))
         if left_out:
             block, kind = divmod(min(left_out), len(KINDS))
             raise ValueError(f"no part of the latency table depends on {KINDS[kind]} of block {block}")
@@ -72,9 +73,14 @@ class LatencyTable:
         return html.line(repr(self)) + html.table(("width", f"{unit} saved by a unit"), saved)
 
     def ms(self, widths: np.ndarray) -> float:
-        """Milliseconds of a model whose blocks have `widths` `(blocks, 5)`, in the order of `KINDS`."""
-        flat = widths.reshape(-1)
-        return float(sum(self.grids[name](flat[at]).sum() for name, at in self.at.items()))
+        """Milliseconds of a model whose blocks have `widths` `(blocks, 5)`, in the order of `KINDS`. A piece of which a
+        width is 0 has left, and takes no time."""
+        flat, total = widths.reshape(-1), 0.0
+        for name, at in self.at.items():
+            found = flat[at]
+            found = found[(found > 0).all(1)]
+            total += self.grids[name](found).sum() if len(found) else 0.0
+        return float(total)
 
     def model_ms(self, blocks: Sequence[BlockWidths]) -> float:
         """Milliseconds of a model with these blocks."""

@@ -5,6 +5,7 @@ each axis. Parameter names are the host's, and buffers are not saved: a masked m
 model's.
 """
 
+from .absent import Absent
 from .attention import Attention, head_layout
 from .base import Layout, Prunable, keep_, prunable_layers
 from .merging import MergingStack
@@ -13,6 +14,7 @@ from .sites import Basis, LinearPart, Site
 from .stream import EmbeddingNorm, LayerScale, Linear, Norm, RestoringNorm, StreamEntry
 
 __all__ = [
+    "Absent",
     "Attention",
     "Basis",
     "EmbeddingNorm",

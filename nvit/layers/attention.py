@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..spec import Slice
 from . import functional
+from .absent import Absent, constant
 from .base import Layout, Prunable, dim_slices, index
 from .functional import Rotary
 from .sites import Basis, LinearPart, Site
@@ -181,6 +182,13 @@ class Attention(Prunable):
         self._index("v_rows", index(v))
         self._place(keeps)
 
+    def ended(self, keeps: Mapping[str, Tensor]) -> bool:
+        return not bool(keeps["heads"].any())
+
+    def absent(self, bias: nn.Parameter | None) -> Absent:
+        """What stands here without heads."""
+        return Absent(self.last_name, bias)
+
     def keep_all_(self) -> None:
         super().keep_all_()
         self.kept = (self.heads, self.qk_dim, self.v_dim)
@@ -308,6 +316,10 @@ class Attention(Prunable):
         if watch is not None and windows > 1:
             watch = functional.watch_windows(watch, windows)
         bias, (*read, write) = self._bias(), self.linears()
+        if not heads:
+            self.watched("out", x.new_zeros(*x.shape[:-1], 0, 0))
+            out = constant(x, self.last.bias, self.emb)
+            return (out, None) if with_keys else out
         out = functional.attention(
             x,
             [part.project(bias) for part in read if part.end == "in"],

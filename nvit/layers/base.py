@@ -111,6 +111,10 @@ class Prunable(nn.Module):
         """Whether it reads what the stream ends in."""
         return self.reads_only or self.pools
 
+    def ended(self, keeps: Mapping[str, Tensor]) -> bool:
+        """Whether `keeps` (as `keep_` takes them) leave none of the units without which it is a constant."""
+        return False
+
     def release_(self) -> None:
         """Be of no width any more, in a dense model: what it reads stays as wide as it is."""
         self.axes, self.places = {}, {}

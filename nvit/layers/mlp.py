@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..spec import Slice
 from . import functional
+from .absent import Absent, constant
 from .base import Layout, Prunable, dim_slices, index
 from .sites import LinearPart, Site
 from .stream import Norm
@@ -56,6 +57,20 @@ class _Hidden(Prunable):
         self._index("first_rows", index(self._rows(self.first[0]).keep(keeps)))
         self._index("hidden", index(keeps["mlp"]))
 
+    def ended(self, keeps: Mapping[str, Tensor]) -> bool:
+        return not bool(keeps["mlp"].any())
+
+    def absent(self, bias: nn.Parameter | None) -> Absent:
+        """What stands here without hidden units."""
+        return Absent(self.last_name, bias)
+
+    def _constant_out(self, x: Tensor) -> Tensor | None:
+        """The output where no hidden unit is kept; None where some are."""
+        if self.hidden is None or len(self.hidden):
+            return None
+        self.watched("out", x.new_zeros(*x.shape[:-1], 0))
+        return constant(x, self.last.bias, self.emb)
+
     def slices(self) -> Iterator[tuple[str, Slice]]:
         for name, layer in zip(self.first_names, self.first, strict=True):
             emb = Layout.of("emb", layer.weight.shape[1])
@@ -94,6 +109,8 @@ class Mlp(_Hidden):
         super().__init__(host, (first,), last, act, drop, norm)
 
     def forward(self, x: Tensor) -> Tensor:
+        if (out := self._constant_out(x)) is not None:
+            return out
         fc1, fc2 = self.linears()
         out = functional.mlp(
             x,
@@ -130,6 +147,8 @@ class GatedMlp(_Hidden):
         self.gate_last = gate_last
 
     def forward(self, x: Tensor) -> Tensor:
+        if (out := self._constant_out(x)) is not None:
+            return out
         *first, last = self.linears()
         out = functional.gated_mlp(
             x,

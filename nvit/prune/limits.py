@@ -18,6 +18,8 @@ def free_groups(groups: Sequence[Group], config: PruneConfig, task: Task) -> lis
     Raises:
         ValueError: as `prunable_groups`.
     """
+    if config.depth and all(g.ends is None for g in groups):
+        raise ValueError("depth: no attention or MLP of this model may leave whole (of Swin none); leave out --depth")
     kept = () if task.outputs != 0 or config.keep_output else ([g.name for g in groups if g.kind == "emb"][-1],)
     return prunable_groups(groups, config.only, (*config.freeze, *kept), config.stages)
 
@@ -50,19 +52,21 @@ def prunable_groups(
     return free
 
 
-def least_ms(table: LatencyTable, groups: Sequence[Group], free: Sequence[Group]) -> float:
+def least_ms(table: LatencyTable, groups: Sequence[Group], free: Sequence[Group], depth: bool = False) -> float:
     """Milliseconds by the table of the smallest model that pruning may leave: the last bundle of every group in `free`,
-    the rest whole."""
+    or with `depth` nothing of the sublayers that may leave with it, the rest whole."""
     names = {g.name for g in free}
     left = {g.name: min(g.multiple, g.size) if g.name in names else g.size for g in groups}
+    if depth:
+        left |= {name: 0 for g in free if g.ends is not None for name in (g.name, *g.ends)}
     return table.model_ms(block_widths(groups, left))
 
 
 def check_reachable(
-    targets: Sequence[float], table: LatencyTable, groups: Sequence[Group], free: Sequence[Group]
+    targets: Sequence[float], table: LatencyTable, groups: Sequence[Group], free: Sequence[Group], depth: bool = False
 ) -> None:
     """Raise ValueError where a target, a fraction of the dense latency, is below what pruning can leave."""
-    least = least_ms(table, groups, free) / table.dense_ms
+    least = least_ms(table, groups, free, depth) / table.dense_ms
     for target in targets:
         if target < least:
             raise ValueError(

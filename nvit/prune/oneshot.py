@@ -93,6 +93,7 @@ class Refitter:
             self._images(),
             task=self.pruner.task,
             statistics=self.statistics,
+            depth=self.pruner.config.depth,
             progress=self.progress,
         )
         self.cost_seconds = time.monotonic() - start

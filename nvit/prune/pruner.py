@@ -19,7 +19,7 @@ from .. import parallel
 from ..config import PruneConfig
 from ..latency.clock import time_rounds
 from ..latency.table import LatencyTable
-from ..selection.curves import Curve, priced
+from ..selection.curves import Curve, priced, whole_costs
 from ..selection.greedy import drop_cheapest
 from ..selection.lagrangian import drop_to_target
 from ..spec import KINDS
@@ -100,7 +100,7 @@ class Pruner(Scorer):
                 f"the latency table is for a model whose first block is {self.table.dense[0]}; this model's is "
                 f"{widths(self.groups, self.masks)[0]}. Measure a table for this model."
             )
-        least = least_ms(table, self.groups, self.free) / table.dense_ms
+        least = least_ms(table, self.groups, self.free, self.config.depth) / table.dense_ms
         seconds = 0.0 if timer is None else self.config.measure_seconds
         self.aim = Aim(clock_of(table.setting, seconds, self._whole, timer or time_rounds), least)
         self.readings: dict[float, Reading] = {}
@@ -120,7 +120,7 @@ class Pruner(Scorer):
 
     def check_targets(self) -> None:
         """Raise ValueError where a target is below what pruning can leave, by the table."""
-        check_reachable(self.targets, self.table, self.groups, self.free)
+        check_reachable(self.targets, self.table, self.groups, self.free, self.config.depth)
 
     def step(self, grads: Mapping[str, Tensor] | None = None) -> list[float]:
         """After `optimizer.step()`, while gradients are still there: zero what is pruned, score, decide when due.
@@ -217,7 +217,8 @@ class Pruner(Scorer):
 
     def _least(self, prices: Mapping[str, Tensor], ratio: float) -> tuple[Masks, float]:
         """`drop_to_target` from here, at a fraction of the dense latency."""
-        return drop_to_target(prices, self.masks, self.groups, self.table, ratio * self.table.dense_ms)
+        ends = whole_costs(self.free, self.masks, self.curves)
+        return drop_to_target(prices, self.masks, self.groups, self.table, ratio * self.table.dense_ms, ends)
 
     def _prices(
         self, scores: dict[str, Tensor], target: float, judge: Judging | None
@@ -227,7 +228,7 @@ class Pruner(Scorer):
             return scores, {}
         measured = dict(scores)
         for g in self.free:
-            if g.name in self.curves:
+            if g.name in self.curves and bool(self.masks[g.name].any()):
                 measured[g.name] = priced(g, scores[g.name], self.masks[g.name], self.curves[g.name])
         if judge is None:
             return measured, {}

@@ -15,6 +15,7 @@ from ..config import PruneConfig
 from ..criteria.base import Context, Criterion, Evidence, RunningMean
 from ..criteria.registry import CRITERIA
 from ..layers import prunable_layers
+from ..spec import Group
 from ..structure.masks import Masks, apply_, full_masks
 from ..utils.finite import Finite
 from .backward import backward, wanting_gradients
@@ -52,7 +53,8 @@ class Scorer:
         self.weight_masks = apply_(self.call.model, self.groups, masks, parallel.project_)
         self.project = parallel.projection(self.params, self.weight_masks)
         if self.criterion.open:
-            self.criterion.begin(replace(self.criterion.context, model=self.call.model, masks=masks))
+            context = replace(self.criterion.context, model=self.call.model, groups=self._left(), masks=masks)
+            self.criterion.begin(context)
 
     def observe(self, grads: Mapping[str, Tensor] | None = None) -> None:
         """Add the last backward pass of your own to the saliency, from `grads` or the parameters' own gradients.
@@ -163,8 +165,12 @@ class Scorer:
         self._begin(scoring=True, statistics=statistics)
 
     def _begin(self, **how: Any) -> None:
-        where = (self.call.model, self.free, self.masks)
+        where = (self.call.model, self._left(), self.masks)
         self.criterion.begin(Context(*where, seed=self.config.seed, over_ranks=parallel.mean, task=self.task, **how))
+
+    def _left(self) -> list[Group]:
+        """The free groups that did not leave whole."""
+        return [g for g in self.free if bool(self.masks[g.name].any())]
 
     def stop_recording(self) -> None:
         """Take captures off the model, if any are on it; what was observed stays. `done` does so by itself."""

@@ -37,7 +37,7 @@ def fractions(
         )
     groups = adapters.of(model).groups(model, config.bundle_sizes)
     free = free_groups(groups, config, tasks.of(config.task, model))
-    least, dense, batch = least_ms(table, groups, free), table.dense_ms, table.setting.batch_size
+    least, dense, batch = least_ms(table, groups, free, config.depth), table.dense_ms, table.setting.batch_size
 
     asked = [(ms, f"latency_ms {ms:g}") for ms in latency_ms]
     asked += [(1e3 * batch / rate, f"images_per_second {rate:g}") for rate in images_per_second]
@@ -62,4 +62,4 @@ def refuse_out_of_reach(model: nn.Module, table: LatencyTable, config: PruneConf
     """Raise ValueError where a target of the config is below what pruning can leave of `model`, as `fractions` does."""
     groups = adapters.of(model).groups(model, config.bundle_sizes)
     free = free_groups(groups, config, tasks.of(config.task, model))
-    check_reachable(config.latency_target, table, groups, free)
+    check_reachable(config.latency_target, table, groups, free, config.depth)

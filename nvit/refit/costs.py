@@ -45,6 +45,7 @@ def measure_costs(
     task: Task,
     statistics: Mapping[Place, SiteStatistics] | None = None,
     uniform: float = 0.2,
+    depth: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Curve]:
     """What the first units of every group with a score cost, all other groups whole.
@@ -57,6 +58,7 @@ def measure_costs(
         scores: by group `(group.size,)`; the units of least score leave first.
         batches: calibration images. One of four measures until there are `MEASURED`, the others refit.
         statistics, uniform: as in `refit_`.
+        depth: also what it costs that a sublayer leaves whole, at the end of the curve of the group it leaves with.
 
     Returns:
         By group, the task's distance to the dense model at temperature 1. Groups without a choice are absent.
@@ -65,7 +67,11 @@ def measure_costs(
         ValueError: fewer than two images.
     """
     free = [g for g in groups if g.name in scores]
-    plan = {g.name: depths(g.size, g.multiple, DEPTHS.get(g.kind, DEPTHS["heads"])) for g in free}
+    plan = {
+        g.name: depths(g.size, g.multiple, DEPTHS.get(g.kind, DEPTHS["heads"]))
+        + [g.size] * (depth and g.ends is not None)
+        for g in free
+    }
     found: dict[str, list[Tensor]] = {g.name: [] for g in free}
     total = sum(map(len, plan.values()))
     full, layers = full_masks(groups), prunable_layers(model)

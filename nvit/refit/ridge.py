@@ -111,6 +111,8 @@ def ridge(
     """
     if float(held.weight) == 0 or float((train.rr + held.rr).sum()) <= _NOTHING * float((train.tt + held.tt).sum()):
         return None
+    if not len(train.x):
+        return _shift(train, held) if constant else None
     zero_x, zero_r = torch.zeros_like(train.x), torch.zeros_like(train.r)
     mx, mr = (train.x / train.weight, train.r / train.weight) if constant else (zero_x, zero_r)
     (xx, rx, _), (hxx, hrx, hrr) = train.about(mx, mr), held.about(mx, mr)
@@ -136,3 +138,11 @@ def ridge(
     d = (rx @ vectors) / (values.clamp_min(0) + chosen[:, None] * scale) @ vectors.T
     shift = torch.where(chosen.isinf(), 0.0, mr - d @ mx) if constant else zero_r
     return Change(d, shift, float(none.sum()), float(best.sum()))
+
+
+def _shift(train: Moments, held: Moments) -> Change:
+    """The change of a layer that is left without inputs: the mean of what it lacks."""
+    _, _, before = held.about(held.x, torch.zeros_like(held.r))
+    _, _, after = held.about(held.x, train.r / train.weight)
+    both = train + held
+    return Change(both.rx, both.r / both.weight, float(before.sum()), float(after.sum()))

@@ -3,7 +3,7 @@ units to scores whose sums over the first ones are these costs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,10 @@ class Curve:
     def __post_init__(self) -> None:
         assert len(self.gone) == len(self.cost) > 0 and self.gone[0] > 0
         assert all(a < b for a, b in zip(self.gone, self.gone[1:], strict=False))
+
+    def paid(self, gone: int) -> float:
+        """The cost of so many units gone, about: linear between the measured depths, and 0 at none."""
+        return float(np.interp(gone, np.r_[0, self.gone], np.maximum.accumulate(np.r_[0.0, self.cost])))
 
     def at(self, shape: Sequence[float]) -> np.ndarray:
         """The cost of 0, 1, 2, … units gone, `(len(shape),)`: from 0, never falling, through the measured points.
@@ -99,10 +103,25 @@ def priced(group: Group, score: Tensor, keep: Tensor, curve: Curve) -> Tensor:
         shape[before + 1 :] += shape[before]
     total = curve.at(shape)[before:]
     ends = np.r_[units_gone(len(kept), group.multiple), len(kept)]
-    hull = convex_hull(ends, total[ends] - total[0])
+    whole = curve.gone[-1] == group.size  # measured, for a step of its own, which does not make others cheaper
+    hull = convex_hull(ends[: len(ends) - whole], (total[ends] - total[0])[: len(ends) - whole])
+    hull = np.r_[hull, [max(total[-1] - total[0], hull[-1])] * whole]
     each = np.repeat(np.diff(hull) / np.diff(ends), np.diff(ends))
     # Equal slopes must not put units into another order.
     ranked = np.maximum.accumulate(each) * (1 + 1e-12 * np.arange(len(each))) + 1e-300 * np.arange(len(each))
     found = torch.full((group.size,), float("inf"), dtype=torch.float64)
     found[torch.from_numpy(kept[order])] = torch.from_numpy(ranked)
     return found.to(score.device)
+
+
+def whole_costs(groups: Sequence[Group], masks: Mapping[str, Tensor], curves: Mapping[str, Curve]) -> dict[str, float]:
+    """What it costs that sublayers leave whole, beyond what units that have left them cost already; by the group that
+    each leaves with, of those where it was measured."""
+    found = {}
+    for g in groups:
+        curve = curves.get(g.name)
+        if g.ends is None or curve is None or curve.gone[-1] < g.size or not bool(masks[g.name].any()):
+            continue
+        members = {n: len(masks[n]) - int(masks[n].sum()) for n in (g.name, *g.ends)}
+        found[g.name] = curve.cost[-1] - sum(curves[n].paid(gone) for n, gone in members.items() if n in curves)
+    return found

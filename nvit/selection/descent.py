@@ -20,6 +20,7 @@ class PartAxis:
     Attributes:
         rows: the queues that are, as rows of the side, `(queues,)`.
         piece, row: `piece[n]` has the width of queue `rows[row[n]]` along this axis.
+        stream: the axis is a stream's, so that pieces which have left count no more.
         shares: of the grid's points at the width of every choice, `(queues, points, choices)`; see `Grid.shares`.
     """
 
@@ -29,6 +30,7 @@ class PartAxis:
     piece: np.ndarray
     row: np.ndarray
     shares: np.ndarray
+    stream: bool
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,9 @@ class Descent:
 
     def __init__(self, decision: Decision) -> None:
         self.table, self.queues = decision.table, len(decision.queues)
+        self.exits, self.last = decision.exits, decision.last
+        self.lost = decision.lost
+        self.there = {part: (decision.widths.flat[at] > 0).all(1) for part, at in self.table.at.items()}
         self.sides = [_side(decision, queues) for queues in independent(decision)]
         self.start = {
             part: [
@@ -64,30 +69,43 @@ class Descent:
         }
 
     def at(self, eta: float) -> tuple[np.ndarray, float]:
-        """Bundles gone from every queue, and milliseconds, where no queue alone gains by another choice.
+        """Bundles gone from every queue, and milliseconds, where no queue alone gains by another choice, nor does any
+        sublayer by leaving whole or staying (see `Decision.gone`). Queues of one that has left choose as if it had not.
 
         Args:
             eta: price of one dense latency, in saliency.
         """
         shares = {part: [s.copy() for s in axes] for part, axes in self.start.items()}
+        there = {part: t.copy() for part, t in self.there.items()}
         gone = np.zeros(self.queues, dtype=int)
         for _ in range(SWEEPS):
-            before = gone.copy()
+            before, there_before = gone.copy(), {part: t.copy() for part, t in there.items()}
             for side in self.sides:
-                best = (side.lost + eta / self.table.dense_ms * self._latency_ms(side, shares)).argmin(1)
+                best = (side.lost + eta / self.table.dense_ms * self._latency_ms(side, shares, there)).argmin(1)
                 gone[side.queues] = best
                 for a in side.axes:
                     shares[a.part][a.axis][a.piece] = a.shares[a.row, :, best[a.rows][a.row]]
-            if (gone == before).all():
+            ms = {part: contract(self.table.grids[part].monotone, axes) for part, axes in shares.items()}
+            for way in self.exits.values():
+                stays = (
+                    self.lost[way.members, gone[way.members]].sum()
+                    + eta / self.table.dense_ms * ms[way.part][way.piece]
+                )
+                there[way.part][way.piece] = stays <= way.cost
+            if (gone == before).all() and all((there[part] == t).all() for part, t in there_before.items()):
                 break
-        grids = self.table.grids
-        return gone, float(sum(contract(grids[part].monotone, axes).sum() for part, axes in shares.items()))
+        for i, way in self.exits.items():
+            if not there[way.part][way.piece]:
+                gone[i] = self.last[i] + 1
+        return gone, float(sum(ms[part][t].sum() for part, t in there.items()))
 
-    def _latency_ms(self, side: Side, shares: dict[str, list[np.ndarray]]) -> np.ndarray:
+    def _latency_ms(self, side: Side, shares: dict[str, list[np.ndarray]], there: dict[str, np.ndarray]) -> np.ndarray:
         """Milliseconds, up to a constant, of every choice of every queue of a side: `(queues, choices)`."""
         total = np.zeros(side.lost.shape)
         for a in side.axes:
             by_piece = contract(self.table.grids[a.part].monotone, shares[a.part], keep=a.axis)
+            if a.stream:
+                by_piece = by_piece * there[a.part][:, None]
             by_queue = np.zeros((len(a.rows), by_piece.shape[1]))
             np.add.at(by_queue, a.row, by_piece[a.piece])
             total[a.rows] += (by_queue[:, None] @ a.shares)[:, 0]
@@ -146,5 +164,5 @@ def _side(decision: Decision, queues: Sequence[int]) -> Side:
             met, row = np.unique(uses.queue[here], return_inverse=True)
             rows = np.searchsorted(queues, met)
             shares = grid.shares(axis, left[rows]).swapaxes(1, 2).copy()
-            axes.append(PartAxis(part, int(axis), rows, uses.piece[here], row, shares))
+            axes.append(PartAxis(part, int(axis), rows, uses.piece[here], row, shares, grid.kinds[axis] == "emb"))
     return Side(np.array(queues), lost, tuple(axes))

@@ -17,12 +17,20 @@ BISECTIONS = 40
 
 
 def drop_to_target(
-    scores: Mapping[str, Tensor], masks: Masks, groups: Sequence[Group], table: LatencyTable, target_ms: float
+    scores: Mapping[str, Tensor],
+    masks: Masks,
+    groups: Sequence[Group],
+    table: LatencyTable,
+    target_ms: float,
+    ends: Mapping[str, float] | None = None,
 ) -> tuple[Masks, float]:
     """Least saliency removed at `target_ms`: one shot, no training between decisions.
 
     For a price `eta` of latency every group in turn keeps the prefix of its queue that minimises saliency lost plus
     `eta` times latency, until none changes its mind; bisection on `eta` finds the lowest price that meets the target.
+
+    Args:
+        ends: what it costs that a sublayer leaves whole, by the group that it leaves with; all others stay.
 
     Returns:
         Masks and `eta` in saliency per dense latency.
@@ -30,7 +38,7 @@ def drop_to_target(
     Raises:
         ValueError: the target is below what the smallest widths allow.
     """
-    decision = Decision(scores, masks, groups, table)
+    decision = Decision(scores, masks, groups, table, ends)
     if decision.latency_ms() <= target_ms:
         return decision.masks(), 0.0
     eta, just_below = _lowest_price(decision, target_ms)
@@ -51,7 +59,8 @@ def _lowest_price(decision: Decision, target_ms: float) -> tuple[float, np.ndarr
     enough = target_ms * (1 + 1e-12)  # the descent adds up in another order than the table does
 
     # Prices above what is at stake are needed only where latency hardly changes.
-    low, high = 0.0, max(float(sum(q.lost[-1] for q in decision.queues)), 1e-30)
+    at_stake = sum(q.lost[-1] for q in decision.queues) + sum(way.cost for way in decision.exits.values())
+    low, high = 0.0, max(float(at_stake), 1e-30)
     dear, ms = descent.at(high)
     while ms > enough:
         low, high = high, high * 16

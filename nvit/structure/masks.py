@@ -26,7 +26,9 @@ def full_masks(groups: Sequence[Group]) -> Masks:
 
 
 def check_masks(groups: Sequence[Group], masks: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless `masks` fits this model and leaves something of every group."""
+    """Raise ValueError unless `masks` fits this model and leaves something of every group, or nothing of what may end
+    with all that ends with it."""
+    ended = {name for g in groups if g.ends is not None and _empty(masks, g.name) for name in (g.name, *g.ends)}
     for g in groups:
         keep = masks.get(g.name)
         if keep is None:
@@ -36,8 +38,16 @@ def check_masks(groups: Sequence[Group], masks: Mapping[str, Tensor]) -> None:
                 f"{g.name}: mask has {keep.numel()} entries but this model has {g.size} units there. "
                 "A mask fits only the model it was made for; compare the two runs' spec.json."
             )
-        if not bool(keep.any()):
-            raise ValueError(f"{g.name}: mask keeps nothing; at least one unit of every group must stay")
+        if bool(keep.any()) and g.name in ended:
+            raise ValueError(
+                f"{g.name}: mask keeps units of an attention without heads; queries, keys and values end with them"
+            )
+        if not bool(keep.any()) and g.name not in ended:
+            raise ValueError(f"{g.name}: mask keeps nothing; at least one unit of this group must stay")
+
+
+def _empty(masks: Mapping[str, Tensor], name: str) -> bool:
+    return name in masks and not bool(masks[name].any())
 
 
 def kept_counts(masks: Mapping[str, Tensor]) -> dict[str, int]:

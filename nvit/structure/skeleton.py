@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import adapters
 from ..spec import BlockWidths, Group, ViTSpec
 from .compact import cut
-from .masks import Masks, full_masks, weight_masks, widths
+from .masks import Masks, check_masks, full_masks, weight_masks, widths
 
 _MOST = 2**20
 """Of any number in a spec's config, and of units in a group."""
@@ -96,9 +96,12 @@ def kept(spec: ViTSpec, model: nn.Module) -> tuple[list[Group], Masks]:
         units = spec.kept.get(g.name, range(width))
         if len(units) != width or not all(type(u) is int and 0 <= u < g.size for u in units):
             raise ValueError(f"{g.name} keeps the units {list(units)[:4]} …; {width} of {g.size} were expected")
-        masks[g.name] = torch.zeros(g.size, dtype=torch.bool).index_fill_(0, torch.tensor(units), True)
+        masks[g.name] = torch.zeros(g.size, dtype=torch.bool).index_fill_(
+            0, torch.tensor(units, dtype=torch.long), True
+        )
         if int(masks[g.name].sum()) != width:
             raise ValueError(f"{g.name} keeps a unit twice; {width} of {g.size} were expected")
+    check_masks(groups, masks)
     return groups, masks
 
 
