@@ -81,6 +81,11 @@ class TimmViT(TimmPlain):
         merges = tuple(merges) or (0,) * len(model.blocks)
         if any(merges) and (reason := self.merge_refusal(model)) is not None:
             raise ValueError(f"tokens cannot merge: {reason}")
+        for i, (r, block) in enumerate(zip(merges, model.blocks, strict=False)):
+            if r and isinstance(block.attn, Absent):
+                raise ValueError(
+                    f"tokens cannot merge in block {i}: its attention has left, whose keys say which are alike"
+                )
         check_merges(merges, len(model.blocks), self.tokens(model), self.prefix(model))
         merge_blocks_(model.blocks, merges, self.prefix(model))
 

@@ -26,10 +26,12 @@ class MergingStack(nn.Sequential):
         return x if merged[1] is None else functional.unmerge_tokens(x, merged[1])
 
 
-def merge(x: Tensor, keys: Tensor, merged: Merged, r: int, prefix: int) -> tuple[Tensor, Merged]:
+def merge(x: Tensor, keys: Tensor | None, merged: Merged, r: int, prefix: int) -> tuple[Tensor, Merged]:
     """One block's merge of `r` tokens by their keys `(batch, heads, tokens, dim)`; none where `r` is 0."""
     if not r:
         return x, merged
+    if keys is None:
+        raise ValueError("a block whose attention has left merges tokens, but its keys would say which are alike")
     sizes, before = merged
     x, sizes, place = functional.merge_tokens(x, keys, sizes, r, prefix)
     return x, (sizes, place if before is None else place.gather(1, before))

@@ -34,6 +34,11 @@ class Curve:
         """The cost of so many units gone, about: linear between the measured depths, and 0 at none."""
         return float(np.interp(gone, np.r_[0, self.gone], np.maximum.accumulate(np.r_[0.0, self.cost])))
 
+    def before(self, size: int) -> Curve | None:
+        """The part of it that tells of fewer units than `size`; None where there is none."""
+        known = [(g, c) for g, c in zip(self.gone, self.cost, strict=True) if g < size]
+        return Curve(*zip(*known, strict=True)) if known else None
+
     def at(self, shape: Sequence[float]) -> np.ndarray:
         """The cost of 0, 1, 2, … units gone, `(len(shape),)`: from 0, never falling, through the measured points.
 
@@ -93,6 +98,9 @@ def priced(group: Group, score: Tensor, keep: Tensor, curve: Curve) -> Tensor:
         score: fp64 or fp32 `(group.size,)`; orders the units, and says how costs go between depths.
         keep: units still there, bool `(group.size,)`.
     """
+    # All of it gone is a step of its own (`whole_costs`), and makes none of the others cheaper.
+    if (curve := curve.before(group.size)) is None:
+        return score.detach().double()
     kept = keep.cpu().numpy().nonzero()[0]
     before = group.size - len(kept)
     predicted = score.detach().cpu().double().numpy()[kept]
@@ -103,9 +111,7 @@ def priced(group: Group, score: Tensor, keep: Tensor, curve: Curve) -> Tensor:
         shape[before + 1 :] += shape[before]
     total = curve.at(shape)[before:]
     ends = np.r_[units_gone(len(kept), group.multiple), len(kept)]
-    whole = curve.gone[-1] == group.size  # measured, for a step of its own, which does not make others cheaper
-    hull = convex_hull(ends[: len(ends) - whole], (total[ends] - total[0])[: len(ends) - whole])
-    hull = np.r_[hull, [max(total[-1] - total[0], hull[-1])] * whole]
+    hull = convex_hull(ends, total[ends] - total[0])
     each = np.repeat(np.diff(hull) / np.diff(ends), np.diff(ends))
     # Equal slopes must not put units into another order.
     ranked = np.maximum.accumulate(each) * (1 + 1e-12 * np.arange(len(each))) + 1e-300 * np.arange(len(each))

@@ -103,7 +103,8 @@ def test_the_cost_of_all_of_a_group_does_not_make_a_part_of_it_cheaper():
     score, keep = torch.ones(8, dtype=torch.float64), torch.ones(8, dtype=torch.bool)
     curve = Curve((4, 8), (4.0, 4.5))
     found = priced(group, score, keep, curve).sort().values.cumsum(0)
-    assert found[[3, 5]].tolist() == pytest.approx([4.0, 4.25])
+    assert found[[3, 5]].tolist() == pytest.approx([4.0, 6.0])
+    assert torch.equal(priced(group, score, keep, Curve((8,), (4.5,))), score)
     assert whole_costs([group], {group.name: keep}, {group.name: curve}) == {group.name: 4.5}
     keep[:4] = False
     assert whole_costs([group], {group.name: keep}, {group.name: curve}) == {group.name: 0.5}

@@ -1,0 +1,137 @@
+"""Top-1 lost by DeiT-Ti when sublayers may leave whole, against widths alone, at equal MACs and at equal CPU latency.
+
+    NVIT_DATA=FOLDER python -m benchmarks.accuracy.depth [--by macs latency] [--targets 0.65 0.5] [--images 300]
+
+One shot, refitted, labels unread, one thread. Both ways share what groups were measured to cost on the same images of
+imagenet_sample1000 (kept in `--curves FILE`, and read from there where it exists). `latency`: by a table of torch at
+batch 8; `measured` is the compact model's time over the dense one's, timed in turn three times over (the median).
+Evaluation on all of imagenet_val1300, cropped without resizing: `lost` in points against the dense model, of all, of
+the even places and of the odd ones; `gain`: of depth over widths alone, with its 95 % interval (paired bootstrap).
+Rows are added to depth_cpu.csv; what every sublayer alone costs goes into depth_alone_cpu.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import harness
+from benchmarks.accuracy.library import INPUT, MODEL, Bench, answers, data_folder
+from benchmarks.accuracy.paired import paired_bootstrap
+from nvit import LatencyTable, tasks
+from nvit.latency.clock import time_models
+from nvit.refit.costs import measure_costs
+from nvit.selection.curves import Curve, priced, whole_costs
+from nvit.selection.lagrangian import drop_to_target
+from nvit.structure.masks import full_masks, widths
+
+MODELS = (MODEL, "vit_tiny_patch16_224")
+BATCH = 8
+WAYS = ("widths", "depth")
+
+
+class Kept(harness.Records):
+    """Rows that are on disk at once, beside those of other points that the file has."""
+
+    def __init__(self, name: str, key: Sequence[str]) -> None:
+        super().__init__(name)
+        self.key = key
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                self.rows = list(csv.DictReader(file))
+
+    def add(self, **row: Any) -> None:
+        point = [str(row[k]) for k in self.key]
+        self.rows = [r for r in self.rows if [str(r[k]) for k in self.key] != point]
+        super().add(**row)
+        self.save()
+
+
+def curves_of(bench: Bench, scores: dict[str, Tensor], file: Path) -> dict[str, Curve]:
+    """What the first units of every group cost, and all of a sublayer."""
+    if file.exists():
+        return {n: Curve(tuple(gone), tuple(cost)) for n, (gone, cost) in json.loads(file.read_text()).items()}
+    images = [x for x, _ in bench.calibration]
+    task = tasks.of("auto", bench.model)
+    found = measure_costs(bench.model, bench.groups, scores, images, task=task, statistics=bench.seen, depth=True)
+    file.write_text(json.dumps({n: [c.gone, c.cost] for n, c in found.items()}))
+    return found
+
+
+def ratio(model: nn.Module, dense: nn.Module, seconds: float) -> float:
+    """Measured latency over the dense model's, median of three."""
+    images = torch.randn(BATCH, *INPUT, generator=torch.Generator().manual_seed(0))
+    found = []
+    for _ in range(3):
+        whole, ms = time_models([dense, model.eval()], images, seconds)
+        found.append(ms / whole)
+    return statistics.median(found)
+
+
+def measure(name: str, by: str, targets: Sequence[float], images: int, file: Path, seconds: float) -> None:
+    """Rows of one model by one table."""
+    bench = Bench(data_folder(), images, 0, name)
+    table = bench.table if by == "macs" else LatencyTable.measure(bench.plain, BATCH, "cpu")
+    full, scores = full_masks(bench.groups), bench.remaining()
+    curves = curves_of(bench, scores, file)
+    ends = whole_costs(bench.groups, full, curves)
+    alone = Kept("depth_alone", ("model", "group", "calibration"))
+    for group, cost in ends.items():
+        alone.add(model=name, calibration=images, group=group, kl=cost)
+    prices = scores | {
+        g.name: priced(g, scores[g.name], full[g.name], curves[g.name]) for g in bench.groups if g.name in curves
+    }
+    records = Kept("depth", ("model", "by", "target", "way", "calibration"))
+    for target in targets:
+        found: dict[str, Tensor] = {}
+        for way in WAYS:
+            more = ends if way == "depth" else None
+            masks, _ = drop_to_target(prices, full, bench.groups, table, target * table.dense_ms, more)
+            small = bench.pruned(masks, refit=True)
+            right = found[way] = answers(small, bench.evaluation)
+            blocks = widths(bench.groups, masks)
+            absent = [f"{b}.{kind}" for b, w in enumerate(blocks) for kind in ("heads", "mlp") if not getattr(w, kind)]
+            row = {"model": name, "by": by, "target": target, "way": way, "calibration": images, "images": len(right)}
+            row |= {"predicted": table.ratio(blocks), "measured": ratio(small, bench.plain, seconds)}
+            row |= {"macs": bench.table.ratio(blocks), "absent": " ".join(absent)}
+            d = bench.dense - right
+            row |= {f"lost{n}": 100 * float(d[half].mean()) for n, half in HALVES.items()}
+            if way == "depth":
+                gain = paired_bootstrap(found["depth"].tolist(), found["widths"].tolist())
+                row |= {"gain": 100 * gain.mean, "low": 100 * gain.low, "high": 100 * gain.high}
+            records.add(**row)
+
+
+HALVES = {"": slice(None), "_even": slice(0, None, 2), "_odd": slice(1, None, 2)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--by", nargs="+", choices=("macs", "latency"), default=["macs", "latency"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=[MODEL])
+    parser.add_argument("--targets", nargs="+", type=float, default=(0.65, 0.5))
+    parser.add_argument("--images", type=int, default=300, help="calibration images")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of timing, three times a model")
+    parser.add_argument(
+        "--curves", default="depth_curves", help="of JSON files that keep measured costs, how they begin"
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in args.models:
+        for by in args.by:
+            file = Path(f"{args.curves}_{name}_{args.images}.json")
+            measure(name, by, args.targets, args.images, file, args.seconds)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
