@@ -140,9 +140,13 @@ def ridge(
     return Change(d, shift, float(none.sum()), float(best.sum()))
 
 
-def _shift(train: Moments, held: Moments) -> Change:
-    """The change of a layer that is left without inputs: the mean of what it lacks."""
+def _shift(train: Moments, held: Moments) -> Change | None:
+    """The change of a layer that is left without inputs: the mean of what it lacks, of the outputs where that of
+    `train` is better than none on `held`."""
     _, _, before = held.about(held.x, torch.zeros_like(held.r))
     _, _, after = held.about(held.x, train.r / train.weight)
-    both = train + held
-    return Change(both.rx, both.r / both.weight, float(before.sum()), float(after.sum()))
+    better, both = after < before, train + held
+    if not bool(better.any()):
+        return None
+    shift = torch.where(better, both.r / both.weight, 0.0)
+    return Change(both.rx, shift, float(before.sum()), float(torch.minimum(before, after).sum()))

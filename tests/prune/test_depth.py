@@ -6,7 +6,7 @@ import torch
 from nvit import LatencyTable, PruneConfig, adapters, prune, snapshot, tasks
 from nvit.layers import Absent, prunable_layers
 from nvit.prune.limits import least_ms
-from nvit.refit.costs import measure_costs
+from nvit.refit.costs import _Deal, measure_costs
 from nvit.refit.ridge import Moments, ridge
 from nvit.structure.compact import compact
 from nvit.structure.masks import full_masks
@@ -46,9 +46,10 @@ def test_a_run_goes_where_only_whole_sublayers_lead(host, rounds, tmp_path):
         absent.append({n for n, m in prunable_layers(pruned.model).items() if isinstance(m, Absent)})
         back = snapshot.load(pruned.save(tmp_path / f"{pruned.target}"))
         torch.testing.assert_close(out(back, x), out(pruned.model, x), rtol=0, atol=1e-5)
-    assert absent[0] and absent[0] < absent[1], "what has left stays away"
+    assert absent[0] and absent[0] <= absent[1], "what has left stays away"
     torch.testing.assert_close(out(result.model, x), out(model.eval(), x), rtol=0, atol=1e-5)
-    assert result.history[-1]["refit_error"] < 1
+    errors = [row["refit_error"] for row in result.history]
+    assert errors[0] < 1 and max(errors) <= 1
 
 
 def test_a_layer_without_inputs_is_refitted_to_the_mean_of_what_it_lacks():
@@ -73,12 +74,17 @@ def test_the_cost_of_a_sublayer_is_the_distance_of_the_model_with_its_mean_in_it
     xs = [x for x, _ in batches(model, 6)]
     scores = {g.name: torch.rand(g.size) for g in groups if g.name in ("blocks.0.heads", "blocks.1.mlp")}
     curves = measure_costs(model, groups, scores, xs, task=task, depth=True)
-    dealt, seen = torch.cat(xs), {}
-    shown, rest = dealt[1::4], dealt[[i for i in range(len(dealt)) if i % 4 != 1]]
+    deal = _Deal()
+    fit, held, shown = (torch.cat(hand) for hand in zip(*map(deal.of, xs), strict=True))
     for name, site in (("blocks.0.heads", "blocks.0.attn.proj"), ("blocks.1.mlp", "blocks.1.mlp.fc2")):
-        hook = model.get_submodule(site).register_forward_hook(lambda _, x, y, name=name: seen.update({name: y}))
-        out(model, rest)
+        seen = []
+        hook = model.get_submodule(site).register_forward_hook(lambda _, x, y, seen=seen: seen.append(y.flatten(0, 1)))
+        for images in (fit, held):
+            out(model, images)
         hook.remove()
+        bias = model.get_submodule(site).bias.detach()
+        error = [(seen[1] - b).square().mean(0) for b in (bias, seen[0].mean(0))]
+        mean = torch.where(error[1] < error[0], torch.cat(seen).mean(0), bias)
         group = next(g for g in groups if g.name == name)
         masks = full_masks(groups)
         for ended in (name, *group.ends):
@@ -86,7 +92,7 @@ def test_the_cost_of_a_sublayer_is_the_distance_of_the_model_with_its_mean_in_it
         small = compact(model, groups, masks)
         block = small.blocks[group.blocks[0]]
         with torch.no_grad():
-            (block.attn if group.ends else block.mlp).bias.copy_(seen[name].flatten(0, 1).mean(0))
+            (block.attn if group.ends else block.mlp).bias.copy_(mean)
             expected = task.distance(adapter.logits(small, shown), adapter.logits(model, shown), 1.0)
         assert curves[name].gone[-1] == group.size
         assert curves[name].cost[-1] == pytest.approx(float(expected), rel=1e-3)
