@@ -4,8 +4,9 @@
 
 One shot, refitted, labels unread, one thread. Both ways share what groups were measured to cost on the same images of
 imagenet_sample1000 (kept in `--curves FILE`, and read from there where it exists). `latency`: by a table of torch at
-batch 8; `measured` is the compact model's time over the dense one's, timed in turn three times over (the median).
-Evaluation on all of imagenet_val1300, cropped without resizing: `lost` in points against the dense model, of all, of
+batch 8, measured now or read from `--table FILE`; `measured` is the compact model's time over the dense one's, timed in
+turn three times over (the median), where `--seconds` are given.
+Evaluation on imagenet_val1300, cropped without resizing: `lost` in points against the dense model, of all, of
 the even places and of the odd ones; `gain`: of depth over widths alone, with its 95 % interval (paired bootstrap).
 Rows are added to depth_cpu.csv; what every sublayer alone costs goes into depth_alone_cpu.csv.
 """
@@ -77,10 +78,23 @@ def ratio(model: nn.Module, dense: nn.Module, seconds: float) -> float:
     return statistics.median(found)
 
 
-def measure(name: str, by: str, targets: Sequence[float], images: int, file: Path, seconds: float) -> None:
+def table_of(by: str, bench: Bench, file: str) -> LatencyTable:
+    """The table that decides."""
+    if by == "macs":
+        return bench.table
+    if not file:
+        return LatencyTable.measure(bench.plain, BATCH, "cpu")
+    table = LatencyTable.load(file)
+    if table.setting is None or table.setting.batch_size != BATCH or table.dense != bench.table.dense:
+        sys.exit(f"{file} is {table!r}; one of this model at batch {BATCH} was expected")
+    return table
+
+
+def measure(name: str, by: str, args: argparse.Namespace) -> None:
     """Rows of one model by one table."""
-    bench = Bench(data_folder(), images, 0, name)
-    table = bench.table if by == "macs" else LatencyTable.measure(bench.plain, BATCH, "cpu")
+    images, file = args.images, Path(f"{args.curves}_{name}_{args.images}.json")
+    bench = Bench(data_folder(), images, args.evaluate, name)
+    table = table_of(by, bench, args.table)
     full, scores = full_masks(bench.groups), bench.remaining()
     curves = curves_of(bench, scores, file)
     ends = whole_costs(bench.groups, full, curves)
@@ -91,7 +105,7 @@ def measure(name: str, by: str, targets: Sequence[float], images: int, file: Pat
         g.name: priced(g, scores[g.name], full[g.name], curves[g.name]) for g in bench.groups if g.name in curves
     }
     records = Kept("depth", ("model", "by", "target", "way", "calibration"))
-    for target in targets:
+    for target in args.targets:
         found: dict[str, Tensor] = {}
         for way in WAYS:
             more = ends if way == "depth" else None
@@ -101,7 +115,8 @@ def measure(name: str, by: str, targets: Sequence[float], images: int, file: Pat
             blocks = widths(bench.groups, masks)
             absent = [f"{b}.{kind}" for b, w in enumerate(blocks) for kind in ("heads", "mlp") if not getattr(w, kind)]
             row = {"model": name, "by": by, "target": target, "way": way, "calibration": images, "images": len(right)}
-            row |= {"predicted": table.ratio(blocks), "measured": ratio(small, bench.plain, seconds)}
+            row |= {"predicted": table.ratio(blocks)}
+            row |= {"measured": ratio(small, bench.plain, args.seconds)} if args.seconds else {}
             row |= {"macs": bench.table.ratio(blocks), "absent": " ".join(absent)}
             d = bench.dense - right
             row |= {f"lost{n}": 100 * float(d[half].mean()) for n, half in HALVES.items()}
@@ -120,7 +135,9 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=[MODEL])
     parser.add_argument("--targets", nargs="+", type=float, default=(0.65, 0.5))
     parser.add_argument("--images", type=int, default=300, help="calibration images")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of timing, three times a model")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of timing, three times a model; 0 for none")
+    parser.add_argument("--evaluate", type=int, default=0, help="evaluation images; 0 for all")
+    parser.add_argument("--table", default="", help="a latency table of torch at batch 8; measured now if empty")
     parser.add_argument(
         "--curves", default="depth_curves", help="of JSON files that keep measured costs, how they begin"
     )
@@ -128,8 +145,7 @@ def main() -> int:
     torch.set_num_threads(1)
     for name in args.models:
         for by in args.by:
-            file = Path(f"{args.curves}_{name}_{args.images}.json")
-            measure(name, by, args.targets, args.images, file, args.seconds)
+            measure(name, by, args)
     return 0
 
 

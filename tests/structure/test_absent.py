@@ -1,15 +1,18 @@
 """Attention and MLPs that have left whole: masked, compact, written and read again, exported."""
 
-import dataclasses
-
 import onnxruntime
 import pytest
 import torch
+import transformers
 
+import nvit
+import nvit.hf
 from nvit import LatencyTable, adapters, snapshot
 from nvit.analysis.evaluate import macs
+from nvit.cli.main import main
 from nvit.export.export import export
 from nvit.layers import Absent, prunable_layers
+from nvit.spec import KINDS
 from nvit.structure.compact import compact
 from nvit.structure.masks import apply_, check_masks, full_masks, kept_counts, widths
 from tests.families import HOSTS
@@ -64,13 +67,8 @@ def test_masked_equals_compact_equals_reloaded_and_can_be_pruned_again(name, tmp
     torch.testing.assert_close(out(narrower, x), out(small, x), **close)
     table = LatencyTable.analytic(narrower)
     assert table.dense_ms * 1e9 == pytest.approx(macs(narrower, tuple(x.shape[1:])), rel=1e-9)
-    assert LatencyTable.analytic(
-        HOSTS[name]() if name in HOSTS else make(name), dict.fromkeys(kept_of(widths(groups, masks)), 1)
-    ).model_ms(widths(groups, masks)) * 1e9 == pytest.approx(macs(back, tuple(x.shape[1:])), rel=1e-9)
-
-
-def kept_of(blocks):
-    return dataclasses.asdict(blocks[0])
+    whole = LatencyTable.analytic(HOSTS[name]() if name in HOSTS else make(name), dict.fromkeys(KINDS, 1))
+    assert whole.model_ms(blocks) * 1e9 == pytest.approx(macs(back, tuple(x.shape[1:])), rel=1e-9)
 
 
 def test_a_model_of_absent_sublayers_alone_has_a_table_and_a_snapshot(tmp_path):
@@ -120,3 +118,39 @@ def test_layers_that_have_left_keep_their_bias_and_add_nothing_without():
     absent = [m for m in prunable_layers(small).values() if isinstance(m, Absent)]
     assert [m.bias is None for m in absent] == [True, True]
     assert torch.equal(absent[0](torch.ones(2, 3, 4)), torch.zeros(2, 3, 4))
+
+
+def test_transformers_save_and_load_what_has_left(tmp_path):
+    model, groups, x, masks = build("hf_dinov2_registers")
+    apply_(model, groups, masks)
+    folder = nvit.hf.save_pretrained(model, tmp_path / "s")
+    back = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    exact = out(model, x)
+    for found in (back(x).logits.detach(), out(nvit.load(folder), x)):
+        torch.testing.assert_close(found, exact, rtol=0, atol=1e-5 * float(exact.abs().max()))
+
+
+def test_a_segmenter_on_a_model_of_which_sublayers_have_left_is_read_again(tmp_path):
+    model, groups, x, masks = build("average_pooling")
+    found = nvit.adapters.segmenter(compact(model, groups, masks), ["ink", "paper"]).eval()
+    back = snapshot.load(snapshot.save(tmp_path / "s", found))
+    torch.testing.assert_close(out(back, x), out(found, x), rtol=0, atol=1e-5)
+
+
+def test_widths_that_have_left_are_told_and_drawn(tmp_path):
+    model, groups, _, masks = build("plain")
+    snapshot.save(tmp_path / "s", compact(model, groups, masks))
+    assert main(["analyze", "widths", str(tmp_path / "s"), "--out", str(tmp_path)]) == 0
+    rows = [row.split(",") for row in (tmp_path / "widths.csv").read_text().splitlines()]
+    heads, mlp = (rows[0].index(kind) for kind in ("heads", "mlp"))
+    assert [rows[1][heads], rows[2][mlp]] == ["0", "0"]
+    assert (tmp_path / "widths.png").stat().st_size > 1000
+
+
+def test_tokens_do_not_merge_where_attention_has_left():
+    model, groups, x, masks = build("plain")
+    small = compact(model, groups, masks)
+    with pytest.raises(ValueError, match="cannot merge in block 0: its attention has left"):
+        adapters.merge_(small, (1, 1))
+    adapters.merge_(small, (0, 1))
+    assert out(small, x).isfinite().all()
