@@ -70,7 +70,8 @@ def test_macs_counts_what_the_model_runs():
 def table_by_hand(mlp=None) -> LatencyTable:
     """Three points an axis, for one block; random values, but `mlp` where given."""
     rng, block = np.random.default_rng(0), BlockWidths(8, 8, 8, 8, 8)
-    parts = adapters.FAMILIES["timm_vit"].parts(make("plain", depth=1))
+    adapter = adapters.FAMILIES["timm_vit"]
+    parts = adapter.parts(adapter.prepare(make("plain", depth=1)))
     values = {p.name: rng.random([3] * len(p.kinds)) + 1 for p in parts}
     if mlp is not None:
         values |= {"mlp": mlp, "attention": np.zeros([3] * 4), "rest": np.zeros(3)}
