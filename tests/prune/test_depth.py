@@ -6,7 +6,8 @@ import torch
 from nvit import LatencyTable, PruneConfig, adapters, prune, snapshot, tasks
 from nvit.layers import Absent, prunable_layers
 from nvit.prune.limits import least_ms
-from nvit.refit.costs import _Deal, measure_costs
+from nvit.refit.costs import measure_costs
+from nvit.refit.judge import Deal
 from nvit.refit.ridge import Moments, ridge
 from nvit.structure.compact import compact
 from nvit.structure.masks import full_masks
@@ -74,7 +75,7 @@ def test_the_cost_of_a_sublayer_is_the_distance_of_the_model_with_its_mean_in_it
     xs = [x for x, _ in batches(model, 6)]
     scores = {g.name: torch.rand(g.size) for g in groups if g.name in ("blocks.0.heads", "blocks.1.mlp")}
     curves = measure_costs(model, groups, scores, xs, task=task, depth=True)
-    deal = _Deal()
+    deal = Deal()
     fit, held, shown = (torch.cat(hand) for hand in zip(*map(deal.of, xs), strict=True))
     for name, site in (("blocks.0.heads", "blocks.0.attn.proj"), ("blocks.1.mlp", "blocks.1.mlp.fc2")):
         seen = []
