@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor, from_numpy
@@ -13,18 +12,7 @@ from ..spec import KINDS, Group, block_widths
 from ..structure.masks import Masks, kept_counts
 from .bundles import queue_of
 from .exits import exits_of
-
-
-@dataclass(frozen=True)
-class Uses:
-    """Where in one part of the latency table queues count: `queue[n]` is the width along `axis[n]` of `piece[n]`.
-
-    An emb queue is used by every block of its stream, and by both neighbours in a merge; all others by their block.
-    """
-
-    queue: np.ndarray
-    piece: np.ndarray
-    axis: np.ndarray
+from .uses import uses_of
 
 
 class Decision:
@@ -69,7 +57,7 @@ class Decision:
         owner = np.full(self.widths.shape, -1)
         for i, q in enumerate(self.queues):
             owner[list(q.group.blocks), KINDS.index(q.group.kind)] = i
-        self.uses = {part: _uses(owner.reshape(-1)[at]) for part, at in table.at.items()}
+        self.uses = {part: uses_of(owner.reshape(-1)[at]) for part, at in table.at.items()}
         self.exits = exits_of(self.queues, self.uses, ends or {})
         self._there = self.widths.copy()  # as if nothing left whole
 
@@ -146,11 +134,3 @@ class Decision:
             for name in way.groups if self.has_left(i) else ():
                 masks[name][:] = False
         return masks
-
-
-def _uses(owner: np.ndarray) -> Uses:
-    """From the queue whose width each axis of each piece is, `(pieces, axes)`, or -1 where none prunes it."""
-    piece, axis = (owner >= 0).nonzero()
-    queue = owner[piece, axis]
-    assert len(set(zip(queue, piece, strict=True))) == len(queue), "a group is two axes of one piece"
-    return Uses(queue, piece, axis)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..spec import KINDS
-
-if TYPE_CHECKING:
-    from .bundles import Queue
-    from .decision import Uses
+from .bundles import Queue
+from .uses import Uses
 
 
 @dataclass(frozen=True)
