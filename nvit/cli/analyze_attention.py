@@ -14,7 +14,7 @@ from ..utils.report import show, write_csv, write_result
 from ..utils.stages import Stage
 from .flags.attention import AttentionCommand
 from .inputs import NO_DATA, open_evaluation_data
-from .models import open_model
+from .models import open_models
 from .progress import shown
 
 
@@ -26,8 +26,7 @@ def run_attention(names: Sequence[str], command: AttentionCommand, progress: Pro
     """
     start, device = time.monotonic(), command.machine.pick()
     flags, models, images = replace(command.images, eval_images=command.samples), {}, 0
-    for name in names:
-        model = open_model(name, command.opening, device)
+    for name, model in zip(names, open_models(names, command.opening, device), strict=True):
         loader = open_evaluation_data(model, flags, command.batch_size, command.task)
         if loader is None:
             raise ValueError(NO_DATA)

@@ -40,6 +40,6 @@ def run(command: RuleCommand) -> None:
     found = run_rule(command.models, command)
     fitted = rule.Rule(**found["rule"])
     print(rule.in_words(fitted))
-    print("explains of the variance: " + ", ".join(f"{100 * r2:.0f} % of {kind}'s" for kind, r2 in found["r2"].items()))
+    print("R² of widths over emb: " + ", ".join(f"{kind} {r2:.2f}" for kind, r2 in found["r2"].items()))
     print(f"{found['csv']}\n{found['figure']}")
     print(f"a model of it: nvit.zoo.revit(nvit.zoo.Rule.load({found['json']!r}).widths(emb=192))")

@@ -16,7 +16,7 @@ from ..utils.report import show, write_csv, write_result
 from ..utils.stages import Stage
 from .flags.compare import CompareCommand
 from .inputs import open_evaluation_data
-from .models import open_model
+from .models import open_models
 from .progress import shown
 from .tables import in_words, measured_on, open_table
 
@@ -31,7 +31,7 @@ def run_compare(names: Sequence[str], command: CompareCommand, progress: Progres
         ValueError: the models take images of different sizes.
     """
     device = command.machine.pick()
-    models = [open_model(name, command.opening, device) for name in names]
+    models = open_models(names, command.opening, device)
     sizes = {tuple(adapters.preprocess(m)["input_size"]) for m in models}
     if len(sizes) > 1:
         raise ValueError(f"the models take images of different sizes {sorted(sizes)}; compare ones that take the same")

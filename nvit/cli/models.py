@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import timm
@@ -51,6 +53,22 @@ def open_model(name: str, flags: ModelFlags, device: torch.device, *, scratch: b
         model = _timm_model(name, flags, scratch)
     adapters.find(model).prepare(model)
     return model.to(device)
+
+
+def open_models(names: Sequence[str], flags: ModelFlags, device: torch.device) -> list[nn.Module]:
+    """Several models, as `open_model`: what goes with timm names alone (`checkpoint`, `num_classes`) or with runs alone
+    (`target`) is for those among them, and is refused where there are none."""
+    runs = {name for name in names if RunFolder(name).snapshots()}
+    others = {name for name in names if name in runs or is_snapshot(name) or Path(name).is_dir()}
+    models = []
+    for name in names:
+        mine = flags
+        if name in others and len(others) < len(set(names)):
+            mine = replace(mine, checkpoint="", num_classes=0)
+        if name not in runs and runs:
+            mine = replace(mine, target=0.0)
+        models.append(open_model(name, mine, device))
+    return models
 
 
 def snapshot_of(name: str, target: float = 0.0) -> str:

@@ -14,7 +14,8 @@ import nvit
 from nvit.cli import main as cli
 from nvit.cli.checkpoint import misfit, unwrapped
 from nvit.cli.flags import ModelFlags
-from nvit.cli.models import open_model, snapshot_of, untrained
+from nvit.cli.models import open_model, open_models, snapshot_of, untrained
+from nvit.structure import snapshot
 from tests.families import hf
 
 NAME = "vit_tiny_patch16_224"
@@ -53,6 +54,21 @@ def test_containers_and_prefixes_are_taken_off(how, weights, tmp_path):
     torch.save(WRAPPED[how](weights), tmp_path / "w.pth")
     model = opened(tmp_path / "w.pth")
     assert all(torch.equal(t, weights[n]) for n, t in model.state_dict().items())
+
+
+def test_of_several_models_each_takes_the_options_of_its_kind(weights, tmp_path):
+    """A dense model from a file beside a run's snapshots: what pruning without the network is compared by."""
+    save_file(weights, tmp_path / "w.safetensors")
+    dense = opened(tmp_path / "w.safetensors")
+    snapshot.save(tmp_path / "run" / "target-0.5", dense)
+    flags = ModelFlags(checkpoint=str(tmp_path / "w.safetensors"), target=0.5, num_classes=7, img_size=(32,))
+    for names in ([NAME, f"{tmp_path}/run"], [f"{tmp_path}/run", NAME]):
+        for model in open_models(names, flags, torch.device("cpu")):
+            assert all(torch.equal(t, weights[n]) for n, t in model.state_dict().items())
+    with pytest.raises(ValueError, match="goes with a timm name"):
+        open_models([f"{tmp_path}/run"] * 2, flags, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"--target 0\.5 is of a run's folder"):
+        open_models([NAME, "digits"], flags, torch.device("cpu"))
 
 
 def without(state, *names):
