@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import fnmatch
 import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -11,12 +12,13 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from tyro.conf import arg
 
 from .criteria.registry import CRITERIA, automatic, refusal
-from .spec import BUNDLE_SIZES, KINDS
+from .spec import BUNDLE_SIZES, KINDS, TOKENS
 from .tasks.registry import TASKS
 from .utils import html
 
 CriterionName = Literal[tuple(CRITERIA)]
 KindName = Literal[KINDS]
+OnlyName = Literal[(*KINDS, "widths", TOKENS)]
 
 SWEEP = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 """Latency targets of a sweep."""
@@ -160,8 +162,14 @@ class PruneConfig(TrainingConfig):
     budget: Annotated[
         str, _help("memory that --no-train may take, as 8GB: resident on a CPU, allocated on CUDA; no limit if empty")
     ] = ""
-    only: Annotated[tuple[KindName, ...], _help("kinds to prune; all if empty")] = ()
-    freeze: Annotated[tuple[str, ...], _help("groups to leave alone, as 'blocks.0.*'")] = ()
+    only: Annotated[
+        tuple[OnlyName, ...],
+        _help(
+            "kinds to prune; all five widths if empty. `tokens`, with --no-train, merges alike ones as well: alone, "
+            "with `widths` (all five) or with some of them; else none merge"
+        ),
+    ] = ()
+    freeze: Annotated[tuple[str, ...], _help("groups to leave alone, as 'blocks.0.*'; or tokens")] = ()
     stages: Annotated[
         tuple[int, ...], _help("stages of a hierarchical model to prune, from 0, as 2 for Swin's longest; all if empty")
     ] = ()
@@ -213,6 +221,8 @@ class PruneConfig(TrainingConfig):
                 f"budget {self.budget} does not bound a refit, which holds activations of all blocks in turn; "
                 "leave out --budget or --refit"
             )
+        if self.merges_tokens:
+            self._check_tokens()
         if (no := refusal(self.saliency, train=self.train, budget=self.budget)) is not None:
             raise ValueError(no)
         if self.budget and (self.train or self.finetune_epochs):
@@ -229,6 +239,33 @@ class PruneConfig(TrainingConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1, or 0 for {none}")
         if not 0 <= self.measure_seconds < math.inf:
             raise ValueError(f"measure_seconds is {self.measure_seconds:g}; it must be at least 0")
+
+    def _check_tokens(self) -> None:
+        """Raise ValueError where something else that is asked for forbids that tokens merge."""
+        if self.train:
+            raise ValueError(
+                "only tokens: how many merge is chosen without training; add --no-train (train = false), and train the "
+                "snapshot with nvit finetune"
+            )
+        if self.budget:
+            raise ValueError(f"budget {self.budget} does not bound the choice of tokens; leave out one of them")
+        if self.depth:
+            raise ValueError("depth: attention that has left has no keys for tokens to merge by; leave out one of them")
+        if self.rounds > 1:
+            raise ValueError(
+                f"rounds {self.rounds}: with tokens, widths are pruned in steps of their own; leave out --rounds"
+            )
+
+    @property
+    def merges_tokens(self) -> bool:
+        """Whether a run lets tokens merge, see `prune.joint`."""
+        return TOKENS in self.only and not any(fnmatch.fnmatch(TOKENS, pattern) for pattern in self.freeze)
+
+    @property
+    def width_kinds(self) -> tuple[str, ...]:
+        """The kinds of widths that a run prunes."""
+        every = not self.only or "widths" in self.only
+        return KINDS if every else tuple(kind for kind in KINDS if kind in self.only)
 
     @property
     def saliency(self) -> str:
@@ -256,8 +293,10 @@ class PruneConfig(TrainingConfig):
         """
         if ranks == 1:
             return self
-        if self.refit:
-            raise ValueError("a refit runs in one process; start without torchrun")
+        if self.refit or self.merges_tokens:
+            raise ValueError(
+                f"{'a refit' if self.refit else 'merging tokens'} runs in one process; start without torchrun"
+            )
         if self.budget:
             raise ValueError("a budget bounds a run of one process; leave out --budget, or start without torchrun")
         name = self.criterion if self.criterion != "auto" else automatic(train=self.train, ranks=ranks)

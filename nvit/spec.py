@@ -11,6 +11,10 @@ from typing import Any
 KINDS = ("emb", "heads", "qk_dim", "v_dim", "mlp")
 """The five prunable widths, in the order in which tables and width arrays hold them."""
 
+TOKENS = "tokens"
+"""What a recipe calls the tokens of an image, which merge where they are alike; no width of a table, see
+`ViTSpec.merges`."""
+
 TITLES = {"emb": "EMB", "heads": "heads", "qk_dim": "QK per head", "v_dim": "V per head", "mlp": "MLP"}
 """The five widths as the paper writes them."""
 

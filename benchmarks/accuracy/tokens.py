@@ -1,94 +1,198 @@
-"""Top-1 lost by DeiT-Ti and ViT-Ti when tokens merge, alone and behind pruned widths; no training, no labels.
+"""Top-1 lost by DeiT-Ti and ViT-Ti when tokens merge, alone and with pruned widths; no training, no labels.
 
-    NVIT_DATA=FOLDER python -m benchmarks.accuracy.tokens [tokens joint] [--models NAME …] [--images 128]
+    NVIT_DATA=FOLDER python -m benchmarks.accuracy.tokens --work FOLDER [macs latency] [--models NAME …]
 
-`tokens`: schedules of each family at shares of MACs; `chosen` is the one of least KL on calibration images of
-imagenet_sample1000, as `merge_to` chooses. `joint`: widths to 0.8 by measured costs, refitted, and then tokens. All of
-imagenet_val1300 is evaluated, cropped without resizing; `lost` is in points against the dense model on the same images:
-of all, of the even places, on which settings may be chosen, and of the odd ones. `low` and `high` are the 95 % interval
-of `lost` (paired bootstrap over images). Writes tokens_<section>_cpu.csv in benchmarks/results.
+At each target, of multiply-accumulates (`macs`) or of latency measured on one CPU thread (`latency`):
+`joint`, what `nvit prune --no-train --refit --only widths tokens` leaves; `ToMe`, as many tokens merged in every block,
+with our op; `widths`, what it leaves without `tokens`. Calibration on images of imagenet_sample1000, labels unread; all
+of imagenet_val1300 is evaluated, cropped without resizing. `lost` is in points against the dense model on the same
+images, with its 95 % interval (paired bootstrap over images), of all, of the even places and of the odd ones; `ahead`
+is how much less `joint` loses than that method, likewise. `latency` is measured in turn with the dense model.
+
+Every model and every answer is kept in --work, so that a run that was stopped goes on. Rows go into tokens_cpu.csv in
+benchmarks/results, all candidates that were judged into tokens_candidates_cpu.csv.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import csv
+import os
 import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import nvit
 from benchmarks import harness
-from benchmarks.accuracy.library import MODEL, Bench, answers, data_folder
+from benchmarks.accuracy.library import BATCH, MODEL, answers, data_folder
 from benchmarks.accuracy.paired import paired_bootstrap
-from nvit import adapters, tasks
-from nvit.prune.tokens import merge_to
-from nvit.refit.costs import measure_costs
-from nvit.selection.curves import priced
-from nvit.selection.lagrangian import drop_to_target
-from nvit.structure.masks import full_masks
+from nvit import adapters
+from nvit.analysis.compare import measured, size
+from nvit.cli.flags import DataFlags, ModelFlags
+from nvit.cli.inputs import open_evaluation_data, open_images
+from nvit.cli.models import open_model
+from nvit.latency.measure import sample_images
+from nvit.latency.table import LatencyTable
+from nvit.prune.tokens import schedules, work_of
+from nvit.structure.skeleton import tokens_by_block
+from nvit.utils.report import write_csv
 
 MODELS = (MODEL, "vit_tiny_patch16_224")
 TARGETS = (0.8, 0.65, 0.5, 0.4)
-WIDTHS_TO = 0.8
-"""Of MACs, before tokens merge in `joint`."""
+LATENCY_BATCH, LATENCY_SECONDS = 8, 20.0
+METHODS = {"joint": ("widths", "tokens"), "ToMe": ("tokens",), "widths": ("widths",)}
+KEY = ("model", "of", "target", "method")
 
 
 class TokenBench:
-    """Rows of one model."""
+    """One model, its images, and the folder where what was made of it stays."""
 
-    def __init__(self, name: str, images: int, evaluate: int) -> None:
-        self.name, self.bench = name, Bench(data_folder(), images, evaluate, name)
-        self.batches = [x for x, _ in self.bench.calibration]
+    def __init__(self, name: str, of: str, images: int, work: Path) -> None:
+        data = data_folder()
+        self.name, self.of, self.images, self.work = name, of, images, work / f"{name}-{of}-{images}"
+        self.where = DataFlags(
+            data=f"{data}/imagenet_sample1000/val",
+            eval_data=f"{data}/imagenet_val1300",
+            class_map=f"{data}/imagenet_synsets.txt",
+            resize=False,
+            workers=0,
+        )
+        self.checkpoint = f"{data}/{name}.safetensors"
+        self.plain = self.open()
+        self.evaluation: list | None = None
 
-    def row(self, target: float, ratio: float, model: nn.Module) -> dict[str, object]:
-        """Points lost by a model."""
-        right, dense = answers(model, self.bench.evaluation), self.bench.dense
-        found = paired_bootstrap(dense.tolist(), right.tolist())
-        halves = (100 * float((dense - right)[half::2].mean()) for half in (0, 1))
-        lost = dict(zip(("lost_even", "lost_odd"), halves, strict=True))
-        points = {"lost": 100 * found.mean, "low": 100 * found.low, "high": 100 * found.high}
-        return {"model": self.name, "target": target, "ratio": ratio} | points | lost | {"images": len(right)}
+    def open(self) -> nn.Module:
+        return open_model(self.name, ModelFlags(checkpoint=self.checkpoint), torch.device("cpu"))
 
-    def tokens(self, records: harness.Records) -> None:
-        for target in TARGETS:
-            model = adapters.merge_(copy.deepcopy(self.bench.plain), ())
-            found = merge_to(model, target, self.batches)
-            row = self.row(target, found["ratio"], model)
-            records.add(**row, family=found["family"], kl=found["kl"][found["family"]],
-                        other_kl=max(found["kl"].values()), merges=" ".join(map(str, found["merges"])))  # fmt: skip
+    def table(self) -> LatencyTable:
+        if self.of == "macs":
+            return LatencyTable.analytic(self.plain)
+        file = self.work / "latency_table.json"
+        if not file.exists():
+            LatencyTable.measure(self.plain, LATENCY_BATCH).save(file)
+        return LatencyTable.load(file)
 
-    def joint(self, records: harness.Records) -> None:
-        bench, full, scores = self.bench, full_masks(self.bench.groups), self.bench.remaining()
-        task = tasks.of("auto", bench.model)
-        curves = measure_costs(bench.model, bench.groups, scores, self.batches, task=task, statistics=bench.seen)
-        prices = scores | {
-            g.name: priced(g, scores[g.name], full[g.name], curves[g.name]) for g in bench.groups if g.name in curves
-        }
-        masks, _ = drop_to_target(prices, full, bench.groups, bench.table, WIDTHS_TO * bench.table.dense_ms)
-        small = bench.pruned(masks, refit=True)
-        for target in TARGETS:
-            model, found = copy.deepcopy(small), None
-            if target < WIDTHS_TO:
-                found = merge_to(model, target, self.batches, dense=bench.plain)
-            row = self.row(target, WIDTHS_TO if found is None else found["ratio"], model)
-            records.add(**row, family="" if found is None else found["family"])
+    def folder(self, method: str, target: float) -> Path:
+        return self.work / method / f"target-{target:g}"
+
+    def prune(self, method: str, targets: Sequence[float]) -> None:
+        """Snapshots of one run of the library at several targets, unless they are there."""
+        if all(self.folder(method, t).exists() for t in targets):
+            return
+        if method == "ToMe" and self.of == "macs":
+            return self.uniform(targets)
+        config = nvit.PruneConfig(
+            train=False,
+            refit=method != "ToMe",
+            only=METHODS[method],
+            latency_target=tuple(targets),
+            images=self.images,
+            batch_size=BATCH,
+        )
+        model = self.open()
+        loader = open_images(model, self.where, task="classification", witness="never").calibration(config)
+        told = lambda done, total, text: print(f"{text} {done}/{total}", file=sys.stderr)  # noqa: E731
+        run = nvit.prune(model, loader, config, self.table(), out=self.work / method, resume=True, progress=told)
+        named = {"model": self.name, "of": self.of, "method": method}
+        write_csv(self.work / f"{method}-history.csv", [named | row for row in run.history])
+
+    def uniform(self, targets: Sequence[float]) -> None:
+        """As many tokens in every block, at a share of the multiply-accumulates."""
+        work = work_of(adapters.merge_(self.plain, ()))
+        for t in targets:
+            merges = schedules(self.plain, lambda _, m, t=t: work(m) <= t * work(()))["uniform"]
+            model = adapters.merge_(self.open(), merges)
+            nvit.snapshot.save(self.folder("ToMe", t), model, {"predicted_ratio": work(merges) / work(())})
+
+    def right(self, name: str, model: Callable[[], nn.Module]) -> Tensor:
+        """Right or wrong by evaluation image, kept by name."""
+        file = self.work / f"{name}.pt"
+        if not file.exists():
+            if self.evaluation is None:
+                self.evaluation = list(open_evaluation_data(self.plain, self.where, BATCH))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(answers(model().eval(), self.evaluation), file)
+        return torch.load(file)
+
+    def rows(self, methods: Sequence[str], targets: Sequence[float], records: harness.Records) -> None:
+        dense = self.right("dense", self.open)
+        for target in targets:
+            joint = None
+            for method in methods:
+                path = self.folder(method, target)
+                if not path.exists():
+                    continue
+                model, metrics = nvit.load(path), nvit.snapshot.load_metrics(path)
+                right = self.right(f"{method}-{target:g}", lambda model=model: model)
+                tokens = tokens_by_block(nvit.snapshot.load_spec(path))
+                row = {"model": self.name, "of": self.of, "target": target, "method": method}
+                row |= {"macs": size(model)["macs"] / size(self.plain)["macs"]} | self.latency(model)
+                row |= {
+                    key: metrics.get(key, "") for key in ("predicted_ratio", "widths_ratio", "schedule", "distance")
+                }
+                row |= {
+                    "tokens_left": tokens[-1],
+                    "top1": 100 * float(right.mean()),
+                    "dense": 100 * float(dense.mean()),
+                }
+                row |= points("lost", dense, right)
+                row |= {
+                    f"lost_{half}": 100 * float((dense - right)[i::2].mean()) for i, half in enumerate(("even", "odd"))
+                }
+                joint = right if method == "joint" else joint
+                row |= points("ahead", joint, right) if joint is not None and method != "joint" else {}
+                records.add(**row, images=len(right), calibration=self.images)
+                save(records)
+
+    def latency(self, model: nn.Module) -> dict[str, float]:
+        """As a fraction of the dense model's."""
+        _, found = measured([self.plain, model], sample_images(self.plain, LATENCY_BATCH), LATENCY_SECONDS)
+        return {"latency": found["measured_ratio"], "latency_spread": found["measured_spread"]}
+
+
+def points(name: str, a: Tensor, b: Tensor) -> dict[str, float]:
+    """Mean of `a - b` in points, and its 95 % interval."""
+    found = paired_bootstrap(a.tolist(), b.tolist())
+    return {name: 100 * found.mean, f"{name}_low": 100 * found.low, f"{name}_high": 100 * found.high}
+
+
+def save(records: harness.Records) -> None:
+    """Rows measured now, and those of other points that the file has."""
+    now, kept = list(records.rows), []
+    if records.path.exists():
+        mine = {tuple(str(row[k]) for k in KEY) for row in now}
+        with records.path.open(newline="") as file:
+            kept = [row for row in csv.DictReader(file) if tuple(row[k] for k in KEY) not in mine]
+    order = {name: i for i, name in enumerate((*MODELS, "macs", "latency", *METHODS))}
+    records.rows = sorted(
+        kept + now, key=lambda r: (order[r["model"]], order[r["of"]], -float(r["target"]), order[r["method"]])
+    )
+    records.save()
+    records.rows = now
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", choices=("tokens", "joint"), default=["tokens", "joint"])
+    parser.add_argument("of", nargs="*", choices=("macs", "latency"), default=["macs", "latency"])
+    parser.add_argument("--work", type=Path, required=True, help="folder for models and answers")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--images", type=int, default=128, help="calibration images")
-    parser.add_argument("--evaluate", type=int, default=0, help="evaluation images; 0 for all")
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=tuple(METHODS))
+    parser.add_argument("--targets", nargs="+", type=float, default=TARGETS)
+    parser.add_argument("--images", type=int, default=300, help="calibration images")
+    parser.add_argument("--only-prune", action="store_true", help="make the models, evaluate nothing yet")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    records = {section: harness.Records(f"tokens_{section}") for section in args.sections}
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    records = harness.Records("tokens")
     for name in args.models:
-        bench = TokenBench(name, args.images, args.evaluate)
-        for section, rows in records.items():
-            getattr(bench, section)(rows)
-            rows.save()
+        for of in args.of:
+            bench = TokenBench(name, of, args.images, args.work)
+            for method in args.methods:
+                bench.prune(method, args.targets)
+            if not args.only_prune:
+                bench.rows(args.methods, args.targets, records)
     return 0
 
 

@@ -11,6 +11,7 @@ from .. import adapters
 from ..latency.clock import TORCH, in_dtype, time_rounds
 from ..latency.spread import ratio_to_first, typical
 from ..latency.table import LatencyTable
+from ..prune.tokens import work_of
 from ..spec import BUNDLE_SIZES, KINDS
 from ..structure import snapshot
 from .evaluate import macs, parameters
@@ -37,9 +38,13 @@ def measured(
 
 
 def predicted_ratio(table: LatencyTable, model: nn.Module) -> float | None:
-    """The table's word on a dense or compact model, where it reaches that far."""
+    """The table's word on a dense or compact model, where it reaches that far: none on merged tokens, unless it counts
+    operations."""
+    spec = snapshot.spec_of(model)
+    if spec.merges and table.setting is not None:
+        return None
     try:
-        return table.ratio(snapshot.spec_of(model).blocks)
+        return work_of(model)(spec.merges) / (1e9 * table.dense_ms) if spec.merges else table.ratio(spec.blocks)
     except ValueError:
         return None
 

@@ -12,20 +12,29 @@ from .figure import PIXELS, legend_below, panels, whole_numbers
 
 
 def width_rows(
-    models: Mapping[str, Sequence[BlockWidths]], merges: Mapping[str, Sequence[int]] | None = None
+    models: Mapping[str, Sequence[BlockWidths]], tokens: Mapping[str, Sequence[int]] | None = None
 ) -> list[dict[str, Any]]:
-    """One row per model and block: `model, block, emb, heads, qk_dim, v_dim, mlp`, and where a model of `merges` has
-    any, `merged`: how many tokens merge there."""
+    """One row per model and block: `model, block, emb, heads, qk_dim, v_dim, mlp`, and where tokens of any model merge,
+    `tokens`: how many leave the block.
+
+    Args:
+        tokens: by model, how many enter its first block and leave each; empty where blocks differ in that.
+    """
     rows = [
         {"model": name, "block": i} | {kind: getattr(widths, kind) for kind in KINDS}
         for name, blocks in models.items()
         for i, widths in enumerate(blocks)
     ]
-    if any(map(any, (merges or {}).values())):
+    if merging(tokens):
         for row in rows:
-            mine = merges.get(row["model"]) or ()
-            row["merged"] = mine[row["block"]] if mine else 0
+            counted = tokens[row["model"]]
+            row["tokens"] = counted[1 + row["block"]] if counted else None
     return rows
+
+
+def merging(tokens: Mapping[str, Sequence[int]] | None) -> bool:
+    """Whether tokens of any model merge."""
+    return any(counted[0] != counted[-1] for counted in (tokens or {}).values() if counted)
 
 
 def plot_widths(
@@ -33,25 +42,34 @@ def plot_widths(
     path: Path | str,
     dense: Sequence[BlockWidths] | None = None,
     pixels: int = PIXELS,
+    tokens: Mapping[str, Sequence[int]] | None = None,
 ) -> None:
-    """A panel per width, a line per model, over the blocks, counted from 1.
+    """A panel per width, a line per model, over the blocks, counted from 1; and one of tokens where any merge.
 
     Args:
         dense: what all of them were cut from, as bars behind.
+        tokens: as in `width_rows`.
     """
     depth = max(map(len, (*models.values(), dense or ())))
-    with panels(len(KINDS), path, pixels=pixels) as axes:
+    titles = dict(TITLES) | ({"tokens": "tokens"} if merging(tokens) else {})
+    with panels(len(titles), path, pixels=pixels) as axes:
         shown: dict[str, Any] = {}
-        for panel, kind in zip(axes, KINDS, strict=True):
+        for panel, (kind, title) in zip(axes, titles.items(), strict=True):
+            by_model = {
+                name: list(tokens[name][1:]) if kind == "tokens" else [getattr(b, kind) for b in blocks]
+                for name, blocks in models.items()
+            }
+            whole = [
+                getattr(b, kind) if kind in KINDS else max(c for counted in tokens.values() for c in counted)
+                for b in dense or ()
+            ]
             if dense is not None:
-                values = [getattr(b, kind) for b in dense]
-                shown["dense"] = panel.bar(range(1, len(dense) + 1), values, width=0.8, color=BEHIND, zorder=1)
-            for i, (name, blocks) in enumerate(models.items()):
-                values = [getattr(b, kind) for b in blocks]
-                (drawn,) = panel.plot(range(1, len(blocks) + 1), values, **line(i), markersize=3.5, zorder=2)
+                shown["dense"] = panel.bar(range(1, len(whole) + 1), whole, width=0.8, color=BEHIND, zorder=1)
+            for i, (name, values) in enumerate(by_model.items()):
+                (drawn,) = panel.plot(range(1, len(values) + 1), values, **line(i), markersize=3.5, zorder=2)
                 shown["/".join(Path(name).parts[-2:])] = drawn
-            most = max(getattr(b, kind) for blocks in (*models.values(), dense or ()) for b in blocks)
-            panel.set(title=TITLES[kind], xlabel="block", xlim=(0.4, depth + 0.6), ylim=(0, 1.12 * most))
+            most = max(v for values in (*by_model.values(), whole) for v in values)
+            panel.set(title=title, xlabel="block", xlim=(0.4, depth + 0.6), ylim=(0, 1.12 * most))
             panel.grid(axis="x", visible=False)
             whole_numbers(panel.xaxis)
             whole_numbers(panel.yaxis, min(6, most))

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..analysis import rule, widths
 from ..structure import snapshot
-from ..structure.skeleton import dense_blocks
+from ..structure.skeleton import dense_blocks, tokens_by_block
 from ..utils.report import write_csv, write_result
 from .flags.widths import WidthsCommand
 from .models import snapshot_of
@@ -19,11 +19,12 @@ def run_widths(names: Sequence[str], command: WidthsCommand) -> dict[str, Any]:
     specs = {name: snapshot.load_spec(snapshot_of(name, command.target)) for name in names}
     models = {name: spec.blocks for name, spec in specs.items()}
     dense = {dense_blocks(spec) for spec in specs.values()}
-    rows = widths.width_rows(models, {name: spec.merges for name, spec in specs.items()})
+    tokens = {name: tokens_by_block(spec) for name, spec in specs.items()}
+    rows = widths.width_rows(models, tokens)
     out = Path(command.out)
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "widths.csv", rows)
-    widths.plot_widths(models, out / "widths.png", dense.pop() if len(dense) == 1 else None)
+    widths.plot_widths(models, out / "widths.png", dense.pop() if len(dense) == 1 else None, tokens=tokens)
     alike = len({len(blocks) for blocks in models.values()}) == 1
     told = alike and len({b.emb for blocks in models.values() for b in blocks}) > 1
     slopes = rule.slopes(models) if told else []

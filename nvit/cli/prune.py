@@ -24,8 +24,10 @@ from ..prune.api import finetune_snapshots, prune
 from ..prune.budget import Budget
 from ..prune.budget import show as show_bytes
 from ..prune.folder import RunFolder
+from ..prune.joint import MERGED
 from ..prune.result import PruneResult
 from ..prune.sample import count_images, refuse_few
+from ..prune.tokens import check_merging
 from ..structure.masks import unmasked_
 from ..training.data import TrainingData
 from ..training.images import DigitImages, Images
@@ -72,6 +74,7 @@ def _open(command: PruneCommand, folder: RunFolder, progress: Progress) -> Opene
     command.latency.deployed(next(model.parameters()).device)
     adapters.find_maskable(model)
     tasks.settled(config, model)
+    check_merging(model, config)
     images = open_images(
         model,
         command.where,
@@ -177,8 +180,7 @@ def run_prune(command: PruneCommand, progress: Progress, log: Log = unlogged) ->
     found["ways_back"] = list(lines)
     if opened.meter:
         found["memory"] = result.memory | {"peak": opened.meter.peak}
-    if config.refit:
-        refits = [row for row in result.history if "refit_seconds" in row]
+    if refits := [row for row in result.history if "refit_seconds" in row]:
         found["refit_seconds"] = sum(row["refit_seconds"] for row in refits)
         found["cost_seconds"] = max(row["cost_seconds"] for row in refits)
         found["chosen_by"] = [row["cost"] for row in refits if "cost" in row]
@@ -215,6 +217,7 @@ def _measure(
         pruned.metrics |= row
         path = pruned.save(folder.snapshot(pruned.target))
         named = {"target": pruned.target, "predicted_ratio": pruned.predicted_ratio}
+        named |= {key: pruned.metrics[key] for key in MERGED if key in pruned.metrics}
         rows.append(named | row | {"in_words": pruned.in_words(), "path": str(path)})
     dense = dense | {key: times[0][key] for key in ("latency_ms", "images_per_s")}
     return {"dense": dense, "snapshots": rows} | measured_on(command.latency, images.device)
@@ -231,6 +234,9 @@ def stages(command: PruneCommand) -> list[Stage]:
         found += [Stage("statistics", 20)] * config.refit
         costs = [Stage("costs", 60)] * config.measures_costs  # before the first refit alone
         decided = [Stage("refit", 20)] * config.refit
+        if config.merges_tokens:
+            found += [Stage("what merging takes", seconds / 4, seconds / 4), Stage("merge", 10)]
+            decided += [Stage("merge", 10)]
         found += [Stage("score", 20), *costs, *decided, *[Stage("score", 20), *decided] * (targets * config.rounds - 1)]
     found += [Stage("finetune", 60)] * (targets * bool(config.finetune_epochs))
     return [*found, Stage("measuring snapshots", seconds / 4, seconds / 4), *[Stage("evaluate", 5)] * targets]

@@ -22,11 +22,13 @@ from ..utils.memory import Meter
 from ..utils.progress import Progress, showing, silent
 from .budget import Budget
 from .folder import RunFolder
+from .joint import prune_with_tokens
 from .oneshot import prune_one_shot
 from .pruner import Pruner
 from .result import Pruned, PruneResult
 from .sample import refuse_few
 from .timing import Timer
+from .tokens import check_merging
 
 
 @showing
@@ -82,6 +84,7 @@ def prune(
     adapter = adapters.find_maskable(model)
     adapter.prepare(model)
     tasks.settled(config, model)  # before a table is measured
+    check_merging(model, config)
     budget = Budget(config.budget, device, meter) if config.budget else None
     config = config.over_ranks(parallel.world())
     parallel.same_weights_(model)
@@ -97,6 +100,8 @@ def prune(
             snapshots = _prune_training(pruner, loader, objective, folder, progress, log)
         finally:
             pruner.stop_recording()
+    elif config.merges_tokens:
+        snapshots = prune_with_tokens(pruner, loader, folder, progress, log)
     else:
         if config.fsdp and parallel.world() > 1:
             pruner.work_in(parallel.shard(model, adapter.logits))

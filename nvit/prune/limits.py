@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..config import PruneConfig
 from ..latency.table import LatencyTable
-from ..spec import KINDS, Group, block_widths
+from ..spec import KINDS, TOKENS, Group, block_widths
 from ..tasks import Task
 
 
@@ -20,8 +20,11 @@ def free_groups(groups: Sequence[Group], config: PruneConfig, task: Task) -> lis
     """
     if config.depth and all(g.ends is None for g in groups):
         raise ValueError("depth: no attention or MLP of this model may leave whole (of Swin none); leave out --depth")
+    if not config.width_kinds and config.merges_tokens:
+        return []
     kept = () if task.outputs != 0 or config.keep_output else ([g.name for g in groups if g.kind == "emb"][-1],)
-    return prunable_groups(groups, config.only, (*config.freeze, *kept), config.stages)
+    freeze = [pattern for pattern in config.freeze if pattern != TOKENS]
+    return prunable_groups(groups, config.width_kinds or config.only, (*freeze, *kept), config.stages)
 
 
 def prunable_groups(
@@ -63,13 +66,23 @@ def least_ms(table: LatencyTable, groups: Sequence[Group], free: Sequence[Group]
 
 
 def check_reachable(
-    targets: Sequence[float], table: LatencyTable, groups: Sequence[Group], free: Sequence[Group], depth: bool = False
+    targets: Sequence[float],
+    table: LatencyTable,
+    groups: Sequence[Group],
+    free: Sequence[Group],
+    depth: bool = False,
+    merging: float = 1.0,
 ) -> None:
-    """Raise ValueError where a target, a fraction of the dense latency, is below what pruning can leave."""
-    least = least_ms(table, groups, free, depth) / table.dense_ms
+    """Raise ValueError where a target, a fraction of the dense latency, is below what pruning can leave.
+
+    Args:
+        merging: the share of a model's work that is left where as many tokens merge as can.
+    """
+    least = merging * least_ms(table, groups, free, depth) / table.dense_ms
+    how = "the smallest allowed widths" + (" and the fewest tokens" if merging < 1 else "")
     for target in targets:
         if target < least:
             raise ValueError(
-                f"latency target {target:g} of dense cannot be met: the smallest allowed widths reach {least:.3f}. "
+                f"latency target {target:g} of dense cannot be met: {how} reach {least:.3f}. "
                 "Raise the target, or allow more groups to be pruned."
             )

@@ -36,26 +36,38 @@ def prune_one_shot(
     A sweep scores the dense model alone, and every target is chosen by that."""
     config = pruner.config
     pruner.stop_recording()
-    refitter = Refitter(pruner, loader, progress) if config.refit else None
+    steps = Steps(pruner, loader, budget, progress, log)
     snapshots = between.go_on(pruner, keep)
     for target in pruner.targets[len(snapshots) :]:
         start = pruner.ratio
         for r in range(1, config.rounds + 1):
-            known = refitter.statistics if refitter is not None and not pruner.history else None
-            if not (config.sweep and pruner.known_scores):
-                score(pruner, loader, budget, statistics=known, progress=progress)
             last = r == config.rounds
-            here = target if last else start + (pruner.aim.at(target) - start) * r / config.rounds
-            judge = refitter.distance if config.measures_costs and config.cost == "both" else None
-            pruner.decide_at(here, refitter.costs if config.measures_costs else None, judge)
-            if refitter is not None:
-                pruner.history[-1] |= refitter.refit()
-            error = {k: v for k, v in pruner.history[-1].items() if k == "refit_error"}
-            log("prune", len(pruner.history), {"ratio": pruner.ratio} | pruner.mean_widths() | error)
+            steps.to(target if last else start + (pruner.aim.at(target) - start) * r / config.rounds)
         snapshots.append(keep.take(pruner, target, pruner.compact()))
         if budget is None:  # which has no room for what writing a state takes
             between.keep(pruner, keep)
     return snapshots
+
+
+class Steps:
+    """Steps of a one-shot run, each to a latency: score, decide, refit. The model is still dense when this is made."""
+
+    def __init__(self, pruner: Pruner, loader, budget: Budget | None, progress: Progress, log: Log) -> None:
+        self.pruner, self.loader, self.budget, self.progress, self.log = pruner, loader, budget, progress, log
+        self.refitter = Refitter(pruner, loader, progress) if pruner.config.refit else None
+
+    def to(self, ratio: float) -> None:
+        """Down to a predicted latency, as a fraction of dense."""
+        pruner, config, refitter = self.pruner, self.pruner.config, self.refitter
+        known = refitter.statistics if refitter is not None and pruner.ratio == 1.0 else None
+        if not (config.sweep and pruner.known_scores):
+            score(pruner, self.loader, self.budget, statistics=known, progress=self.progress)
+        judge = refitter.distance if config.measures_costs and config.cost == "both" else None
+        pruner.decide_at(ratio, refitter.costs if config.measures_costs else None, judge)
+        if refitter is not None:
+            pruner.history[-1] |= refitter.refit()
+        error = {k: v for k, v in pruner.history[-1].items() if k == "refit_error"}
+        self.log("prune", len(pruner.history), {"ratio": pruner.ratio} | pruner.mean_widths() | error)
 
 
 class Refitter:

@@ -28,7 +28,8 @@ from ..structure.masks import Masks, full_masks, widths
 from .aim import Aim, Reading
 from .limits import check_reachable, least_ms, prunable_groups
 from .scorer import Scorer
-from .timing import Timer, clock_of
+from .timing import Timer, clock_of, ratios_of
+from .tokens import least_share
 
 __all__ = ["Pruner", "prunable_groups"]
 
@@ -73,6 +74,7 @@ class Pruner(Scorer):
         met: those settled so far: met, or as near as pruning comes.
         readings: what was measured at each of them.
         aim: where they lie by the table.
+        ratios: measures models against the dense one; None for the table's word.
         curves: what the first units of a group cost where that was measured, by group.
         history: a row per decision.
         steps: so far.
@@ -102,7 +104,8 @@ class Pruner(Scorer):
             )
         least = least_ms(table, self.groups, self.free, self.config.depth) / table.dense_ms
         seconds = 0.0 if timer is None else self.config.measure_seconds
-        self.aim = Aim(clock_of(table.setting, seconds, self._whole, timer or time_rounds), least)
+        self.ratios = ratios_of(table.setting, seconds, self._whole, timer or time_rounds)
+        self.aim = Aim(clock_of(self.ratios), least)
         self.readings: dict[float, Reading] = {}
         self._asked_for = False  # whether the masks are those of a target
         if self.criterion.capabilities.training:
@@ -120,7 +123,8 @@ class Pruner(Scorer):
 
     def check_targets(self) -> None:
         """Raise ValueError where a target is below what pruning can leave, by the table."""
-        check_reachable(self.targets, self.table, self.groups, self.free, self.config.depth)
+        merging = least_share(self.model, self.config)
+        check_reachable(self.targets, self.table, self.groups, self.free, self.config.depth, merging)
 
     def step(self, grads: Mapping[str, Tensor] | None = None) -> list[float]:
         """After `optimizer.step()`, while gradients are still there: zero what is pruned, score, decide when due.
@@ -277,6 +281,17 @@ class Pruner(Scorer):
             self.readings |= dict.fromkeys(found, reading)
         if self.done:
             self.stop_recording()
+
+    def settle(self, masks: Masks, weights: Mapping[str, Tensor], readings: Mapping[float, Reading | None]) -> None:
+        """Every target is settled by models that were chosen elsewhere; the model gets these masks and weights, which
+        are those of the last one."""
+        with torch.no_grad():
+            for name, p in self.params.items():
+                p.copy_(weights[name])
+        self._set_masks(masks)
+        self.met, self._asked_for = list(self.targets), True
+        self.readings |= {t: reading for t, reading in readings.items() if reading is not None}
+        self.stop_recording()
 
     def _cut(self, masks: Masks, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
         weights = parallel.gathered(self.params) if weights is None else weights

@@ -11,6 +11,7 @@ from .. import adapters, tasks
 from ..config import PruneConfig
 from ..latency.table import LatencyTable
 from .limits import check_reachable, free_groups, least_ms
+from .tokens import least_share
 
 
 def fractions(
@@ -38,6 +39,7 @@ def fractions(
     groups = adapters.of(model).groups(model, config.bundle_sizes)
     free = free_groups(groups, config, tasks.of(config.task, model))
     least, dense, batch = least_ms(table, groups, free, config.depth), table.dense_ms, table.setting.batch_size
+    least *= least_share(model, config)
 
     asked = [(ms, f"latency_ms {ms:g}") for ms in latency_ms]
     asked += [(1e3 * batch / rate, f"images_per_second {rate:g}") for rate in images_per_second]
@@ -62,4 +64,4 @@ def refuse_out_of_reach(model: nn.Module, table: LatencyTable, config: PruneConf
     """Raise ValueError where a target of the config is below what pruning can leave of `model`, as `fractions` does."""
     groups = adapters.of(model).groups(model, config.bundle_sizes)
     free = free_groups(groups, config, tasks.of(config.task, model))
-    check_reachable(config.latency_target, table, groups, free, config.depth)
+    check_reachable(config.latency_target, table, groups, free, config.depth, least_share(model, config))

@@ -18,26 +18,37 @@ Timer = Callable[[Sequence[nn.Module], Tensor, float, str], np.ndarray]
 """Milliseconds `(rounds, models)` of models on images, for seconds, in a mode."""
 
 
-def clock_of(
+Ratios = Callable[[Sequence[nn.Module]], list[Ratio]]
+"""Latencies of models as fractions of the dense one's, as measured in turn."""
+
+
+def ratios_of(
     setting: Setting | None, seconds: float, dense: Callable[[], nn.Module], timer: Timer = time_rounds
-) -> Clock | None:
-    """A clock for the compact models of a run; None where the table counts operations, or `seconds` is 0.
+) -> Ratios | None:
+    """What measures the models of a run; None where the table counts operations, or `seconds` is 0.
 
     Args:
+        seconds: for the dense model and another one; more take longer.
         dense: makes the model that latencies are fractions of; called at each reading, so that nobody keeps it.
     """
     if setting is None or not seconds:
         return None
     dtype = getattr(torch, setting.dtype)
 
-    def read(compact: nn.Module) -> Ratio:
-        models = [in_dtype(m, dtype) for m in (dense(), compact)]
+    def read(others: Sequence[nn.Module]) -> list[Ratio]:
+        models = [in_dtype(m, dtype) for m in (dense(), *others)]
 
-        def timed() -> Ratio:
+        def timed() -> list[Ratio]:
             images = sample_images(models[0], setting.batch_size)
             elsewhere = {} if setting.runtime == TORCH else {"runtime": setting.runtime}
-            return ratio_to_first(timer(models, images, seconds, setting.mode, **elsewhere), 1)
+            rounds = timer(models, images, seconds * len(models) / 2, setting.mode, **elsewhere)
+            return [ratio_to_first(rounds, i) for i in range(1, len(models))]
 
         return parallel.from_main(timed)
 
     return read
+
+
+def clock_of(ratios: Ratios | None) -> Clock | None:
+    """The same for one model at a time."""
+    return None if ratios is None else lambda model: ratios([model])[0]

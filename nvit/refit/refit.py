@@ -23,6 +23,9 @@ from .entries import entries, refittable
 from .gather import Halves, Pair, classifier_moments, inputs_of, moments_at, parts, row_weights
 from .ridge import ridge
 
+HELD = 0.2
+"""The share of the calibration batches that chooses the strength of the ridge."""
+
 
 @torch.inference_mode()
 def refit_(
@@ -34,7 +37,7 @@ def refit_(
     statistics: Mapping[Place, SiteStatistics] | None = None,
     readers: bool = True,
     stream: bool = True,
-    held: float = 0.2,
+    held: float = HELD,
     uniform: float = 0.2,
     progress: Progress = silent,
 ) -> list[dict]:
@@ -91,7 +94,13 @@ def _enter(model: nn.Module, dense: nn.Module, batches: Iterable[Tensor], held: 
     count = len(ours)
     if count < 2:
         raise ValueError(f"refit got {count} batches of calibration images; it needs 2, one to choose the ridge with")
-    return Pair(ours, theirs, min(count - 1, max(1, round(count * (1 - held)))))
+    return Pair(ours, theirs, first_held(count, held))
+
+
+def first_held(count: int, held: float = HELD) -> int:
+    """Of so many batches, the first of those that are held back: they choose the ridge, and no weight is fitted to
+    them."""
+    return min(count - 1, max(1, round(count * (1 - held))))
 
 
 def _change_(where: str, part: LinearPart, halves: Halves, *, shared: bool = False) -> dict:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import adapters
+from ..layers.merging import counts
 from ..spec import BlockWidths, Group, ViTSpec
 from .compact import cut
 from .masks import Masks, check_masks, full_masks, weight_masks, widths
@@ -56,6 +57,19 @@ def dense_blocks(spec: ViTSpec) -> tuple[BlockWidths, ...]:
     check_sizes(spec)
     groups = family_of(spec).groups(adapters.build(spec))
     return widths(groups, full_masks(groups))
+
+
+def tokens_by_block(spec: ViTSpec) -> list[int]:
+    """Tokens that enter the first block of a spec's model, and those that leave each; none of a hierarchical model,
+    where every stage has its own.
+
+    Raises:
+        ValueError: as `skeleton`.
+    """
+    check_sizes(spec)
+    if "depths" in spec.config:
+        return []
+    return counts(family_of(spec).tokens(adapters.build(spec)), spec.merges or (0,) * len(spec.blocks))
 
 
 def filled(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:

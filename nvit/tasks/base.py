@@ -40,6 +40,7 @@ class Task(ABC):
         reads_labels: its batches hold labels; otherwise the unpruned model's outputs take their place.
         class_numbers: labels are class numbers, so that class folders, smoothing, mixup, and a second teacher's hard
             labels go with it.
+        every_token: its answers are about every place of an image, so that none of its tokens may merge.
         own: settings of a recipe that are for this task alone.
         outputs: of the model; 0 of one without a head, None where it does not say.
     """
@@ -48,6 +49,7 @@ class Task(ABC):
     metric: ClassVar[str]
     reads_labels: ClassVar[bool] = True
     class_numbers: ClassVar[bool] = False
+    every_token: ClassVar[bool] = False
     own: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, outputs: int | None) -> None:
@@ -97,6 +99,11 @@ class Task(ABC):
         for field, default in (("features", "auto"), ("keep_output", False)):
             if field not in self.own and getattr(config, field, default) != default:
                 raise ValueError(f"{field} is for task features, the task is {self.name}; leave it out")
+        if self.every_token and getattr(config, "merges_tokens", False):
+            raise ValueError(
+                f"only tokens: task {self.name} answers for every place of an image, so each of its tokens is needed; "
+                "leave out tokens (--only widths)"
+            )
         if self.class_numbers:
             return
         for field in ("cnn_teacher", "label_smoothing", "mixup", "cutmix"):

@@ -26,6 +26,11 @@ class Features(Task):
 
     def check(self, config: Any) -> None:
         super().check(config)
+        if config.features == "tokens" and getattr(config, "merges_tokens", False):
+            raise ValueError(
+                "only tokens: features tokens is about each of them; take --features class or pooled, or leave out "
+                "tokens (--only widths)"
+            )
         if getattr(config, "keep_output", False) and not config.refit:
             raise ValueError("keep_output is fitted by a refit; add --refit (refit = true)")
         if getattr(config, "train", False):

@@ -25,7 +25,7 @@ class Segmentation(Task):
     batch add up to the batch.
     """
 
-    name, metric = "segmentation", "miou"
+    name, metric, every_token = "segmentation", "miou", True
 
     def check(self, config: Any) -> None:
         super().check(config)

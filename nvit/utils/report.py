@@ -22,6 +22,7 @@ FORMATS = {
     "macs": ("GMACs", lambda v: f"{v / 1e9:.3f}"),
     "bytes": ("MB", lambda v: f"{v / 1e6:.2f}"),
     "difference": ("max difference", lambda v: f"{v:.1e}"),
+    "tokens": ("tokens", lambda v: f"{v[0]} → {v[-1]}"),
     "predicted_ratio": ("predicted ×", lambda v: f"{v:.3f}"),
     "measured_ratio": ("measured ×", lambda v: f"{v:.3f}"),
     "latency_ms": ("ms", lambda v: f"{v:.2f}"),

@@ -9,6 +9,7 @@ from nvit.analysis.widths import width_rows
 from nvit.prune.tokens import merge_to, work_of
 from nvit.structure import snapshot
 from nvit.structure.compact import compact
+from nvit.structure.skeleton import tokens_by_block
 from tests.hosts import images, make, random_masks
 
 LARGE = {"img_size": 32, "depth": 3}
@@ -25,8 +26,10 @@ def test_a_share_of_the_work_is_met_and_answers_choose_the_family():
     found = merge_to(model, 0.8, batches)
     assert 0.7 < found["ratio"] <= 0.8
     assert macs(model, (3, 32, 32)) / whole == pytest.approx(found["ratio"], abs=0.01)
-    assert adapters.merges(model) == found["merges"] and found["kl"][found["family"]] == min(found["kl"].values())
-    assert len(found["kl"]) == 2 and all(kl > 0 for kl in found["kl"].values())
+    assert adapters.merges(model) == found["merges"] and found["distance"][found["family"]] == min(
+        found["distance"].values()
+    )
+    assert len(found["distance"]) == 2 and all(d > 0 for d in found["distance"].values())
 
 
 def test_of_a_compact_model_the_dense_one_counts(tmp_path):
@@ -39,9 +42,11 @@ def test_of_a_compact_model_the_dense_one_counts(tmp_path):
     snapshot.save(tmp_path / "s", small)
     spec = snapshot.load_spec(tmp_path / "s")
     assert spec.merges == found["merges"]
-    rows = width_rows({"s": spec.blocks, "dense": spec.blocks}, {"s": spec.merges, "dense": ()})
-    assert [row["merged"] for row in rows] == [*found["merges"], 0, 0, 0]
-    assert "merged" not in width_rows({"s": spec.blocks})[0]
+    tokens = {"s": tokens_by_block(spec), "dense": tokens_by_block(snapshot.spec_of(dense))}
+    rows = width_rows({"s": spec.blocks, "dense": spec.blocks}, tokens)
+    left = [17 - sum(found["merges"][: b + 1]) for b in range(3)]
+    assert [row["tokens"] for row in rows] == [*left, 17, 17, 17]
+    assert "tokens" not in width_rows({"s": spec.blocks}, {"s": [17] * 4})[0]
 
 
 def test_modes_and_targets():
