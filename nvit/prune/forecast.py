@@ -115,7 +115,8 @@ def forecast_one_shot(model: nn.Module, loader, config: PruneConfig, table: Late
     each = (more - some) / (2 * (large - small)) if large > small else more / (2 * large)
     beside = max(0.0, more - 2 * large * each)
     passes = 2 if config.refit else 1
-    decisions = len(config.latency_target) * config.rounds
+    # With tokens a run goes down once for all targets, as the rehearsal does.
+    decisions = 1 if config.merges_tokens else len(config.latency_target) * config.rounds
     looks = 1 if config.sweep and not config.refit else decisions  # a sweep's refits are counted as scores too: at most
     seconds = decisions * beside + looks * images * (max(0.0, each) + passes * load)
     if config.measures_costs:
@@ -126,7 +127,7 @@ def forecast_one_shot(model: nn.Module, loader, config: PruneConfig, table: Late
         wide = table.dense[0].emb * adapters.find(model).tokens(model) * next(model.parameters()).element_size()
         peak += 2 * wide * max(0, images - 2 * size)
     what = "score, measure costs, decide" if config.measures_costs else "score, decide"
-    what += ", refit" * config.refit
+    what += ", refit" * config.refit + ", merge" * config.merges_tokens
     times = f"{images} images" + (f", {looks} times" if looks > 1 else "")
     return Forecast((Stage(what, times, seconds),), peak if watch.meter else None)
 

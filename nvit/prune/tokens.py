@@ -43,9 +43,16 @@ def work_of(model: nn.Module) -> Callable[[Merges], int]:
 
 
 def check_merging(model: nn.Module, config: PruneConfig) -> None:
-    """Raise ValueError where a recipe lets tokens of a model merge that cannot."""
-    if config.merges_tokens and (reason := adapters.find(model).merge_refusal(model)) is not None:
+    """Raise ValueError where a recipe lets tokens of a model merge that cannot, or do already."""
+    if not config.merges_tokens:
+        return
+    if (reason := adapters.find(model).merge_refusal(model)) is not None:
         raise ValueError(f"only tokens: {reason}. Leave out tokens (--only widths)")
+    if adapters.merges(model):
+        raise ValueError(
+            "only tokens: tokens of this model merge already; leave out tokens (--only widths), or end it first "
+            "(nvit.adapters.merge_(model, ()))"
+        )
 
 
 def least_share(model: nn.Module, config: PruneConfig) -> float:
