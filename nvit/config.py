@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import fnmatch
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, get_type_hints
 
 from tyro.conf import arg
 
@@ -15,6 +14,7 @@ from .criteria.registry import CRITERIA, automatic, refusal
 from .spec import BUNDLE_SIZES, KINDS, TOKENS
 from .tasks.registry import TASKS
 from .utils import html
+from .utils.settings import check_choices
 
 CriterionName = Literal[tuple(CRITERIA)]
 KindName = Literal[KINDS]
@@ -333,26 +333,3 @@ class FinetuneConfig(TrainingConfig):
     warmup_epochs: Annotated[float, _help("of linear warm-up")] = 0.0
     warmup_lr: Annotated[float, _help("where the warm-up begins, whatever the batch")] = 1e-6
     distill_tau: Annotated[float, _help("temperature of L_full")] = 20.0
-
-
-def _nearest(name: str, known) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _choices(hint: Any) -> tuple[Any, ...]:
-    """The values that an annotation made of literals allows; empty where any will do."""
-    if get_origin(hint) is Literal:
-        return get_args(hint)
-    inside = get_args(hint)[:1] if get_origin(hint) is Annotated else get_args(hint)
-    return tuple(value for part in inside for value in _choices(part))
-
-
-def check_choices(config: Any) -> None:
-    """Raise ValueError where a field of a command's dataclass is none of the few values it may have."""
-    for name, hint in get_type_hints(type(config), include_extras=True).items():
-        found, known = getattr(config, name), _choices(hint)
-        for value in found if isinstance(found, tuple) else (found,):
-            if known and value not in known:
-                near = _nearest(str(value), known)
-                raise ValueError(f"{name}: unknown value {value!r}{near}; expected one of {', '.join(known)}")

@@ -14,8 +14,8 @@ else:
     import tomli as tomllib
 
 from .. import __version__
-from ..config import _nearest, check_choices
 from ..utils.files import write_atomically
+from ..utils.settings import check_choices, nearest
 from .command import Command, flat, parts, with_settings
 
 NOT_OF_A_RECIPE = ("out", "resume", "debug", "dump_config")
@@ -52,7 +52,7 @@ def from_dict(cls: type, raw: Mapping[str, Any], source: str) -> Any:
     defaults, values = flat(command), {}
     for key, value in raw.items():
         if key not in defaults:
-            raise ValueError(f"{source}: unknown key {key!r}{_nearest(key, defaults)}")
+            raise ValueError(f"{source}: unknown key {key!r}{nearest(key, defaults)}")
         values[key] = _typed(source, key, value, defaults[key])
     command = with_settings(command, values)
     try:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
-from ..config import _choices, _nearest
+from ..utils.settings import choices, nearest
 from .command import Command, parts
 
 HELP = ("-h", "--help")
@@ -67,12 +67,12 @@ def command_of(args: Sequence[str], commands: Mapping[str, Command]) -> tuple[st
     if name in families:
         inside = [known.partition(" ")[2] for known in commands if known.startswith(f"{name} ")]
         if not rest or rest[0] not in inside:
-            near = _nearest(rest[0], inside) if rest else ""
+            near = nearest(rest[0], inside) if rest else ""
             raise UsageError(f"usage: nvit {name} {{{','.join(inside)}}} MODEL …{near}")
         name = f"{name} {rest.pop(0)}"
     if name not in commands:
         known = sorted({known.partition(" ")[0] for known in commands}, key=[*commands, *families].index)
-        raise UsageError(f"unknown command {name!r}{_nearest(name, known)}; there are {', '.join(known)}")
+        raise UsageError(f"unknown command {name!r}{nearest(name, known)}; there are {', '.join(known)}")
     return name, rest
 
 
@@ -110,12 +110,12 @@ def _sorted(name: str, command: Command, rest: list[str]) -> Line:
             flags.append(word)
         elif key not in hints or key in ("model", "models"):
             known = [f"--{k.replace('_', '-')}" for k, hint in hints.items()]
-            raise UsageError(f"{name} has no flag {flag}{_nearest(flag, known)}; --help lists them")
+            raise UsageError(f"{name} has no flag {flag}{nearest(flag, known)}; --help lists them")
         elif get_origin(hints[key]) is tuple:
             found = [value] if equals else _values(rest)
             for v in found:
                 _check(flag, v, hints[key], models)
-            if found and not equals and not _choices(hints[key]) and get_args(hints[key])[0] is str:
+            if found and not equals and not choices(hints[key]) and get_args(hints[key])[0] is str:
                 taken = f"{found[-1]!r} is a value of {flag}"  # which may be any word, a MODEL among them
             given.add(key)
             flags += [flag, *found]
@@ -146,10 +146,10 @@ def _values(rest: list[str]) -> list[str]:
 
 def _check(flag: str, word: str, hint: Any, models: Sequence[str]) -> None:
     """Raise UsageError where a flag cannot have this value."""
-    several, known = get_origin(hint) is tuple, _choices(hint)
+    several, known = get_origin(hint) is tuple, choices(hint)
     number = next((t for t in (int, float) if hint is t or (several and get_args(hint)[0] is t)), None)
     if known and word not in known:
-        says = f"{flag}: unknown value {word!r}{_nearest(word, known)}; expected one of {', '.join(map(str, known))}"
+        says = f"{flag}: unknown value {word!r}{nearest(word, known)}; expected one of {', '.join(map(str, known))}"
     elif number is not None and not _is(number, word):
         says = f"{flag}: {word!r} is not {'a whole' if number is int else 'a'} number"
     elif several and word.endswith(".toml"):

@@ -40,6 +40,11 @@ class Reading:
         return abs(self.measured - target) > max(self.spread, NEAR * target)
 
 
+def measured(reading: Reading | None) -> dict[str, float]:
+    """What a decision's row says of a measurement."""
+    return {} if reading is None else {"measured_ratio": reading.measured, "measured_spread": reading.spread}
+
+
 class Aim:
     """The predicted latency to prune to, so that the measured one is a target's.
 

@@ -27,7 +27,7 @@ from ..training.batches import images_of
 from ..utils.logs import Log, unlogged
 from ..utils.progress import Progress
 from . import between
-from .aim import Aim, Reading
+from .aim import Aim, Reading, measured
 from .folder import RunFolder
 from .merging_cost import MergingCost, Rung, measure_merging
 from .oneshot import Steps
@@ -168,10 +168,9 @@ class Walk:
             merges, reading = aim.hit(target, choose, lambda merges: self._with(rung, merges))
         model, predicted = self._with(rung, merges), rung.predicted(family, merges)
         tokens = counts(adapters.of(model).tokens(model), merges)
-        measured = {} if reading is None else {"measured_ratio": reading.measured, "measured_spread": reading.spread}
         row: dict[str, Any] = {"schedule": family, "widths_ratio": rung.ratio, "distance": choice.distance}
         head = {"step": self.pruner.steps, "predicted_ratio": predicted, "target": target}
-        self.pruner.history.append(head | row | measured)
+        self.pruner.history.append(head | row | measured(reading))
         return Pruned(target, model, predicted, row | {"tokens": tokens}, reading)
 
     def _with(self, rung: Rung, merges: Merges) -> nn.Module:

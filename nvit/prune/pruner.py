@@ -25,7 +25,7 @@ from ..selection.lagrangian import drop_to_target
 from ..spec import KINDS
 from ..structure.compact import compact
 from ..structure.masks import Masks, full_masks, widths
-from .aim import Aim, Reading
+from .aim import Aim, Reading, measured
 from .limits import check_reachable, least_ms, prunable_groups
 from .scorer import Scorer
 from .timing import Timer, clock_of, ratios_of
@@ -215,7 +215,7 @@ class Pruner(Scorer):
             self._settle_to(self.ratio)
         else:
             (masks, eta), reading = self.aim.hit(target, choose, lambda choice: self._cut(choice[0]))
-            self._take(scores, masks, eta=eta, **said, **_measured(reading))
+            self._take(scores, masks, eta=eta, **said, **measured(reading))
             self._settle_to(self.ratio if reading is None else target, reading)
         self._asked_for = True
 
@@ -264,7 +264,7 @@ class Pruner(Scorer):
                 break
             if self.aim.clock is not None:
                 reading = self.aim.read(self.ratio, lambda: self._cut(self.masks))
-                self.history[-1] |= _measured(reading)
+                self.history[-1] |= measured(reading)
                 if not reading.meets(target) and not self.aim.beyond(target):
                     break  # the aim is corrected, and pruning goes on to there
                 self.readings[target] = reading
@@ -348,8 +348,3 @@ class Pruner(Scorer):
         self.readings = {float(t): Reading(**r) for t, r in mine["readings"].items()}
         if self.done:
             self.stop_recording()
-
-
-def _measured(reading: Reading | None) -> dict[str, float]:
-    """What a decision's row says of a measurement."""
-    return {} if reading is None else {"measured_ratio": reading.measured, "measured_spread": reading.spread}

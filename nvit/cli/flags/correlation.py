@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from ...config import CriterionName, KindName, PruneConfig, TaskName, _help, check_choices
+from ...config import CriterionName, KindName, PruneConfig, TaskName, _help
+from ...utils.settings import check_choices
 from ..command import Command
 from .parts import MODEL, DataFlags, GeneralFlags, MachineFlags, ModelFlags
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from ...config import PruneConfig, TaskName, _help, check_choices
+from ...config import PruneConfig, TaskName, _help
+from ...utils.settings import check_choices
 from ..command import Command
 from .parts import MODEL, DataFlags, GeneralFlags, LatencyFlags, MachineFlags, ModelFlags
 
