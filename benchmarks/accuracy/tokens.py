@@ -153,6 +153,16 @@ class TokenBench:
         return {"latency": found["measured_ratio"], "latency_spread": found["measured_spread"]}
 
 
+def candidates(work: Path) -> None:
+    """Every candidate that runs in `work` judged, and at the end of each run what it took."""
+    names = ("model", "of", "method", "target", "widths_ratio", "schedule", "predicted_ratio", "distance")
+    rows = []
+    for file in sorted(work.glob("*/*-history.csv")):
+        with file.open(newline="") as text:
+            rows += [{n: row[n] for n in names} for row in csv.DictReader(text) if row.get("schedule")]
+    write_csv(harness.RESULTS / "tokens_candidates_cpu.csv", rows)
+
+
 def points(name: str, a: Tensor, b: Tensor) -> dict[str, float]:
     """Mean of `a - b` in points, and its 95 % interval."""
     found = paired_bootstrap(a.tolist(), b.tolist())
@@ -191,6 +201,7 @@ def main() -> int:
             bench = TokenBench(name, of, args.images, args.work)
             for method in args.methods:
                 bench.prune(method, args.targets)
+            candidates(args.work)
             if not args.only_prune:
                 bench.rows(args.methods, args.targets, records)
     return 0
