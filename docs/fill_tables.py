@@ -15,11 +15,12 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from docs.tables import figures, models, refit, saliency, sparse24
+from docs.tables import depth, figures, models, refit, saliency, sparse24
 
 DOCS = Path(__file__).parent
 MARKED = re.compile(r"^<!-- table: ([\w.]+) -->\n(?P<body>.*?)^<!-- end -->$", re.S | re.M)
 PAGES: dict[str, Mapping[str, Callable[[], str]]] = {
+    "depth.md": depth.TABLES,
     "models.md": models.TABLES,
     "refit.md": refit.TABLES,
     "refit_method.md": refit.METHOD,

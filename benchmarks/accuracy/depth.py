@@ -133,7 +133,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--by", nargs="+", choices=("macs", "latency"), default=["macs", "latency"])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=[MODEL])
-    parser.add_argument("--targets", nargs="+", type=float, default=(0.65, 0.5))
+    parser.add_argument("--targets", nargs="*", type=float, default=(0.65, 0.5), help="none: costs alone")
     parser.add_argument("--images", type=int, default=300, help="calibration images")
     parser.add_argument("--seconds", type=float, default=5.0, help="of timing, three times a model; 0 for none")
     parser.add_argument("--evaluate", type=int, default=0, help="evaluation images; 0 for all")
