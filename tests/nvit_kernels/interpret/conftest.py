@@ -1,9 +1,42 @@
 """Kernel, reference in the same dtype and reference in float64, run alike and compared."""
 
+import functools
+from types import SimpleNamespace
+
 import pytest
 import torch
+import triton.language as tl
+from triton.runtime import interpreter
 
 from nvit_kernels.kept import Kept
+
+
+@pytest.fixture(scope="session")
+def quick_interpreter():
+    """Triton's interpreter puts its own functions into `triton.language` at every call inside a kernel, though they are
+    there since the launch, and looks up NumPy's dtypes in a new table each time: nearly half of what it does. Here a
+    launch puts them there once, in both modules that a call may mean."""
+    put, inside, every = interpreter._patch_lang, [], SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    slow = interpreter._get_np_dtype
+    of_scalar = functools.cache(slow)
+
+    class Launch:
+        def __init__(self):
+            self.scope = put(every)
+            inside.append(self)
+
+        def restore(self):
+            inside.remove(self)
+            self.scope.restore()
+
+    def np_dtype(dtype):
+        scalar = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
+        return slow(scalar) if isinstance(scalar, tl.pointer_type) else of_scalar(scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", lambda fn: inside[0] if inside else Launch())
+        patch.setattr(interpreter, "_get_np_dtype", np_dtype)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,8 @@ from nvit_kernels.ops.attention import short as op
 from nvit_kernels.ops.attention.short import attention_short, attention_short_packed, takes
 from nvit_kernels.ops.attention.short_layouts import LARGEST_TOKENS, Config, key_pieces
 
+pytestmark = pytest.mark.usefixtures("quick_interpreter")
+
 TOKENS = [1, 16, 49, 50, 64, 65, 128, 129, 196, 197, 198, 208]
 WIDTHS = [(64, 64), (24, 56), (32, 32), (8, 8), (40, 56), (48, 48)]
 

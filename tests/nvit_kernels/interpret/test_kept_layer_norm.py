@@ -5,6 +5,8 @@ from nvit_kernels import functional, reference
 from nvit_kernels.kept import Kept
 from nvit_kernels.ops.kept_layer_norm import op
 
+pytestmark = pytest.mark.usefixtures("quick_interpreter")
+
 DTYPES = [torch.float32, torch.float16]
 
 
