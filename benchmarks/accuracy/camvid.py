@@ -12,13 +12,10 @@ import json
 import sys
 from pathlib import Path
 
-import nvit
 from benchmarks.accuracy.library import MODEL, data_folder
 from benchmarks.accuracy.rows import Rows
-from benchmarks.accuracy.transfer_pruned import prune
-from nvit.analysis import compare
+from benchmarks.accuracy.transfer_pruned import prune, ratio
 from nvit.cli import main as cli
-from nvit.latency.measure import sample_images
 
 TARGET = 0.65
 SIZE = ["--img-size", "176", "240"]
@@ -36,12 +33,6 @@ def tune(model: list[str], seed: int, out: Path) -> dict:
         if code := cli.main(["finetune", *model, *SIZE, *TUNE, *where]):
             sys.exit(code)
     return json.loads((out / "result.json").read_text())
-
-
-def ratio(dense: Path, small: Path) -> float:
-    """Latency of `small` as a share of `dense`, both on this machine, eight images a batch."""
-    models = [nvit.load(path) for path in (dense, small)]
-    return compare.measured(models, sample_images(models[0], 8), 8.0, "eager")[1]["measured_ratio"]
 
 
 def main() -> int:
