@@ -20,17 +20,16 @@ from nvit.cli import main as cli
 
 TUNE = [
     "--img-size", "128", "--new-head", "--epochs", "1", "--batch-size", "16", "--lr", "2.4e-3", "--min-lr", "1e-6",
-    "--warmup-epochs", "0.02", "--grad-clip", "1", "--amp", "bf16", "--eval-images", "2000",
+    "--warmup-epochs", "0.02", "--grad-clip", "1", "--amp", "bf16", "--distill-weight", "0", "--eval-images", "2000",
     "--workers", "0", "--device", "cpu",
 ]  # fmt: skip
 
 
-def tune(model: list[str], seed: int, out: Path, teacher: Path | None = None) -> dict:
-    """Finetune one model, by labels alone or with a teacher's answers as well; what its result.json says."""
+def tune(model: list[str], seed: int, out: Path) -> dict:
+    """Finetune one model; what its result.json says."""
     if not (out / "result.json").exists():
-        taught = ["--distill-weight", "0"] if teacher is None else ["--teacher", str(teacher)]
         where = ["--data", str(data_folder() / "cifar10"), "--seed", str(seed), "--out", str(out)]
-        if code := cli.main(["finetune", *model, *TUNE, *taught, *where]):
+        if code := cli.main(["finetune", *model, *TUNE, *where]):
             sys.exit(code)
     return json.loads((out / "result.json").read_text())
 
@@ -45,19 +44,16 @@ def main() -> int:
     models = {1.0: ([MODEL, "--checkpoint", str(data_folder() / f"{MODEL}.safetensors")], pruned["dense"])}
     models |= {s["target"]: ([s["path"]], s) for s in pruned["snapshots"]}
     for seed in given.seeds:
-        dense = given.out / f"1_{seed}"
         for target, (model, was) in models.items():
-            for teacher in (None,) if target == 1 else (None, dense):
-                out = given.out / f"{target:g}_{seed}{'_taught' if teacher else ''}"
-                found = tune(model, seed, out, teacher)
-                rows.add(
-                    case=f"target {target:g}",
-                    teacher="finetuned dense" if teacher else "",
-                    seed=seed,
-                    measured_ratio=1.0 if target == 1 else ratio(dense, out),
-                    imagenet_top1=was["top1"],
-                    **{key: found[key] for key in ("macs", "params", "top1", "seconds")},
-                )
+            out = given.out / f"{target:g}_{seed}"
+            found = tune(model, seed, out)
+            rows.add(
+                case=f"target {target:g}",
+                seed=seed,
+                measured_ratio=1.0 if target == 1 else ratio(given.out / f"1_{seed}", out),
+                imagenet_top1=was["top1"],
+                **{key: found[key] for key in ("macs", "params", "top1")},
+            )
     return 0
 
 
