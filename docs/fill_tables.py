@@ -15,17 +15,19 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from docs.tables import depth, figures, models, refit, saliency, sparse24
+from docs.tables import depth, features, figures, models, refit, saliency, sparse24, tasks
 
 DOCS = Path(__file__).parent
 MARKED = re.compile(r"^<!-- table: ([\w.]+) -->\n(?P<body>.*?)^<!-- end -->$", re.S | re.M)
 PAGES: dict[str, Mapping[str, Callable[[], str]]] = {
     "depth.md": depth.TABLES,
+    "features.md": features.TABLES,
     "models.md": models.TABLES,
     "refit.md": refit.TABLES,
     "refit_method.md": refit.METHOD,
     "saliency.md": saliency.TABLES,
     "sparse24.md": sparse24.TABLES,
+    "tasks.md": tasks.TABLES,
 }
 """By page, what makes each of its tables."""
 

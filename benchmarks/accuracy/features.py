@@ -3,13 +3,14 @@
     NVIT_DATA=FOLDER python -m benchmarks.accuracy.features [--target 0.65] [--images 1000]
 
 Both in one shot with a refit, from the same 1000 images of imagenet_sample1000 without their labels, to the same share
-of multiply-accumulates; the classifier loses its head afterwards. Then, for each: the cosine of its features to the
+of multiply-accumulates; the classifier loses its head afterwards. `epochs`: so many of the same images then trained the
+pruned tower towards the dense one's features. Then, for each: the cosine of its features to the
 dense ones, the top-1 of k-NN (k = 20) with the 1000 images as the bank (one a class) and the 1300 validation images
 asked, with its difference from the dense tower's (`knn_points`) and the standard error of that, paired over images, and
 of a linear probe trained on the same bank. `stream` says whether channels of the residual stream may leave: `whole`
 (no), `restored` (they may, `--keep-output` brings the width back), `narrow` (they may, the features are narrower).
-The restoring layer's own multiply-accumulates are in `macs`, not in the target. Writes
-benchmarks/results/features_cpu.csv.
+The restoring layer's own multiply-accumulates are in `macs`, not in the target. A row is written to
+benchmarks/results/features_cpu.csv as soon as it is known.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from torch.utils.data import DataLoader, Dataset
 
 import nvit
 from benchmarks.accuracy.library import BATCH, data_folder, dense_model, images_of
-from benchmarks.harness import Records
+from benchmarks.accuracy.rows import Rows
 from nvit.analysis.evaluate import macs
 from nvit.analysis.neighbours import Bank, cosine, features_of, knn, linear_probe, percent
+
+EPOCHS = 3
 
 
 def without_head(model: nn.Module) -> nn.Module:
@@ -42,6 +45,14 @@ def pruned(model: nn.Module, loader, config: nvit.PruneConfig) -> nn.Module:
     return nvit.prune(model, loader, config, nvit.LatencyTable.analytic(model, config.bundle_sizes)).model
 
 
+def taught(small: nn.Module, dense: nn.Module, loader, batch_size: int) -> nn.Module:
+    """A copy of a pruned tower after `EPOCHS` towards the dense one's features."""
+    config = nvit.FinetuneConfig(
+        task="features", epochs=EPOCHS, batch_size=batch_size, lr=5e-4, min_lr=1e-6, grad_clip=1.0, amp="bf16"
+    )
+    return nvit.finetune(copy.deepcopy(small), loader, config, teacher=dense).eval()
+
+
 def difference(right: Tensor, dense: Tensor) -> tuple[float, float]:
     """Points of top-1 above the dense tower's, and their standard error, paired over images: of right or wrong answers
     `(images,)` to the same images."""
@@ -49,7 +60,7 @@ def difference(right: Tensor, dense: Tensor) -> tuple[float, float]:
     return float(points.mean()), float(points.std() / len(points) ** 0.5)
 
 
-def compare(dense: nn.Module, bank: Dataset, asked: Dataset, base: nvit.PruneConfig, records: Records) -> None:
+def compare(dense: nn.Module, bank: Dataset, asked: Dataset, base: nvit.PruneConfig, records: Rows) -> None:
     """A row for the dense tower, then one for each way to prune it; saved after each.
 
     Args:
@@ -63,7 +74,7 @@ def compare(dense: nn.Module, bank: Dataset, asked: Dataset, base: nvit.PruneCon
     known = features_of(tower, bank_loader), features_of(tower, asked_loader)
     dense_right = knn(*known)
 
-    def add(case: str, stream: str, model: nn.Module, seconds: float = 0.0) -> None:
+    def add(case: str, stream: str, model: nn.Module, seconds: float = 0.0, epochs: int = 0) -> None:
         mine: tuple[Bank, Bank] = features_of(model, bank_loader), features_of(model, asked_loader)
         same = mine[1].features.shape == known[1].features.shape
         right = knn(*mine)
@@ -71,6 +82,7 @@ def compare(dense: nn.Module, bank: Dataset, asked: Dataset, base: nvit.PruneCon
         records.add(
             case=case,
             stream=stream,
+            epochs=epochs,
             macs=macs(model, nvit.adapters.preprocess(model)["input_size"]),
             width=mine[1].features.shape[1],
             cosine=cosine(mine[1], known[1]) if same else None,
@@ -80,17 +92,23 @@ def compare(dense: nn.Module, bank: Dataset, asked: Dataset, base: nvit.PruneCon
             probe=percent(linear_probe(*mine))[0],
             cpu_s=seconds,
         )
-        records.save()
+
+    def run(case: str, model: nn.Module, **how) -> tuple[nn.Module, float]:
+        start = time.process_time()
+        small = pruned(model, calibration, dataclasses.replace(base, task=case, **how))
+        return small, time.process_time() - start
 
     add("dense", "whole", tower)
-    for case, model, task in (("features", tower, "features"), ("classification", dense, "classification")):
-        for stream in ("whole", "restored") if task == "features" else ("whole", "narrow"):
-            config = dataclasses.replace(base, task=task, freeze=("emb",) if stream == "whole" else ())
-            if stream == "restored":
-                config = dataclasses.replace(config, keep_output=True)
-            start = time.process_time()
-            small = pruned(model, calibration, config)
-            add(case, stream, small if task == "features" else without_head(small), time.process_time() - start)
+    small, seconds = run("features", tower, freeze=("emb",))
+    add("features", "whole", small, seconds)
+    start = time.process_time()
+    add("features", "whole", taught(small, tower, calibration, base.batch_size), time.process_time() - start, EPOCHS)
+    small, seconds = run("classification", dense, freeze=("emb",))
+    add("classification", "whole", without_head(small), seconds)
+    small, seconds = run("features", tower, keep_output=True)
+    add("features", "restored", small, seconds)
+    small, seconds = run("classification", dense)
+    add("classification", "narrow", without_head(small), seconds)
 
 
 def main() -> None:
@@ -102,7 +120,7 @@ def main() -> None:
     dense, classes = dense_model(root), root / "imagenet_synsets.txt"
     bank, asked = (images_of(root / name, dense, classes) for name in ("imagenet_sample1000", "imagenet_val1300"))
     base = nvit.PruneConfig(latency_target=given.target, train=False, refit=True, images=given.images, batch_size=BATCH)
-    compare(dense, bank, asked, base, Records("features"))
+    compare(dense, bank, asked, base, Rows("features"))
 
 
 if __name__ == "__main__":

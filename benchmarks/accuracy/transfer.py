@@ -2,9 +2,10 @@
 
     NVIT_DATA=FOLDER python -m benchmarks.accuracy.transfer [--out RUNS] [--seeds 0 1]   # what is in RUNS is not redone
 
-Prunes DeiT-Ti at 112 pixels on ImageNet's sample without CIFAR (refit, then three epochs towards the dense model),
-gives each model a new head and finetunes it: all training images seen once. 2000 test images evaluate. A row is
-written to benchmarks/results/transfer_cpu.csv as soon as it is known.
+Prunes DeiT-Ti at 224 pixels on ImageNet's sample without CIFAR (refit, then three epochs towards the dense model),
+gives each model a new head and finetunes it at 128 pixels, all training images once. 2000 test images evaluate; the
+schedule was chosen on 1000 of the training images. `measured_ratio` is of latencies at 128 pixels. A row is written to
+benchmarks/results/transfer_cpu.csv as soon as it is known.
 """
 
 import argparse
@@ -14,12 +15,13 @@ from pathlib import Path
 
 from benchmarks.accuracy.library import MODEL, data_folder
 from benchmarks.accuracy.rows import Rows
-from benchmarks.accuracy.transfer_pruned import SIZE, prune
+from benchmarks.accuracy.transfer_pruned import prune, ratio
 from nvit.cli import main as cli
 
 TUNE = [
-    "--new-head", "--epochs", "1", "--batch-size", "32", "--lr", "2.4e-3", "--min-lr", "1e-6", "--warmup-epochs",
-    "0.02", "--grad-clip", "1", "--distill-weight", "0", "--eval-images", "2000", "--workers", "0", "--device", "cpu",
+    "--img-size", "128", "--new-head", "--epochs", "1", "--batch-size", "16", "--lr", "2.4e-3", "--min-lr", "1e-6",
+    "--warmup-epochs", "0.02", "--grad-clip", "1", "--amp", "bf16", "--distill-weight", "0", "--eval-images", "2000",
+    "--workers", "0", "--device", "cpu",
 ]  # fmt: skip
 
 
@@ -37,25 +39,20 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/transfer"), help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     given = parser.parse_args()
-    out = given.out
     rows = Rows("transfer")
-    weights = ["--checkpoint", str(data_folder() / f"{MODEL}.safetensors")]
-    dense = [MODEL, *weights, *SIZE]
-    pruned = prune(out / "pruned")
-    models = {1.0: (dense, {"measured_ratio": 1.0} | pruned["dense"])}
+    pruned = prune(given.out / "pruned")
+    models = {1.0: ([MODEL, "--checkpoint", str(data_folder() / f"{MODEL}.safetensors")], pruned["dense"])}
     models |= {s["target"]: ([s["path"]], s) for s in pruned["snapshots"]}
     for seed in given.seeds:
         for target, (model, was) in models.items():
-            found = tune(model, seed, out / f"{target:g}_{seed}")
+            out = given.out / f"{target:g}_{seed}"
+            found = tune(model, seed, out)
             rows.add(
                 case=f"target {target:g}",
                 seed=seed,
-                measured_ratio=was["measured_ratio"],
-                macs=found["macs"],
-                params=found["params"],
+                measured_ratio=1.0 if target == 1 else ratio(given.out / f"1_{seed}", out),
                 imagenet_top1=was["top1"],
-                top1=found["top1"],
-                seconds=found["seconds"],
+                **{key: found[key] for key in ("macs", "params", "top1")},
             )
     return 0
 

@@ -7,7 +7,7 @@ import torch
 
 import nvit
 from benchmarks.accuracy.features import compare, difference
-from benchmarks.harness import Records
+from benchmarks.accuracy.rows import Rows
 from tests.hosts import images, make
 
 
@@ -27,10 +27,12 @@ def test_every_way_to_prune_a_tower_has_its_row(tmp_path):
     base = nvit.PruneConfig(
         latency_target=0.5, train=False, refit=True, images=8, batch_size=4, bundle_heads=1, bundle_emb=8, bundle_mlp=4
     )
-    compare(dense, bank, asked, base, records := Records("features", folder=tmp_path))
+    compare(dense, bank, asked, base, records := Rows("features", folder=tmp_path))
     rows = list(csv.DictReader(records.path.open()))
-    ways = [("features", "whole"), ("features", "restored"), ("classification", "whole"), ("classification", "narrow")]
-    assert [(r["case"], r["stream"]) for r in rows] == [("dense", "whole"), *ways]
+    whole = [("dense", "whole", 0), ("features", "whole", 0), ("features", "whole", 3), ("classification", "whole", 0)]
+    others = [("features", "restored", 0), ("classification", "narrow", 0)]
+    assert [(r["case"], r["stream"], int(r["epochs"])) for r in rows] == whole + others
     assert all(int(r["macs"]) < 0.6 * int(rows[0]["macs"]) for r in rows[1:])
     assert float(rows[0]["cosine"]) == pytest.approx(1, abs=1e-6) and float(rows[0]["knn_points_se"]) == 0
-    assert [int(r["width"]) for r in rows[:4]] == [48] * 4 and int(rows[4]["width"]) < 48 and rows[4]["cosine"] == ""
+    assert [int(r["width"]) for r in rows[:5]] == [48] * 5 and int(rows[5]["width"]) < 48 and rows[5]["cosine"] == ""
+    assert rows[2]["cosine"] > rows[1]["cosine"], "what training is for"
