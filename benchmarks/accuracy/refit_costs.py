@@ -1,12 +1,16 @@
 """Top-1 lost by DeiT-Ti and ViT-Ti, widths alone, one shot and refitted: groups priced by prediction or by measurement.
 
-    NVIT_DATA=FOLDER python -m benchmarks.accuracy.refit_costs [predicted measured] [--models NAME …] [--images 300]
+    NVIT_DATA=FOLDER python -m benchmarks.accuracy.refit_costs [predicted measured both] [--models NAME …]
 
-Calibration on images of imagenet_sample1000, labels unread; all of imagenet_val1300 is evaluated, cropped without
-resizing. `lost` is in points against the dense model on the same images: of all, of the even places, on which settings
-were chosen, and of the odd ones. `gain`: measured over predicted on all, with its 95 % interval (paired bootstrap over
-images). Rows go into refit_costs_cpu.csv; those of other points stay. What every group was measured to cost, beside
-what its scores predict, goes into cost_curves_cpu.csv.
+Calibration on images of imagenet_sample1000, labels unread; imagenet_val1300 is evaluated, cropped without resizing.
+`lost` is in points against the dense model on the same images: of all, of the even places, on which settings were
+chosen, and of the odd ones. `gain`: over predicted, with its 95 % interval (paired bootstrap over images). `both`
+takes, of the two choices, the one with the lower `distance` to the dense model on calibration images held back, as
+`nvit prune --cost both` does.
+
+Rows go into refit_costs_cpu.csv, each with its answers by image (`right`, a bit an image), so that points can be
+measured on different days and compared image by image. What every group was measured to cost, beside what its scores
+predict, goes into cost_curves_cpu.csv; curves that it has are not measured again unless `--again` is given.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import csv
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,14 +30,15 @@ from benchmarks.accuracy.library import MODEL, Bench, answers, data_folder
 from benchmarks.accuracy.paired import paired_bootstrap
 from nvit import tasks
 from nvit.refit.costs import measure_costs
+from nvit.refit.judge import Judge
 from nvit.selection.curves import Curve, priced
 from nvit.selection.lagrangian import drop_to_target
 from nvit.spec import KINDS
-from nvit.structure.masks import full_masks, kept_counts, widths
+from nvit.structure.masks import Masks, full_masks, kept_counts, widths
 from nvit.utils.memory import most_held
 
 MODELS = (MODEL, "vit_tiny_patch16_224")
-COSTS = ("predicted", "measured")
+COSTS = ("predicted", "measured", "both")
 TARGETS = (0.8, 0.65, 0.5)
 KEY = ("model", "target", "cost", "calibration")
 CURVE_KEY = ("model", "group", "gone", "calibration")
@@ -44,46 +50,112 @@ def lost(right: Tensor, dense: Tensor) -> dict[str, float]:
     return {f"lost{name}": 100 * float((dense[half] - right[half]).mean()) for name, half in halves.items()}
 
 
-def measure(name: str, costs: Sequence[str], targets: Sequence[float], images: int, records: harness.Records) -> None:
+def measure(name: str, costs: Sequence[str], targets: Sequence[float], images: int, again: bool) -> None:
     """Rows of one model."""
     bench = Bench(data_folder(), images, 0, name)
-    full, scores = full_masks(bench.groups), {"predicted": bench.remaining()}
-    more = {"predicted": {}}
-    if "measured" in costs:
+    records, more, prices = harness.Records("refit_costs"), {}, {"predicted": bench.remaining()}
+    if set(costs) - {"predicted"}:
         start = time.process_time()
-        told = lambda done, total, _: print(f"{done}/{total}, {time.process_time() - start:.0f} s", file=sys.stderr)  # noqa: E731
-        curves = measure_costs(
-            bench.model,
-            bench.groups,
-            scores["predicted"],
-            [x for x, _ in bench.calibration],
-            task=tasks.of("auto", bench.model),
-            statistics=bench.seen,
-            progress=told,
-        )
-        more["measured"] = {"cpu_s": time.process_time() - start}
-        save_curves(name, images, bench, scores["predicted"], curves)
-        scores["measured"] = scores["predicted"] | {
-            g.name: priced(g, scores["predicted"][g.name], full[g.name], curves[g.name])
-            for g in bench.groups
-            if g.name in curves
-        }
+        curves = {} if again else known_curves(name, images)
+        if not curves:
+            curves = curves_of(bench, prices["predicted"])
+            more = {"cpu_s": time.process_time() - start}
+            save_curves(name, images, bench, prices["predicted"], curves)
+        prices["measured"] = priced_by(bench, prices["predicted"], curves)
+    judge = judge_of(bench) if "both" in costs else None
     for target in targets:
-        found: dict[str, Tensor] = {}
+        masks = {way: chosen(bench, scores, target) for way, scores in prices.items()}
+        distances = {way: float(judge.of(choice)) for way, choice in masks.items()} if judge else {}
+        if distances:
+            masks["both"] = masks[min(distances, key=distances.__getitem__)]
         for cost in costs:
-            masks, _ = drop_to_target(scores[cost], full, bench.groups, bench.table, target * bench.table.dense_ms)
-            right = found[cost] = answers(bench.pruned(masks, refit=True), bench.evaluation)
-            kept = kept_counts(masks)
+            right = answers(bench.pruned(masks[cost], refit=True), bench.evaluation)
+            kept = kept_counts(masks[cost])
             row = {"model": name, "target": target, "cost": cost, "calibration": images, "images": len(right)}
-            row |= {"macs": bench.table.ratio(widths(bench.groups, masks)), "top1": 100 * float(right.mean())}
-            row |= lost(right, bench.dense) | more[cost]
+            row |= {"macs": bench.table.ratio(widths(bench.groups, masks[cost])), "top1": 100 * float(right.mean())}
+            row |= lost(right, bench.dense) | (more if cost == "measured" else {})
             row |= {f"kept_{k}": _share([(kept[g.name], g.size) for g in bench.groups if g.kind == k]) for k in KINDS}
-            if len(found) == 2:
-                d = paired_bootstrap(*(found[way].tolist() for way in reversed(COSTS)))
-                row |= {"gain": 100 * d.mean, "low": 100 * d.low, "high": 100 * d.high}
+            row |= {"distance": distances[cost]} if cost in distances else {}
+            row |= {"right": bits(right)} | gain(row, right)
             row["peak_mib"] = most_held(torch.device("cpu")) / 2**20
             records.add(**row)
             save(records, KEY)
+
+
+def chosen(bench: Bench, scores: Mapping[str, Tensor], target: float) -> Masks:
+    """What leaves at a share of the dense MACs."""
+    return drop_to_target(scores, full_masks(bench.groups), bench.groups, bench.table, target * bench.table.dense_ms)[0]
+
+
+def priced_by(bench: Bench, scores: Mapping[str, Tensor], curves: Mapping[str, Curve]) -> dict[str, Tensor]:
+    """Scores whose sums are measured costs."""
+    full = full_masks(bench.groups)
+    found = {g.name: priced(g, scores[g.name], full[g.name], curves[g.name]) for g in bench.groups if g.name in curves}
+    return dict(scores) | found
+
+
+def curves_of(bench: Bench, scores: Mapping[str, Tensor]) -> dict[str, Curve]:
+    """Measured, with a line of progress now and then."""
+    start = time.process_time()
+
+    def told(done: int, total: int, _) -> None:
+        print(f"{done}/{total}, {time.process_time() - start:.0f} s", file=sys.stderr)
+
+    xs, task = [x for x, _ in bench.calibration], tasks.of("auto", bench.model)
+    return measure_costs(bench.model, bench.groups, scores, xs, task=task, statistics=bench.seen, progress=told)
+
+
+def judge_of(bench: Bench) -> Judge:
+    """Ready to tell distances."""
+    judge = Judge(bench.model, bench.groups, tasks.of("auto", bench.model), statistics=bench.seen)
+    for x, _ in bench.calibration:
+        judge.take(x)
+    judge.ready()
+    return judge
+
+
+def bits(right: Tensor) -> str:
+    """Right or wrong by image as hexadecimal digits, a bit an image, the first one highest."""
+    whole = "".join(str(int(r)) for r in right).ljust(-(-len(right) // 4) * 4, "0")
+    return f"{int(whole, 2):0{len(whole) // 4}x}"
+
+
+def answered(digits: str, images: int) -> list[float]:
+    """What `bits` wrote, of so many images."""
+    return [float(b) for b in f"{int(digits, 16):0{4 * len(digits)}b}"[:images]]
+
+
+def gain(row: Mapping, right: Tensor) -> dict[str, float]:
+    """Points over the predicted choice of the same point, where the file has it, on all images and on the odd ones."""
+    beside = {**row, "cost": "predicted"}
+    found = [
+        r for r in rows_of(harness.Records("refit_costs").path) if _key(r, KEY) == _key(beside, KEY) and r.get("right")
+    ]
+    if row["cost"] == "predicted" or not found:
+        return {}
+    before = answered(found[0]["right"], len(right))
+    said = {}
+    for part, places in (("", slice(None)), ("_odd", slice(1, None, 2))):
+        d = paired_bootstrap(right.tolist()[places], before[places])
+        said |= {f"gain{part}": 100 * d.mean, f"low{part}": 100 * d.low, f"high{part}": 100 * d.high}
+    return said
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """Rows that a file of results has; none where there is none."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def known_curves(name: str, images: int) -> dict[str, Curve]:
+    """Curves of a model that the file has, for so many calibration images."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    for r in rows_of(harness.Records("cost_curves").path):
+        if (r["model"], r["calibration"]) == (name, str(images)):
+            points.setdefault(r["group"], []).append((int(r["gone"]), float(r["measured"])))
+    return {group: Curve(*zip(*sorted(found), strict=True)) for group, found in points.items()}
 
 
 def save_curves(
@@ -106,11 +178,9 @@ def _share(counts: Sequence[tuple[int, int]]) -> float:
 
 def save(records: harness.Records, key: Sequence[str]) -> None:
     """Rows measured now, and those of other points that the file has."""
-    now, kept = list(records.rows), []
-    if records.path.exists():
-        measured = {_key(row, key) for row in now}
-        with records.path.open(newline="") as file:
-            kept = [row for row in csv.DictReader(file) if _key(row, key) not in measured]
+    now = list(records.rows)
+    measured = {_key(row, key) for row in now}
+    kept = [row for row in rows_of(records.path) if _key(row, key) not in measured]
     records.rows = sorted(kept + now, key=lambda row: MODELS.index(row["model"]))
     records.save()
     records.rows = now
@@ -122,16 +192,17 @@ def _key(row: Mapping, key: Sequence[str]) -> tuple[str, ...]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("costs", nargs="*", metavar="COST", help=f"of {', '.join(COSTS)}; both by default")
+    parser.add_argument("costs", nargs="*", metavar="COST", help=f"of {', '.join(COSTS)}; all by default")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--targets", nargs="+", type=float, default=TARGETS)
     parser.add_argument("--images", type=int, default=300, help="calibration images")
+    parser.add_argument("--again", action="store_true", help="measure curves that cost_curves_cpu.csv has")
     args = parser.parse_args(arguments)
     if unknown := set(args.costs).difference(COSTS):
         parser.error(f"no costs {sorted(unknown)}; there are {', '.join(COSTS)}")
     torch.set_num_threads(1)
     for name in args.models:
-        measure(name, args.costs or COSTS, args.targets, args.images, harness.Records("refit_costs"))
+        measure(name, args.costs or COSTS, args.targets, args.images, args.again)
     return 0
 
 
