@@ -18,9 +18,10 @@ from nvit.calibration.replay import Replay
 from nvit.calibration.statistics import StatisticsRecorder, gather_statistics
 from nvit.layers import prunable_layers
 from nvit.prune.pruner import Pruner
-from nvit.refit import costs as measured
+from nvit.refit.costs import measure_costs
 from nvit.refit.entries import entries, refittable
 from nvit.refit.gather import Pair, moments_at, row_weights
+from nvit.refit.judge import Judge
 from nvit.refit.refit import refit_
 from nvit.refit.rotation import rotate_
 from nvit.structure import snapshot
@@ -216,12 +217,16 @@ def refitted(place: Place) -> Found:
 def costs(place: Place) -> Found:
     """Measured group by group; passes over images read nothing back."""
     batches = [place.images(b) for b in range(3)]
-    measure = measured._Measure(place.model, batches, tasks.of("classification", place.model))
+    task = tasks.of("classification", place.model)
+    judge = Judge(place.model, place.groups, task)
+    for images in batches:
+        judge.take(images)
+    judge.ready()
     with torch.inference_mode(), place.quiet():
-        nothing = measure.behind()
+        nothing = judge.mean(adapters.of(place.model).logits(place.model, x) for x in judge.shown)
     draw = torch.Generator().manual_seed(0)
     scores = {g.name: torch.rand(g.size, generator=draw).to(place.device) for g in place.groups}
-    curves = measured.measure_costs(place.model, place.groups, scores, batches, task=measure.task)
+    curves = measure_costs(place.model, place.groups, scores, batches, task=task)
     return {name: torch.tensor(curve.cost) for name, curve in curves.items()} | {"nothing": 1 + nothing.cpu()}
 
 

@@ -103,7 +103,12 @@ class TokenBench:
         """As many tokens in every block, at a share of the multiply-accumulates."""
         work = work_of(adapters.merge_(self.plain, ()))
         for t in targets:
-            merges = schedules(self.plain, lambda _, m, t=t: work(m) <= t * work(()))["uniform"]
+            merges = schedules(self.plain, lambda _, m, t=t: work(m) <= t * work(())).get("uniform")
+            if merges is None:
+                print(
+                    f"{self.name}: as many tokens in every block do not come down to {t:g} of the MACs", file=sys.stderr
+                )
+                continue
             model = adapters.merge_(self.open(), merges)
             nvit.snapshot.save(self.folder("ToMe", t), model, {"predicted_ratio": work(merges) / work(())})
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import adapters
 from ..calibration.capture import Place, capture
-from ..layers import Attention, prunable_layers
+from ..layers import prunable_layers
 from ..layers.functional import kernels
 from ..utils.progress import Progress, silent
 from ..utils.style import line
@@ -26,8 +26,8 @@ MEASURES = {"map_distance": "attention maps: total variation", "output_distance"
 def head_diversity(
     model: nn.Module, batches: Iterable[Tensor], *, total: int = 0, progress: Progress = silent
 ) -> list[dict[str, Any]]:
-    """A row for every attention layer of a prepared model, in order: `block`, `heads`, and means over pairs of heads,
-    None where there is one head.
+    """A row for every block of a prepared model: `block`, `heads`, and means over pairs of heads, None where there is one
+    head, or no attention.
 
     `map_distance`: half of the summed difference of two heads' attention to a query's keys (total variation, 0 to 1),
     mean over queries and images; with its standard error over images (`_se`). `output_distance`: 1 less the linear CKA
@@ -37,7 +37,7 @@ def head_diversity(
         batches: images `(batch, channels, height, width)`.
         total: batches there are, for progress.
     """
-    layers = {name: layer for name, layer in prunable_layers(model).items() if isinstance(layer, Attention)}
+    layers = {name: layer for name, layer in prunable_layers(model).items() if "maps" in layer.sites()}
     adapter, device = adapters.find(model), next(model.parameters()).device
     distances: dict[str, list[Tensor]] = {name: [] for name in layers}
     products = {name: _Products() for name in layers}
@@ -55,8 +55,9 @@ def head_diversity(
             adapter.logits(model, images.to(device))
             progress(index, total or index, "attention")
     rows = []
-    for block, (name, layer) in enumerate(layers.items()):
-        row: dict[str, Any] = {"block": block, "heads": layer.kept[0]}
+    for number, block in enumerate(adapter.blocks(model)):
+        name = next((n for n, layer in layers.items() if any(layer is m for m in block.modules())), "")
+        row: dict[str, Any] = {"block": number, "heads": layers[name].kept[0] if name else 0}
         row |= dict.fromkeys(("map_distance", "map_distance_se", "output_distance"))
         if row["heads"] > 1:
             each = torch.cat(distances[name]).double()

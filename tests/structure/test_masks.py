@@ -185,7 +185,8 @@ def test_full_masks_change_nothing():
     [
         (lambda m: m.pop("blocks.1.mlp"), "blocks.1.mlp: no mask for this group"),
         (lambda m: m.update({"emb": m["emb"][:-1]}), "emb: mask has 47 entries but this model has 48 units"),
-        (lambda m: m["blocks.0.heads"].zero_(), "blocks.0.heads: mask keeps nothing"),
+        (lambda m: m["blocks.0.qk_dim"].zero_(), "blocks.0.qk_dim: mask keeps nothing"),
+        (lambda m: m["blocks.0.heads"].zero_(), "blocks.0.qk_dim: mask keeps units of an attention without heads"),
     ],
 )
 @pytest.mark.parametrize("use", [apply_, compact])

@@ -175,7 +175,7 @@ DAMAGED_SPECS = {
     "too few blocks": edit(lambda r: r["blocks"].pop()),
     "blocks no list": edit(lambda r: r.update(blocks=7)),
     "block no table": edit(lambda r: r.update(blocks=[1, 2])),
-    "width zero": edit(lambda r: r["blocks"][0].update(mlp=0)),
+    "width zero": edit(lambda r: r["blocks"][0].update(qk_dim=0)),
     "width a fraction": edit(lambda r: r["blocks"][0].update(mlp=1.5)),
     "width a bool": edit(lambda r: r["blocks"][0].update(heads=True)),
     "width missing": edit(lambda r: r["blocks"][0].pop("qk_dim")),
