@@ -26,8 +26,8 @@ MEASURES = {"map_distance": "attention maps: total variation", "output_distance"
 def head_diversity(
     model: nn.Module, batches: Iterable[Tensor], *, total: int = 0, progress: Progress = silent
 ) -> list[dict[str, Any]]:
-    """A row for every block of a prepared model: `block`, `heads`, and means over pairs of heads, None where there is one
-    head, or no attention.
+    """A row for every block of a prepared model: `block`, `heads`, and means over pairs of heads, None where there are
+    fewer than two.
 
     `map_distance`: half of the summed difference of two heads' attention to a query's keys (total variation, 0 to 1),
     mean over queries and images; with its standard error over images (`_se`). `output_distance`: 1 less the linear CKA
