@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from docs.tables import depth, features, figures, models, refit, saliency, sparse24, tasks
+from docs.tables import depth, features, figures, models, refit, saliency, sparse24, tasks, tokens
 
 DOCS = Path(__file__).parent
 MARKED = re.compile(r"^<!-- table: ([\w.]+) -->\n(?P<body>.*?)^<!-- end -->$", re.S | re.M)
@@ -28,6 +28,7 @@ PAGES: dict[str, Mapping[str, Callable[[], str]]] = {
     "saliency.md": saliency.TABLES,
     "sparse24.md": sparse24.TABLES,
     "tasks.md": tasks.TABLES,
+    "tokens.md": tokens.TABLES,
 }
 """By page, what makes each of its tables."""
 
