@@ -1,4 +1,4 @@
-"""Values of settings: the few that one may have, and the known name that is most like an unknown one."""
+"""Values of settings: the few that one may have, the least, and the known name that is most like an unknown one."""
 
 from __future__ import annotations
 
@@ -29,3 +29,10 @@ def check_choices(config: Any) -> None:
             if known and value not in known:
                 near = nearest(str(value), known)
                 raise ValueError(f"{name}: unknown value {value!r}{near}; expected one of {', '.join(known)}")
+
+
+def check_at_least_one(config: Any, *names: str) -> None:
+    """Raise ValueError where one of these fields is below 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from ...config import TaskName, _help
-from ...utils.settings import check_choices
+from ...utils.settings import check_at_least_one, check_choices
 from ..command import Command
 from .parts import MODEL, DataFlags, GeneralFlags, MachineFlags, ModelFlags
 
@@ -28,9 +28,7 @@ class AttentionCommand:
     def check(self) -> None:
         """Raise ValueError where a value makes no sense."""
         check_choices(self)
-        for name in ("samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_at_least_one(self, "samples", "batch_size")
         if self.images.eval_images:
             raise ValueError("eval_images is what samples says here: use --samples")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from ...config import CriterionName, KindName, PruneConfig, TaskName, _help
-from ...utils.settings import check_choices
+from ...utils.settings import check_at_least_one, check_choices
 from ..command import Command
 from .parts import MODEL, DataFlags, GeneralFlags, MachineFlags, ModelFlags
 
@@ -36,9 +36,7 @@ class CorrelationCommand:
     def check(self) -> None:
         """Raise ValueError where a value makes no sense."""
         check_choices(self)
-        for name in ("bundles", "batches", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_at_least_one(self, "bundles", "batches", "batch_size")
         if not self.criterion:
             raise ValueError("criterion is empty; give at least one, as hessian")
         self.scoring().check()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from ...config import _help
+from ...utils.settings import check_at_least_one
 from ..command import Command
 from .parts import MODEL, GeneralFlags, LatencyFlags, MachineFlags, ModelFlags
 
@@ -26,8 +27,7 @@ class PredictionCommand:
 
     def check(self) -> None:
         """Raise ValueError where a value makes no sense."""
-        if self.count < 1:
-            raise ValueError(f"count is {self.count}; it must be at least 1")
+        check_at_least_one(self, "count")
         if not self.seconds > 0:
             raise ValueError(f"seconds is {self.seconds}; it must be more than 0")
         if self.latency.table == "analytic":

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from ...config import PruneConfig, TaskName, _help
-from ...utils.settings import check_choices
+from ...utils.settings import check_at_least_one, check_choices
 from ..command import Command
 from .parts import MODEL, DataFlags, GeneralFlags, LatencyFlags, MachineFlags, ModelFlags
 
@@ -31,9 +31,7 @@ class SensitivityCommand:
     def check(self) -> None:
         """Raise ValueError where a value makes no sense."""
         check_choices(self)
-        for name in ("samples", "batch_size", "probes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_at_least_one(self, "samples", "batch_size", "probes")
         if self.samples < 2 * self.batch_size:
             raise ValueError(
                 f"samples is {self.samples}; a standard error needs two batches, {2 * self.batch_size} images, or a "
