@@ -56,3 +56,14 @@ def paired_bootstrap(a: Sequence[float], b: Sequence[float], resamples: int = 10
 def kl(dense: Tensor, pruned: Tensor) -> Tensor:
     """KL divergence of the pruned model's answers from the dense one's, in nats `(images,)`, from logits of both."""
     return F.kl_div(pruned.log_softmax(-1), dense.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+
+
+def bits(right: Tensor) -> str:
+    """Right or wrong by image as hexadecimal digits, a bit an image, the first one highest."""
+    whole = "".join(str(int(r)) for r in right).ljust(-(-len(right) // 4) * 4, "0")
+    return f"{int(whole, 2):0{len(whole) // 4}x}"
+
+
+def answered(digits: str, images: int) -> list[float]:
+    """What `bits` wrote, of so many images."""
+    return [float(b) for b in f"{int(digits, 16):0{4 * len(digits)}b}"[:images]]

@@ -16,18 +16,17 @@ predict, goes into cost_curves_cpu.csv; curves that it has are not measured agai
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks import harness
 from benchmarks.accuracy.library import MODEL, Bench, answers, data_folder
-from benchmarks.accuracy.paired import paired_bootstrap
+from benchmarks.accuracy.paired import answered, bits, paired_bootstrap
+from benchmarks.accuracy.rows import rows_of
 from nvit import tasks
 from nvit.refit.costs import measure_costs
 from nvit.refit.judge import Judge
@@ -114,17 +113,6 @@ def judge_of(bench: Bench) -> Judge:
     return judge
 
 
-def bits(right: Tensor) -> str:
-    """Right or wrong by image as hexadecimal digits, a bit an image, the first one highest."""
-    whole = "".join(str(int(r)) for r in right).ljust(-(-len(right) // 4) * 4, "0")
-    return f"{int(whole, 2):0{len(whole) // 4}x}"
-
-
-def answered(digits: str, images: int) -> list[float]:
-    """What `bits` wrote, of so many images."""
-    return [float(b) for b in f"{int(digits, 16):0{4 * len(digits)}b}"[:images]]
-
-
 def gain(row: Mapping, right: Tensor) -> dict[str, float]:
     """Points over the predicted choice of the same point, where the file has it, on all images and on the odd ones."""
     beside = {**row, "cost": "predicted"}
@@ -139,14 +127,6 @@ def gain(row: Mapping, right: Tensor) -> dict[str, float]:
         d = paired_bootstrap(right.tolist()[places], before[places])
         said |= {f"gain{part}": 100 * d.mean, f"low{part}": 100 * d.low, f"high{part}": 100 * d.high}
     return said
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    """Rows that a file of results has; none where there is none."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def known_curves(name: str, images: int) -> dict[str, Curve]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Records
@@ -13,3 +15,11 @@ class Rows(Records):
     def add(self, **row: Any) -> None:
         super().add(**row)
         self.save()
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """Rows that a file of results has; none where there is none."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
