@@ -67,8 +67,8 @@ class Scale:
 
 SCALES = {
     "small": Scale(
-        size=112, each=8, dense_each=30, dense_epochs=1, evaluate_each=10, batch=32, steps=64, interval=2, bundles=20,
-        calibration=512, lr=1.6e-3,
+        size=112, each=8, dense_each=30, dense_epochs=1, evaluate_each=10, batch=32, steps=64, interval=2, bundles=28,
+        calibration=512, lr=1.6e-3, ratio_seconds=1.0,
     ),
     "full": Scale(
         size=224, each=100, dense_each=100, dense_epochs=3, evaluate_each=50, batch=256, steps=1560, interval=40,
