@@ -154,7 +154,8 @@ class PerStructure(Steered):
 
 
 def run(bench: Bench, arm: Arm, seed: int) -> Iterator[dict[str, Any]]:
-    """A row for each of `arm.rows`."""
+    """A row for each of `arm.rows`; `untouched` and `emptied` are the shares of the blocks' widths of which nothing, or
+    all but one bundle, has left."""
     for name, (model, steps, seconds) in zip(arm.rows, pruned(bench, arm, seed), strict=True):
         start = time.process_time()
         model = trained(bench, arm, seed, model, bench.scale.steps - steps)
@@ -162,6 +163,8 @@ def run(bench: Bench, arm: Arm, seed: int) -> Iterator[dict[str, Any]]:
         right = answers(model, bench)
         blocks, dense = nvit.snapshot.spec_of(model).blocks, bench.table.dense
         kept = {k: sum(getattr(b, k) for b in blocks) / sum(getattr(b, k) for b in dense) for k in KINDS}
+        least = nvit.PruneConfig().bundle_sizes
+        pairs = [(k, getattr(b, k), getattr(d, k)) for b, d in zip(blocks, dense, strict=True) for k in KINDS[1:]]
         size = adapters.preprocess(bench.dense)["input_size"]
         ratios = ratios_of(bench.table.setting, bench.scale.ratio_seconds, lambda: bench.dense)
         measured = ratios([model])[0] if ratios else None
@@ -177,6 +180,8 @@ def run(bench: Bench, arm: Arm, seed: int) -> Iterator[dict[str, Any]]:
             "macs": macs(model, size) / macs(bench.dense, size),
             "top1": 100 * float(right.mean()),
             **{f"kept_{kind}": share for kind, share in kept.items()},
+            "untouched": sum(now == before for _, now, before in pairs) / len(pairs),
+            "emptied": sum(now <= least[k] and now < before for k, now, before in pairs) / len(pairs),
             "cpu_s": seconds,
             "images": len(right),
             "right": bits(right),
