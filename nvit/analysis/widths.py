@@ -32,6 +32,19 @@ def width_rows(
     return rows
 
 
+def spans(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row per model of the rows that `width_rows` gives, for people: each width as `64`, or `16 – 24` over its
+    blocks."""
+    found = []
+    for name in dict.fromkeys(r["model"] for r in rows):
+        mine, line = [r for r in rows if r["model"] == name], {"name": name}
+        for kind in KINDS:
+            least, most = (choose(r[kind] for r in mine) for choose in (min, max))
+            line[kind] = f"{least}" if least == most else f"{least} – {most}"
+        found.append(line)
+    return found
+
+
 def merging(tokens: Mapping[str, Sequence[int]] | None) -> bool:
     """Whether tokens of any model merge."""
     return any(counted[0] != counted[-1] for counted in (tokens or {}).values() if counted)
@@ -72,5 +85,5 @@ def plot_widths(
             panel.set(title=title, xlabel="block", xlim=(0.4, depth + 0.6), ylim=(0, 1.12 * most))
             panel.grid(axis="x", visible=False)
             whole_numbers(panel.xaxis)
-            whole_numbers(panel.yaxis, min(6, most))
+            whole_numbers(panel.yaxis, min(6, most + 1))
         legend_below(axes[0], shown)

@@ -11,12 +11,12 @@ from ..analysis import rule, widths
 from ..structure import snapshot
 from ..utils.report import write_csv, write_result
 from .flags.rule import RuleCommand
-from .models import snapshot_of
+from .models import snapshots_of
 
 
 def run_rule(names: Sequence[str], command: RuleCommand) -> dict[str, Any]:
     """What goes into result.json."""
-    models = {name: snapshot.load_spec(snapshot_of(name, command.target)).blocks for name in names}
+    models = {name: snapshot.load_spec(name).blocks for name in snapshots_of(names, command.target)}
     found, explained = rule.fit(list(models.values()))
     by_rule = {f"rule at {emb}": found.widths(emb, found.of) for emb in sorted({b[0].emb for b in models.values()})}
     out = Path(command.out)
@@ -27,7 +27,7 @@ def run_rule(names: Sequence[str], command: RuleCommand) -> dict[str, Any]:
     result = {
         "rule": asdict(found),
         "r2": explained,
-        "models": list(names),
+        "models": list(models),
         "json": str(out / "rule.json"),
         "csv": str(out / "rule.csv"),
         "figure": str(out / "rule.png"),
@@ -41,5 +41,7 @@ def run(command: RuleCommand) -> None:
     fitted = rule.Rule(**found["rule"])
     print(rule.in_words(fitted))
     print("R² of widths over emb: " + ", ".join(f"{kind} {r2:.2f}" for kind, r2 in found["r2"].items()))
+    if worse := [kind for kind, r2 in found["r2"].items() if r2 < 0]:
+        print(f"below 0: a mean over the blocks fits {' and '.join(worse)} better than the rule that fits all together")
     print(f"{found['csv']}\n{found['figure']}")
     print(f"a model of it: nvit.zoo.revit(nvit.zoo.Rule.load({found['json']!r}).widths(emb=192))")

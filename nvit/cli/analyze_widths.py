@@ -9,14 +9,14 @@ from typing import Any
 from ..analysis import rule, widths
 from ..structure import snapshot
 from ..structure.skeleton import dense_blocks, tokens_by_block
-from ..utils.report import write_csv, write_result
+from ..utils.report import show, write_csv, write_result
 from .flags.widths import WidthsCommand
-from .models import snapshot_of
+from .models import snapshots_of
 
 
 def run_widths(names: Sequence[str], command: WidthsCommand) -> dict[str, Any]:
     """What goes into result.json."""
-    specs = {name: snapshot.load_spec(snapshot_of(name, command.target)) for name in names}
+    specs = {name: snapshot.load_spec(name) for name in snapshots_of(names, command.target)}
     models = {name: spec.blocks for name, spec in specs.items()}
     dense = {dense_blocks(spec) for spec in specs.values()}
     tokens = {name: tokens_by_block(spec) for name, spec in specs.items()}
@@ -37,6 +37,7 @@ def run_widths(names: Sequence[str], command: WidthsCommand) -> dict[str, Any]:
 
 def run(command: WidthsCommand) -> None:
     found = run_widths(command.models, command)
+    show("widths over all blocks: the same everywhere, or smallest to largest", widths.spans(found["widths"]))
     print(f"{found['csv']}\n{found['figure']}")
     if found["slopes"]:
         print(f"{command.out}/slopes.csv: heads, QK and MLP against EMB, block by block")

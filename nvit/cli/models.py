@@ -92,6 +92,26 @@ def snapshot_of(name: str, target: float = 0.0) -> str:
     return str(found[target or min(found)])
 
 
+def snapshots_of(names: Sequence[str], target: float = 0.0) -> list[str]:
+    """The snapshots' folders that names mean, as `snapshot_of`; of a run's folder every one, largest first, where no
+    target is asked for.
+
+    Raises:
+        ValueError: as `snapshot_of`; or a name is neither a snapshot nor a run.
+    """
+    found = []
+    for name in names:
+        whole = {} if target else RunFolder(name).snapshots()
+        folders = [str(whole[t]) for t in sorted(whole, reverse=True)] or [snapshot_of(name, target)]
+        if not snapshot.is_snapshot(folders[0]):
+            raise ValueError(
+                f"{name} is neither a snapshot (spec.json is missing) nor a run (nor any target-*/ with one); give the "
+                "folder of a pruned model"
+            )
+        found += folders
+    return list(dict.fromkeys(found))
+
+
 def is_snapshot(name: str) -> bool:
     """Whether a name means a snapshot, by itself or as a run's."""
     return snapshot.is_snapshot(snapshot_of(name))

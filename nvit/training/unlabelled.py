@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .folders import SUFFIXES, ImageFiles, Scan, scan, split_folder
+from .folders import SUFFIXES, ImageFiles, Scan, scan, split_folder, split_folders
 
 
 class UnlabelledImages(ImageFiles):
@@ -30,6 +30,8 @@ def without_labels(where: str) -> Scan | None:
         return _listed(path)
     if not path.is_dir():
         return None
+    if (splits := split_folders(path)) and "train" not in splits:
+        return None  # images to evaluate alone, which have labels; whoever trains on them is told
     folder = split_folder(path, "train")
     return scan(folder) if _is_flat(folder) else None
 

@@ -121,6 +121,8 @@ FIGURES = [
     widths_of_one_block,
     correlation,
     sensitivity,
+    diversity,
+    prediction,
     accuracy,
     deit,
     refit,

@@ -97,6 +97,29 @@ def snapshots(tmp_path_factory):
     return folder
 
 
+def test_a_run_is_every_snapshot_of_it_or_the_one_asked_for(snapshots, tmp_path, capsys):
+    for name, target in (("wide", "0.8"), ("narrow", "0.5")):
+        (tmp_path / f"target-{target}").symlink_to(snapshots / name)
+    for asked, shown in (([], ["0.8", "0.5"]), (["--target", "0.5"], ["0.5"])):
+        assert cli.main(["analyze", "widths", str(tmp_path), *asked, "--out", str(tmp_path / "w")]) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if "/target-" in line and ".csv" not in line]
+        assert [line.split()[0].split("target-")[1] for line in lines] == shown
+    assert lines[0].split()[1:] == ["32", "2", "16", "16", "64", "–", "128"]
+    for what in (str(tmp_path / "w"), "deit_tiny_patch16_224"):
+        assert cli.main(["analyze", "rule", what, "--out", str(tmp_path / "r")]) == 1
+        assert f"{what} is neither a snapshot (spec.json is missing) nor a run" in capsys.readouterr().err
+    assert cli.main(["analyze", "widths"]) == 2
+    assert "nvit analyze widths needs folders of snapshots or runs" in capsys.readouterr().err
+
+
+def test_a_rule_that_fits_worse_than_a_mean_says_so(tmp_path, capsys):
+    """Heads that go against QK and MLP."""
+    middle, ends = BlockWidths(64, 1, 32, 16, 128), BlockWidths(64, 4, 8, 16, 32)
+    snapshot.save(tmp_path / "m", zoo.revit([ends, middle, ends], img_size=32, num_classes=3))
+    assert cli.main(["analyze", "rule", str(tmp_path / "m"), "--out", str(tmp_path / "r")]) == 0
+    assert "below 0: a mean over the blocks fits heads better" in capsys.readouterr().out
+
+
 def test_command_of_the_rule(snapshots, tmp_path, capsys):
     names = [str(snapshots / "wide"), str(snapshots / "narrow")]
     assert cli.main(["analyze", "rule", *names, "--out", str(tmp_path)]) == 0

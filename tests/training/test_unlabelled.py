@@ -46,6 +46,17 @@ def test_what_holds_no_labels(folder, listed, tmp_path):
     assert without_labels(str(tmp_path / "classes")) is None and without_labels("torch/cifar10") is None
 
 
+def test_images_to_evaluate_alone_are_no_training_images(tmp_path, capsys):
+    """A folder with `val/` but no `train/` is evaluated; what trains on it is told."""
+    for name in "ab":
+        flat(tmp_path / "val" / name, 2, 32)
+    assert without_labels(str(tmp_path)) is None
+    images = Images(make("plain", num_classes=2), str(tmp_path))
+    assert len(images.evaluation(2).dataset) == 4
+    with pytest.raises(ValueError, match="has val/ but no train/; name the folder of training images itself"):
+        images.training(config())
+
+
 def test_a_list_with_a_missing_file_or_none_is_one_line(tmp_path):
     (tmp_path / "l.txt").write_text("gone.png\n")
     with pytest.raises(ValueError, match=r"lists '.*gone\.png', which does not exist"):

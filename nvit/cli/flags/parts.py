@@ -20,6 +20,12 @@ DIGITS = "digits"
 MODEL = _help("a timm name, hf-hub:NAME, local-dir:FOLDER, or the folder of a snapshot, a run or a Hugging Face model")
 """What MODEL may be, for the help of a command."""
 
+SNAPSHOTS = "folders of snapshots or runs (of a run every snapshot, or that of --target), hf-hub:NAME, or digits"
+"""What SNAPSHOT may be, of commands that read widths alone."""
+
+NO_SNAPSHOT = "folders of snapshots or runs"
+"""The same where none is named."""
+
 
 MOST_WORKERS = 8
 """Data loading processes of a rank where nobody says how many."""
