@@ -67,7 +67,7 @@ class Scale:
 
 SCALES = {
     "small": Scale(
-        size=112, each=8, dense_each=30, dense_epochs=1, evaluate_each=10, batch=32, steps=64, interval=2, bundles=28,
+        size=112, each=8, dense_each=20, dense_epochs=1, evaluate_each=10, batch=32, steps=48, interval=2, bundles=40,
         calibration=512, lr=1.6e-3, ratio_seconds=1.0,
     ),
     "full": Scale(
