@@ -24,19 +24,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import nvit
-from benchmarks.accuracy.library import BATCH, data_folder, dense_model, images_of
+from benchmarks.accuracy.library import BATCH, data_folder, dense_model, images_of, without_head
 from benchmarks.accuracy.rows import Rows
 from nvit.analysis.evaluate import macs
 from nvit.analysis.neighbours import Bank, cosine, features_of, knn, linear_probe, percent
 
 EPOCHS = 3
-
-
-def without_head(model: nn.Module) -> nn.Module:
-    """A copy of a timm model that hands out the class token's features."""
-    tower = copy.deepcopy(model)
-    tower.reset_classifier(0)
-    return tower.eval()
 
 
 def pruned(model: nn.Module, loader, config: nvit.PruneConfig) -> nn.Module:

@@ -69,6 +69,13 @@ def images_of(
     return [dataset[i] for i in range(len(dataset))[:count]]
 
 
+def without_head(model: nn.Module) -> nn.Module:
+    """A copy of a timm model that hands out the class token's features."""
+    tower = copy.deepcopy(model)
+    tower.reset_classifier(0)
+    return tower.eval()
+
+
 @torch.inference_mode()
 def logits(model: nn.Module, images: Tensor) -> Tensor:
     """`(images, classes)`"""

@@ -1,4 +1,4 @@
-"""Differences between two models on the same images, with their uncertainty."""
+"""Differences and ratios between two models on the same images, with their uncertainty."""
 
 from __future__ import annotations
 
@@ -42,15 +42,38 @@ def paired_bootstrap(a: Sequence[float], b: Sequence[float], resamples: int = 10
     Raises:
         ValueError: different numbers of images, or none.
     """
-    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    if a.shape != b.shape or a.ndim != 1 or not a.size:
-        raise ValueError(f"values of shapes {a.shape} and {b.shape}; expected one per image, the same images in both")
+    a, b = _paired(a, b)
     difference, draws = a - b, np.random.default_rng(seed)
     means = np.array([difference[draws.integers(a.size, size=a.size)].mean() for _ in range(resamples)])
     low, high = np.quantile(means, (0.025, 0.975))
     return Difference(
         float(difference.mean()), float(low), float(high), float((means > 0).mean() + 0.5 * (means == 0).mean())
     )
+
+
+def ratio_bootstrap(
+    a: Sequence[float], b: Sequence[float], resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float, float]:
+    """The mean of `a` over the mean of `b`, what is left of an accuracy, and the central 95 % of its bootstrap over
+    images, the same ones drawn for both.
+
+    Raises:
+        ValueError: different numbers of images, or none; or `b` is right about none.
+    """
+    a, b = _paired(a, b)
+    if not b.sum():
+        raise ValueError("the mean below is 0: of a model that is never right nothing can be left")
+    draws = np.random.default_rng(seed)
+    chosen = (draws.integers(a.size, size=a.size) for _ in range(resamples))
+    low, high = np.quantile([a[i].sum() / max(b[i].sum(), 1e-12) for i in chosen], (0.025, 0.975))
+    return float(a.sum() / b.sum()), float(low), float(high)
+
+
+def _paired(a: Sequence[float], b: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if a.shape != b.shape or a.ndim != 1 or not a.size:
+        raise ValueError(f"values of shapes {a.shape} and {b.shape}; expected one per image, the same images in both")
+    return a, b
 
 
 def kl(dense: Tensor, pruned: Tensor) -> Tensor:

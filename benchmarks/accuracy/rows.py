@@ -1,10 +1,13 @@
-"""Rows of a table that takes long: each is in the CSV as soon as it is known."""
+"""Rows of tables that take long: each is in the CSV as soon as it is known."""
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.harness import Records
 
@@ -15,6 +18,32 @@ class Rows(Records):
     def add(self, **row: Any) -> None:
         super().add(**row)
         self.save()
+
+
+class Resumed(Rows):
+    """`Rows` that begin with those that the file has, so that a run that was stopped goes on.
+
+    Args:
+        key: the columns that say which point a row is of; a later row of the same point takes its place.
+    """
+
+    def __init__(
+        self, name: str, key: Sequence[str], of: torch.device | str = "cpu", folder: Path | None = None
+    ) -> None:
+        super().__init__(name, of, folder)
+        self.key = tuple(key)
+        self.rows = list(rows_of(self.path))
+
+    def find(self, **point: Any) -> dict[str, Any] | None:
+        """The row of a point, None where there is none yet."""
+        return next((r for r in self.rows if self._point(r) == self._point(point)), None)
+
+    def add(self, **row: Any) -> None:
+        self.rows = [r for r in self.rows if self._point(r) != self._point(row)]
+        super().add(**row)
+
+    def _point(self, row: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(str(row.get(name, "")) for name in self.key)
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
