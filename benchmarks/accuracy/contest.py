@@ -1,0 +1,276 @@
+"""Ways to narrow one trained model to measured latencies, each then trained on as many images: who is more accurate.
+
+Every model starts from the same dense one and sees as many training images, of the same set, with the same loss (cross
+entropy and the dense model as teacher), optimiser and schedule. Pruning that trains spends its images from the same
+account. Latency is measured in turn with the dense model.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import nvit
+from benchmarks.accuracy import shapes
+from benchmarks.accuracy.library import answers
+from benchmarks.accuracy.paired import paired_bootstrap
+from benchmarks.accuracy.rows import Resumed, answered, bits
+from benchmarks.accuracy.tiny_imagenet import Batches, Images
+from nvit import adapters
+from nvit.analysis.compare import measured, size
+from nvit.latency.clock import as_deployed, in_dtype
+from nvit.latency.measure import sample_images
+from nvit.prune.timing import clock_of, ratios_of
+from nvit.selection.lagrangian import drop_to_target
+from nvit.structure.masks import full_masks
+
+KEY = ("target", "method")
+OURS = ("nvit, one shot and refit", "nvit, iterative")
+PEERS = ("Torch-Pruning, Taylor", "Torch-Pruning, isomorphic", "uniform", "ReViT-shaped", "magnitude", "random")
+DECISIONS = 25
+"""Of an iterative run, about."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How much of everything.
+
+    Attributes:
+        size: pixels of an image's side, as the models see it.
+        targets: of latency, as fractions of dense, largest first.
+        dense_images: that the dense model is trained on first.
+        images: that every narrow model is trained on in all.
+        pruning_images: of these, about so many while the iterative run prunes to the last target.
+        calibration: images that score and refit.
+        lr: of AdamW at this batch size, at the top of the cosine.
+        seconds: of a reading of latency, 0 for the table's word; `table_seconds` of the table.
+    """
+
+    size: int = 112
+    targets: tuple[float, ...] = (0.65, 0.5)
+    dense_images: int = 8000
+    images: int = 8000
+    pruning_images: int = 4000
+    batch_size: int = 32
+    calibration: int = 512
+    lr: float = 3e-4
+    amp: str = "bf16"
+    distill_weight: float = 10.0
+    distill_tau: float = 2.0
+    latency_batch: int = 8
+    seconds: float = 4.0
+    table_seconds: float = 30.0
+
+    @property
+    def objective(self) -> dict[str, Any]:
+        """What pruning that trains and finetuning share."""
+        return {
+            "batch_size": self.batch_size,
+            "lr": self.lr * 512 / self.batch_size,
+            "grad_clip": 1.0,
+            "amp": self.amp,
+            "distill_weight": self.distill_weight,
+            "distill_tau": self.distill_tau,
+        }
+
+
+Made = dict[float, tuple[nn.Module, int]]
+"""By target, a compact model and the images that it has been trained on."""
+
+
+class Contest:
+    """One dense model, and everything that is made of it, kept in a folder.
+
+    Args:
+        host: makes the model as timm has it, with the weights to start from.
+        train, val: on the device that trains.
+    """
+
+    def __init__(
+        self, scale: Scale, host: Callable[[], nn.Module], train: Images, val: Images, work: Path, rows: Resumed
+    ) -> None:
+        self.scale, self.host, self.train, self.val, self.work, self.rows = scale, host, train, val, work, rows
+        self.device = train.pixels.device
+        self.dense = self._dense()
+        self.table = self._table()
+        self.clock = clock_of(ratios_of(self.table.setting, scale.seconds, lambda: copy.deepcopy(self.dense)))
+        self._scores: Mapping[str, Tensor] | None = None
+
+    def _dense(self) -> nn.Module:
+        """Trained first, on what the data set asks for; a row of its own."""
+        path = self.work / "dense"
+        if not path.exists():
+            model = self.host().to(self.device)
+            nvit.snapshot.save(path, self.trained(model, self.scale.dense_images, None))
+        model = nvit.load(path, device=str(self.device))
+        if self.rows.find(target=1.0, method="dense") is None:
+            self._add(1.0, "dense", model, self.scale.dense_images, 0.0, self.right(model))
+        return model
+
+    def _table(self) -> nvit.LatencyTable:
+        file = self.work / "latency_table.json"
+        if not file.exists():
+            batch, seconds = self.scale.latency_batch, self.scale.table_seconds
+            nvit.LatencyTable.measure(self.dense, batch, self.device, seconds=seconds).save(file)
+        return nvit.LatencyTable.load(file)
+
+    def loader(self) -> Batches:
+        """Training images, shuffled and augmented."""
+        return Batches(self.train, self.scale.size, self.scale.batch_size, training=True)
+
+    def calibration(self) -> Batches:
+        """As they are, shuffled."""
+        images = self.train.some(self.scale.calibration)
+        return Batches(images, self.scale.size, self.scale.batch_size, training=True, augment=False)
+
+    def trained(self, model: nn.Module, images: int, teacher: nn.Module | None) -> nn.Module:
+        """The model after so many images, in eval mode."""
+        loader, steps = self.loader(), images // self.scale.batch_size
+        if not steps:
+            return model.eval()
+        how = self.scale.objective | ({} if teacher else {"distill_weight": 0.0})
+        epochs = steps / len(loader)
+        config = nvit.FinetuneConfig(epochs=epochs, min_lr=self.scale.lr / 100, warmup_epochs=0.05 * epochs, **how)
+        return nvit.finetune(model, loader, config, teacher=teacher).eval()
+
+    @torch.inference_mode()
+    def right(self, model: nn.Module) -> Tensor:
+        """Right or wrong by evaluation image."""
+        batches = Batches(self.val, self.scale.size, 100, training=False)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.scale.amp == "bf16"):
+            return answers(model.eval(), batches).cpu()
+
+    def run(self, method: str) -> None:
+        """Rows of a method at every target, unless they are there."""
+        if all(self.rows.find(target=t, method=method) for t in self.scale.targets):
+            return
+        start = time.process_time()
+        made = METHODS[method](self)
+        seconds = (time.process_time() - start) / len(made)
+        for target, (model, seen) in made.items():
+            before = self.right(model)
+            small = self.trained(model, self.scale.images - seen, self.dense)
+            nvit.snapshot.save(self.work / f"{method}-{target:g}", small)
+            self._add(target, method, small, self.scale.images, seconds, self.right(small), before)
+
+    def _add(
+        self, target: float, method: str, model: nn.Module, images: int, seconds: float, right: Tensor,
+        before: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        row: dict[str, Any] = {"target": target, "method": method, "top1": 100 * float(right.mean())}
+        row |= {"untrained": "" if before is None else 100 * float(before.mean())} | size(model)
+        if method != "dense":
+            row |= self.latency(model)
+        row |= {"size": self.scale.size, "trained_on": images, "evaluated": len(right), "prune_s": seconds}
+        self.rows.add(**row, right=bits(right))
+
+    def latency(self, model: nn.Module) -> dict[str, float]:
+        """As a share of dense, with its spread, as models are served on this device."""
+        mode, dtype = as_deployed(self.device)
+        pair = [in_dtype(m, dtype) for m in (self.dense, model)]
+        images = sample_images(pair[0], self.scale.latency_batch)
+        found = measured(pair, images, 2 * self.scale.seconds, mode)[1]
+        return {key: found[key] for key in ("measured_ratio", "measured_spread", "latency_ms")}
+
+    def prune(self, loader=None, **how: Any) -> nvit.PruneResult:
+        """`nvit.prune` of a copy of the dense model."""
+        fixed = {"latency_target": self.scale.targets, "measure_seconds": self.scale.seconds}
+        fixed |= {"batch_size": self.scale.batch_size, "images": self.scale.calibration}
+        config = nvit.PruneConfig(**(fixed | how))
+        return nvit.prune(copy.deepcopy(self.dense), loader or self.calibration(), config, self.table)
+
+    @property
+    def scores(self) -> Mapping[str, Tensor]:
+        """What units are worth before a refit, of the calibration images; asked once."""
+        if self._scores is None:
+            config = nvit.PruneConfig(train=False, criterion="curvature", measure_seconds=0.0)
+            pruner = nvit.Pruner(copy.deepcopy(self.dense), self.table, config)
+            for x, y in self.calibration():
+                pruner.score(x, y)
+            self._scores = {name: score.cpu() for name, score in pruner.scores().items()}
+        return self._scores
+
+
+def one_shot(contest: Contest, **how: Any) -> Made:
+    result = contest.prune(train=False, **how)
+    return {p.target: (p.model, 0) for p in result.snapshots}
+
+
+def iterative(contest: Contest) -> Made:
+    """Prunes while it trains towards the dense model; at each target so many images have been seen."""
+    scale = contest.scale
+    steps = max(1, scale.pruning_images // scale.batch_size)
+    interval = max(1, round(steps / DECISIONS))
+    result = contest.prune(
+        contest.loader(),
+        train=True,
+        interval=interval,
+        bundles_per_step=-(-bundles_to(contest, min(scale.targets)) // max(1, steps // interval)),
+        **scale.objective,
+    )
+    made = {}
+    for p in result.snapshots:
+        step = next(r["step"] for r in result.history if r["predicted_ratio"] <= p.predicted_ratio)
+        made[p.target] = (p.model, min(step * scale.batch_size, scale.images))
+    return made
+
+
+def bundles_to(contest: Contest, target: float) -> int:
+    """About how many bundles leave on the way to a target: what one shot takes by the same table."""
+    model = copy.deepcopy(contest.dense)
+    groups = adapters.find(model).groups(model)
+    full = full_masks(groups)
+    masks, _ = drop_to_target(contest.scores, full, groups, contest.table, target * contest.table.dense_ms)
+    return sum(-(-int((~masks[g.name]).sum()) // g.multiple) for g in groups)
+
+
+def shaped(contest: Contest, of: str) -> Made:
+    return {
+        t: (shapes.shaped(contest.dense, contest.scores, contest.table, contest.clock, of, t), 0)
+        for t in contest.scale.targets
+    }
+
+
+def torch_pruning(contest: Contest, **options: Any) -> Made:
+    theirs = contest.host()
+    theirs.load_state_dict(contest.dense.state_dict())
+    batches = [(x.cpu(), y.cpu()) for x, y in contest.calibration()]
+    theirs = shapes.with_gradients(theirs.cpu().eval(), batches)
+    size = contest.scale.size
+    return {
+        t: (shapes.by_torch_pruning(contest.dense, theirs, contest.clock, t, size, **options), 0)
+        for t in contest.scale.targets
+    }
+
+
+METHODS: dict[str, Callable[[Contest], Made]] = {
+    OURS[0]: lambda c: one_shot(c, refit=True),
+    OURS[1]: iterative,
+    PEERS[0]: torch_pruning,
+    PEERS[1]: lambda c: torch_pruning(c, isomorphic=True),
+    PEERS[2]: lambda c: shaped(c, "uniform"),
+    PEERS[3]: lambda c: shaped(c, "revit"),
+    PEERS[4]: lambda c: one_shot(c, criterion="magnitude"),
+    PEERS[5]: lambda c: one_shot(c, criterion="random"),
+}
+
+
+def compare(rows: Resumed) -> None:
+    """Say in our rows how many points they are ahead of the best peer at that target, with the 95 % interval."""
+    for row in [r for r in rows.rows if r["method"] in OURS]:
+        beside = [r for r in rows.rows if r["method"] in PEERS and str(r["target"]) == str(row["target"])]
+        if not beside:
+            continue
+        best = max(beside, key=lambda r: float(r["top1"]))
+        mine, theirs = (answered(r["right"], int(r["evaluated"])) for r in (row, best))
+        d = paired_bootstrap(mine, theirs)
+        row |= {"best_peer": best["method"], "ahead": round(100 * d.mean, 3)}
+        row |= {"ahead_low": round(100 * d.low, 3), "ahead_high": round(100 * d.high, 3)}
+    rows.save()

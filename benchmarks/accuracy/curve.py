@@ -1,0 +1,92 @@
+"""Accuracy of DeiT-Ti against measured latency on Tiny-ImageNet: nvit's ways to prune beside others, equal training.
+
+    NVIT_DATA=FOLDER python -m benchmarks.accuracy.curve --work FOLDER [METHOD …]     [--plot: the figure alone]
+
+Images of 112 pixels, 49 tokens, so that two cores can train; one CPU thread, eight images a batch for latency. DeiT-Ti
+with the head's rows of the 200 classes is trained on 8000 images first; that model is pruned to 0.65 and 0.5 of its
+measured latency, and each narrow one is trained on 8000 images (40 a class) towards it, by the same loss and schedule.
+`untrained` is its accuracy before. 4000 validation images evaluate. The learning rate is what uniform widths liked best
+on training images held back (`--tune`). `ahead`: points over the best peer at that target, with the 95 % interval
+(paired bootstrap over images). About 45 minutes of one core; what --work has is not done again.
+
+Rows go into curve_cpu.csv with their answers by image, and the figure beside it into curve_cpu.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import harness
+from benchmarks.accuracy.contest import KEY, METHODS, Contest, Scale, compare
+from benchmarks.accuracy.contest_figure import plot
+from benchmarks.accuracy.library import MODEL, data_folder
+from benchmarks.accuracy.rows import Resumed
+from benchmarks.accuracy.tiny_imagenet import PACK, Images, deit_tiny, pack, read
+
+TRAINED, EVALUATED = 8000, 4000
+RATES = (1e-4, 3e-4, 1e-3)
+
+
+def images(work: Path) -> dict[str, Images]:
+    """Both splits, packed from the folder once."""
+    file = work / PACK
+    if not file.exists():
+        pack(data_folder() / "tiny_imagenet200", file)
+    return read(file)
+
+
+def contest(work: Path, scale: Scale, train: Images, val: Images, rows: Resumed) -> Contest:
+    """From DeiT-Ti's own weights."""
+    root = data_folder()
+    weights, synsets = root / f"{MODEL}.safetensors", root / "imagenet_synsets.txt"
+    return Contest(scale, lambda: deit_tiny(weights, train.classes, synsets, scale.size), train, val, work, rows)
+
+
+def tune(work: Path, scale: Scale, train: Images) -> None:
+    """Top-1 by learning rate of uniform widths at the last target, trained on a third, on 1000 images held back."""
+    held = train.last(1000)
+    third = scale.images // 3
+    scale = dataclasses.replace(scale, targets=scale.targets[-1:], images=third, dense_images=third)
+    for lr in RATES:
+        rows = Resumed("curve_rate", ("lr", *KEY), folder=work)
+        mine = contest(work, dataclasses.replace(scale, lr=lr), train.some(TRAINED), held, rows)
+        (small, _) = METHODS["uniform"](mine)[scale.targets[-1]]
+        small = mine.trained(small, scale.images, mine.dense)
+        print(f"lr {lr:g}: {100 * float(mine.right(small).mean()):.1f} %", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(map(repr, METHODS))}; all")
+    parser.add_argument("--work", type=Path, default=Path("runs/curve"), help="folder of models and the latency table")
+    parser.add_argument("--tune", action="store_true", help="try learning rates on training images held back, and end")
+    parser.add_argument("--plot", action="store_true", help="draw the figure from the CSV that is there")
+    args = parser.parse_args()
+    if unknown := set(args.methods).difference(METHODS):
+        parser.error(f"no methods {sorted(unknown)}; there are {', '.join(METHODS)}")
+    rows, scale = Resumed("curve", KEY), Scale()
+    if not args.plot:
+        torch.set_num_threads(1)
+        args.work.mkdir(parents=True, exist_ok=True)
+        found = images(args.work)
+        if args.tune:
+            tune(args.work / "tune", scale, found["train"])
+            return 0
+        train, val = found["train"].some(TRAINED), found["val"].some(EVALUATED)
+        mine = contest(args.work, scale, train, val, rows)
+        for method in args.methods or METHODS:
+            mine.run(method)
+        compare(rows)
+    path = harness.RESULTS / "curve_cpu.png"
+    plot(rows.rows, path, "DeiT-Ti on Tiny-ImageNet, equal training, one CPU thread")
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
