@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,8 @@ class Scale:
     size: int = 112
     targets: tuple[float, ...] = (0.65, 0.5)
     dense_images: int = 8000
-    images: int = 8000
-    pruning_images: int = 4000
+    images: int = 4000
+    pruning_images: int = 2000
     batch_size: int = 32
     calibration: int = 512
     lr: float = 3e-4
@@ -260,6 +261,13 @@ METHODS: dict[str, Callable[[Contest], Made]] = {
     PEERS[4]: lambda c: one_shot(c, criterion="magnitude"),
     PEERS[5]: lambda c: one_shot(c, criterion="random"),
 }
+
+
+def needed(methods: Iterable[str]) -> str:
+    """What has to be installed before these methods can run, as a line; empty where all is there."""
+    if any(m.startswith("Torch-Pruning") for m in methods) and find_spec("torch_pruning") is None:
+        return "Torch-Pruning is not installed; pip install 'nvit[bench]'"
+    return ""
 
 
 def compare(rows: Resumed) -> None:

@@ -174,7 +174,7 @@ class Neighbours:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="*", metavar="SETTING", help=f"of {', '.join(map(repr, SETTINGS))}; all")
+    parser.add_argument("settings", nargs="*", metavar="SETTING", help="of those that the table has; all")
     parser.add_argument("--images", type=int, default=300, help="calibration images")
     args = parser.parse_args()
     if unknown := set(args.settings).difference(SETTINGS):

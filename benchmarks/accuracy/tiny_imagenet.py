@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
 from timm.data import IMAGENET_DEFAULT_STD as STD
 from timm.layers import resample_abs_pos_embed
@@ -21,7 +22,9 @@ from torch import Tensor, nn
 
 from benchmarks.accuracy.library import MODEL
 
-PACK = "tiny_imagenet200.npz"
+PACK, WEIGHTS, SYNSETS = "tiny_imagenet200.npz", f"{MODEL}.safetensors", "imagenet_synsets.txt"
+MOST = 60 << 20
+"""Bytes that may travel to a machine."""
 SPLITS = ("train", "val")
 PAD = 6
 """Pixels of 64 by which a training crop may be off."""
@@ -92,6 +95,16 @@ def read(path: Path) -> dict[str, Images]:
     return found
 
 
+def packed(root: Path, work: Path) -> Path:
+    """The packed file: of `root` if it has one, else of `work`, packed there once from the folder of images."""
+    if (root / PACK).exists():
+        return root / PACK
+    if not (work / PACK).exists():
+        work.mkdir(parents=True, exist_ok=True)
+        pack(root / "tiny_imagenet200", work / PACK)
+    return work / PACK
+
+
 class Batches:
     """Batches of images for a model, `(images, labels)`: normalised, brought to its size, augmented where asked for.
 
@@ -133,19 +146,40 @@ class Batches:
         return pixels.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def deit_tiny(weights: Path, classes: tuple[str, ...], synsets: Path, size: int) -> nn.Module:
+def deit_tiny(root: Path, classes: tuple[str, ...], size: int) -> nn.Module:
     """timm's DeiT-Ti for these of ImageNet's classes and images of `size` pixels: its own weights, those rows of its
     head, positions interpolated.
 
     Args:
-        weights: a safetensors file of DeiT-Ti, of any floating dtype.
-        synsets: ImageNet's WordNet names in the order of the head, a line each.
+        root: with DeiT-Ti's weights, of any floating dtype, and imagenet_synsets.txt, a WordNet name a line in the
+            order of its head.
     """
     model = timm.create_model(MODEL, img_size=size, num_classes=len(classes))
-    state = {name: tensor.float() for name, tensor in load_file(weights).items()}
-    names = synsets.read_text().split()
+    state = {name: tensor.float() for name, tensor in load_file(root / WEIGHTS).items()}
+    names = (root / SYNSETS).read_text().split()
     rows = torch.tensor([names.index(name) for name in classes])
     state["head.weight"], state["head.bias"] = state["head.weight"][rows], state["head.bias"][rows]
     state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], list(model.patch_embed.grid_size))
     model.load_state_dict(state)
     return model.eval()
+
+
+def luggage(root: Path, folder: Path) -> int:
+    """Write what another machine needs of `root`: 16-bit weights, the names of classes, the packed images. Returns the
+    bytes of all that lies in `folder`, wheels that were put there as well.
+
+    Raises:
+        ValueError: more than `MOST`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: t.half() for name, t in load_file(root / WEIGHTS).items()}, folder / WEIGHTS)
+    shutil.copyfile(root / SYNSETS, folder / SYNSETS)
+    if (file := packed(root, folder)).parent != folder:
+        shutil.copyfile(file, folder / PACK)
+    total = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    if total >= MOST:
+        raise ValueError(
+            f"{folder} holds {total / 2**20:.1f} MiB, and less than {MOST >> 20} may travel; leave wheels out that are "
+            "there already"
+        )
+    return total

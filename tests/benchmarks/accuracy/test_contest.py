@@ -2,16 +2,16 @@
 device."""
 
 import importlib.util
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 import nvit
-from benchmarks.accuracy import contest, contest_figure, shapes, tiny_imagenet
+from benchmarks.accuracy import contest, contest_figure, gpu_evidence, shapes, tiny_imagenet
 from benchmarks.accuracy.rows import Resumed, rows_of
 from benchmarks.accuracy.tiny_imagenet import Batches, Images
 from nvit.spec import BlockWidths
@@ -46,38 +46,60 @@ def images():
     return Images(pixels, labels, tuple("abcd"))
 
 
-@pytest.fixture(scope="module")
-def toy(images, tmp_path_factory):
-    work = tmp_path_factory.mktemp("work")
-    rows = Resumed("curve", contest.KEY, folder=work)
-    nvit.LatencyTable.analytic(host()).save(work / "latency_table.json")  # what is there is not measured
-    return contest.Contest(TOY, host, images, images, work, rows)
-
-
 METHODS = [m for m in contest.METHODS if "Torch" not in m or importlib.util.find_spec("torch_pruning")]
 
 
-def test_every_method_is_trained_alike_and_kept(toy, monkeypatch):
-    dense_macs = float(toy.rows.rows[0]["macs"])
+@pytest.fixture(scope="module")
+def toy(images, tmp_path_factory):
+    """What the GPU's command leaves of a toy on a CPU, and the methods that it leaves out."""
+    work = tmp_path_factory.mktemp("work")
+    rows = Resumed("curve", contest.KEY, folder=work)
+    nvit.LatencyTable.analytic(host()).save(work / "latency_table.json")  # what is there is not measured
+    chosen = tuple(m for m in gpu_evidence.CHOSEN if m in METHODS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_evidence, "rate", lambda mine: 0.01)  # images a second, so that the least are trained on
+        mine = gpu_evidence.evidence(
+            lambda scale: contest.Contest(scale, host, images, images, work, rows), TOY, 1000.0, chosen
+        )
     for method in METHODS:
-        toy.run(method)
+        mine.run(method)
+    contest.compare(rows)
+    return mine
+
+
+def test_every_method_is_trained_alike_and_kept(toy, monkeypatch):
     found = {r["method"]: r for r in rows_of(toy.work / "curve_cpu.csv")}
-    assert list(found) == ["dense", *METHODS]
+    assert set(found) == {"dense", *METHODS}
     for method in METHODS:
         row, small = found[method], nvit.load(toy.work / f"{method}-0.7")
-        assert 0.4 * dense_macs < float(row["macs"]) < 0.95 * dense_macs and row["trained_on"] == "32", method
+        assert 0.4 < float(row["macs"]) / float(found["dense"]["macs"]) < 0.95 and row["trained_on"] == "16", method
         x = toy.calibration().ready(toy.val.pixels)
         assert 100 * float((small(x).argmax(-1) == toy.val.labels).float().mean()) == pytest.approx(float(row["top1"]))
-    contest.compare(toy.rows)
-    ours = next(r for r in rows_of(toy.work / "curve_cpu.csv") if r["method"] == contest.OURS[0])
     best = max((r for m, r in found.items() if m in contest.PEERS), key=lambda r: float(r["top1"]))
-    assert float(ours["ahead"]) == pytest.approx(float(ours["top1"]) - float(best["top1"]), abs=0.01)
-    path = toy.work / "curve.png"
-    contest_figure.plot(rows_of(toy.work / "curve_cpu.csv"), path, "toy")
-    assert path.read_bytes().startswith(b"\x89PNG")
+    for method in contest.OURS:
+        ahead = float(found[method]["top1"]) - float(best["top1"])
+        assert float(found[method]["ahead"]) == pytest.approx(ahead, abs=0.01)
+    contest_figure.plot(list(found.values()), toy.work / "curve.png", "toy")
+    assert (toy.work / "curve.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(contest.Contest, "trained", None)
     for method in METHODS:  # what there is a row of is not done again
         toy.run(method)
+
+
+def test_seconds_say_how_many_images_and_late_methods_are_left_out(toy, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_evidence, "rate", lambda mine: 5.0)
+    assert gpu_evidence.allotted(toy, 1e6, 5) == 16, "what a run was given stays"
+    (toy.work / "images.txt").unlink()
+    spent = 5 * gpu_evidence.APART + contest.DECISIONS * gpu_evidence.DECISION
+    assert gpu_evidence.allotted(toy, spent + 100, 5) == 100  # 5 images/s for 20 s each
+    gpu_evidence.evidence(lambda scale: toy, TOY, -1.0, ("uniform", "random"))
+    assert "random: left out" in capsys.readouterr().err
+
+
+def test_a_peer_that_is_missing_is_named_first(monkeypatch):
+    monkeypatch.setattr(contest, "find_spec", lambda name: None)
+    assert contest.needed(contest.METHODS) == "Torch-Pruning is not installed; pip install 'nvit[bench]'"
+    assert contest.needed(["uniform"]) == ""
 
 
 def test_widths_of_a_family_shrink_from_the_dense_model_on():
@@ -111,8 +133,9 @@ def test_a_packed_folder_reads_back(tmp_path):
             folder.mkdir(parents=True)
             for i in range(2):
                 PIL.Image.new("RGB", (64, 64), (60 * c, 9, 100 * i)).save(folder / f"{i}.jpg", quality=95)
-    path = Path(tmp_path / tiny_imagenet.PACK)
-    tiny_imagenet.pack(tmp_path / "images", path)
+    (tmp_path / "images").rename(tmp_path / "tiny_imagenet200")
+    path = tiny_imagenet.packed(tmp_path, tmp_path / "work")
+    assert tiny_imagenet.packed(path.parent, tmp_path) == path, "one that is there is not written again"
     found = tiny_imagenet.read(path)["val"]
     assert found.classes == ("n01", "n02") and found.labels.tolist() == [0, 0, 1, 1]
     assert (found.pixels[3].float().mean((1, 2)) - torch.tensor([60.0, 9, 100])).abs().max() < 4
@@ -122,15 +145,19 @@ def test_a_packed_folder_reads_back(tmp_path):
         found.some(1)
 
 
-def test_deit_tiny_takes_its_heads_rows(tmp_path):
-    from safetensors.torch import save_file
-
-    names = [f"n{i:04d}" for i in range(1000)]
-    (tmp_path / "synsets.txt").write_text("\n".join(names))
-    dense = timm.create_model("deit_tiny_patch16_224")
-    save_file({k: v.half() for k, v in dense.state_dict().items()}, tmp_path / "w.safetensors")
-    small = tiny_imagenet.deit_tiny(tmp_path / "w.safetensors", ("n0007", "n0003"), tmp_path / "synsets.txt", 224)
+def test_what_travels_is_deit_tiny_in_16_bits(tmp_path, monkeypatch):
+    """And its head's rows of the classes, as the images number them."""
+    names, there = [f"n{i:04d}" for i in range(1000)], tmp_path / "there"
+    (tmp_path / tiny_imagenet.SYNSETS).write_text("\n".join(names))
+    (tmp_path / tiny_imagenet.PACK).write_bytes(b"images")
+    dense = timm.create_model(tiny_imagenet.MODEL).eval()
+    save_file(dense.state_dict(), tmp_path / tiny_imagenet.WEIGHTS)
+    sent = tiny_imagenet.luggage(tmp_path, there)
+    assert sent == sum(p.stat().st_size for p in there.iterdir()) < 12 << 20
+    small = tiny_imagenet.deit_tiny(there, ("n0007", "n0003"), 224)
     x = torch.randn(1, 3, 224, 224)
     with torch.inference_mode():
-        # The weights are rounded to 16 bits.
-        torch.testing.assert_close(small(x), dense.eval()(x)[:, [7, 3]], rtol=0, atol=5e-3)
+        torch.testing.assert_close(small(x), dense(x)[:, [7, 3]], rtol=0, atol=5e-3)  # rounded to 16 bits
+    monkeypatch.setattr(tiny_imagenet, "MOST", sent)
+    with pytest.raises(ValueError, match="may travel; leave wheels out"):
+        tiny_imagenet.luggage(tmp_path, there)
