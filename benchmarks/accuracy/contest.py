@@ -21,8 +21,8 @@ from torch import Tensor, nn
 import nvit
 from benchmarks.accuracy import shapes
 from benchmarks.accuracy.library import answers
-from benchmarks.accuracy.paired import paired_bootstrap
-from benchmarks.accuracy.rows import Resumed, answered, bits
+from benchmarks.accuracy.paired import answered, bits, paired_bootstrap
+from benchmarks.accuracy.rows import Resumed
 from benchmarks.accuracy.tiny_imagenet import Batches, Images
 from nvit import adapters
 from nvit.analysis.compare import measured, size

@@ -5,21 +5,20 @@ from __future__ import annotations
 import io
 import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
 from timm.data import IMAGENET_DEFAULT_STD as STD
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from benchmarks.accuracy.ablation_data import imagenet_model, imagenet_rows
 from benchmarks.accuracy.library import MODEL
 
 PACK, WEIGHTS, SYNSETS = "tiny_imagenet200.npz", f"{MODEL}.safetensors", "imagenet_synsets.txt"
@@ -146,22 +145,10 @@ class Batches:
         return pixels.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def deit_tiny(root: Path, classes: tuple[str, ...], size: int) -> nn.Module:
-    """timm's DeiT-Ti for these of ImageNet's classes and images of `size` pixels: its own weights, those rows of its
-    head, positions interpolated.
-
-    Args:
-        root: with DeiT-Ti's weights, of any floating dtype, and imagenet_synsets.txt, a WordNet name a line in the
-            order of its head.
-    """
-    model = timm.create_model(MODEL, img_size=size, num_classes=len(classes))
-    state = {name: tensor.float() for name, tensor in load_file(root / WEIGHTS).items()}
-    names = (root / SYNSETS).read_text().split()
-    rows = torch.tensor([names.index(name) for name in classes])
-    state["head.weight"], state["head.bias"] = state["head.weight"][rows], state["head.bias"][rows]
-    state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], list(model.patch_embed.grid_size))
-    model.load_state_dict(state)
-    return model.eval()
+def deit_tiny(root: Path, classes: Sequence[str], size: int) -> nn.Module:
+    """DeiT-Ti for these of ImageNet's classes and images of `size` pixels, with its own weights; `root` as `luggage`
+    leaves it, or with weights in fp32."""
+    return imagenet_model(root, MODEL, size, imagenet_rows(root, classes))
 
 
 def luggage(root: Path, folder: Path) -> int:

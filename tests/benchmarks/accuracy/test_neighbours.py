@@ -9,8 +9,8 @@ import torch
 from benchmarks import harness
 from benchmarks.accuracy import neighbours
 from benchmarks.accuracy.library import Bench, answers
-from benchmarks.accuracy.published import QUOTES
 from benchmarks.accuracy.paired import answered
+from benchmarks.accuracy.published import QUOTES
 from benchmarks.accuracy.rows import Resumed, rows_of
 from nvit import adapters
 from nvit.latency.table import LatencyTable
