@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from docs.tables import depth, features, figures, models, refit, saliency, sparse24, tasks, tokens
+from docs.tables import depth, features, figures, models, paper, refit, saliency, sparse24, tasks, tokens
 
 DOCS = Path(__file__).parent
 MARKED = re.compile(r"^<!-- table: ([\w.]+) -->\n(?P<body>.*?)^<!-- end -->$", re.S | re.M)
@@ -23,6 +23,7 @@ PAGES: dict[str, Mapping[str, Callable[[], str]]] = {
     "depth.md": depth.TABLES,
     "features.md": features.TABLES,
     "models.md": models.TABLES,
+    "paper.md": paper.TABLES,
     "refit.md": refit.TABLES,
     "refit_method.md": refit.METHOD,
     "saliency.md": saliency.TABLES,

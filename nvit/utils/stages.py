@@ -28,6 +28,7 @@ class Stage:
 
 class Tracker:
     """How far a command is. Stages are met in their order; one that never begins counts as done when a later one does.
+    What comes before the first of them, as the opening of a model, tells nothing of how long the rest will take.
 
     Args:
         stages: those expected; where there are none, or work has another name, only that work's own steps count.
@@ -38,15 +39,18 @@ class Tracker:
         self.stages, self.clock = tuple(stages), clock
         self.began = self.since = clock()
         self.at, self.done, self.total, self.text = -1, 0, 0, "starting"
+        self.first = 0.0  # part of the whole where the clock began
 
     def __call__(self, done: int, total: int, text: str) -> None:
         """As `utils.progress.Progress`."""
         self.text = text
-        here = self._stage_of(done, total, text)
+        here, opened = self._stage_of(done, total, text), self.at < 0
         if here is not None and here != self.at:
             self.at, self.since = here, self.clock()
         if here is not None or not self.stages:
             self.done, self.total = done, total
+        if here is not None and opened:
+            self.began, self.first = self.clock(), self.fraction
 
     def _stage_of(self, done: int, total: int, text: str) -> int | None:
         again = self.at >= 0 and text.startswith(self.stages[self.at].work)
@@ -70,7 +74,8 @@ class Tracker:
     def left(self) -> float | None:
         """Seconds to the end as it goes; None where too little is done to tell."""
         part = self.fraction
-        return None if part < 0.01 else (self.clock() - self.began) * (1 - part) / part
+        passed = part - self.first
+        return None if passed < 0.01 else (self.clock() - self.began) * (1 - part) / passed
 
     def in_words(self) -> str:
         """The last text, its steps, the part of the whole and the time left."""

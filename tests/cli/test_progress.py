@@ -45,6 +45,17 @@ def test_shares_add_up_and_time_is_foretold():
     assert tracker.fraction == 1 and tracker.left == 0
 
 
+def test_opening_a_model_foretells_nothing():
+    clock = Clock()
+    tracker = Tracker([Stage("sensitivity", 100)], clock)
+    clock.now = 100
+    tracker(1, 4, "sensitivity")
+    assert tracker.fraction == 0.25 and tracker.left is None, "how long the first step took is not known"
+    clock.now = 107
+    tracker(2, 4, "sensitivity")
+    assert tracker.left == pytest.approx(14)
+
+
 def test_the_same_work_twice_is_two_stages_and_one_that_never_begins_is_over():
     tracker = Tracker([Stage("score", 1), Stage("refit", 1), Stage("score", 1), Stage("evaluate", 1)])
     tracker(3, 4, "score")
@@ -104,6 +115,7 @@ def test_the_bar_at_80_columns(monkeypatch):
     with progress.shown(PLAN, console) as tell:
         tell(1, 2, "permute: blocks.10.mlp.fc1.weight keeps 0.8123 of its magnitude")
         time.sleep(0.3)
+        tell(20, 60, "prune: 0.812, loss 0.345")
         tell(30, 60, "prune: 0.812, loss 0.345")
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "\n", out.getvalue())
     assert "60 %" in shown and "left" in shown and "…" not in shown

@@ -1,0 +1,172 @@
+"""The paper's analyses of real DeiT-Ti by the commands of `nvit analyze`, their numbers kept (docs/analyze.md).
+
+    NVIT_DATA=FOLDER python -m benchmarks.accuracy.analyses [STEP …] [--out RUNS]     # what is in RUNS is not redone
+
+Steps: `sensitivity` (Tab. 5: 256 images of imagenet_sample1000, four probes a batch of four, two seeds), `attention`
+(App. C.1: 256 images of imagenet_val1300, dense and pruned), `widths` (Fig. 4 and insight 1) and `rule` (Sec. 5.4) of
+the pruning runs below, `latency` (App. A.3: 24 models of random widths on one CPU thread, by its own CPU time).
+`saliencies` prunes in one shot without training to five latencies, counted, by the paper's saliency, the published
+sums of it and ours: `widths` shows where each takes its units. `widths`, `rule` and `attention` are of the run that
+`benchmarks.accuracy.transfer` starts from as well (--pruned; refitted and trained three epochs).
+
+Each step's rows go into benchmarks/results/analyses_<step>_cpu.csv when it is done; `python -m docs.fill_tables
+--figures` draws the pages' figures from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.accuracy.library import MODEL, data_flags, data_folder
+from benchmarks.accuracy.transfer_pruned import prune
+from benchmarks.harness import Records
+from nvit.cli import main as cli
+
+CRITERIA = ("hessian", "nvit", "fisher")
+TARGETS = ("0.8", "0.65", "0.5", "0.35", "0.25")
+SEEDS = (0, 1)
+ONE_THREAD = ("--device", "cpu", "--threads", "1")
+SHOT = [
+    "--no-train", "--accept-labels", "--images", "200", "--table", "analytic", "--latency-batch", "1",
+    "--latency-seconds", "2", "--workers", "0",
+]  # fmt: skip
+
+
+def found(out: Path, *words: str) -> dict[str, Any]:
+    """What a command leaves in its folder's result.json; a command that ran to its end is not run again."""
+    if not (out / "result.json").exists() and (code := cli.main([*words, "--out", str(out)])):
+        sys.exit(code)
+    return json.loads((out / "result.json").read_text())
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def numbers(row: Mapping[str, str]) -> dict[str, Any]:
+    """A row of a command's CSV; models by the last words of their folders, so that no path of a machine is kept."""
+    named = {key: "/".join(Path(value).parts[-2:]) for key, value in row.items() if key == "model"}
+    return {key: _number(value) for key, value in row.items()} | named
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def keep(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    records = Records(f"analyses_{name}")
+    for row in rows:
+        records.add(**row)
+    records.save()
+
+
+def dense() -> list[str]:
+    return [MODEL, "--checkpoint", str(data_folder() / f"{MODEL}.safetensors"), *ONE_THREAD]
+
+
+def sensitivity(out: Path, pruned: Path) -> None:
+    rows = []
+    for seed in SEEDS:
+        images = ["--data", str(data_folder() / "imagenet_sample1000" / "val"), "--accept-labels"]
+        size = ["--samples", "256", "--batch-size", "4", "--probes", "4", "--seed", str(seed)]
+        folder = out / f"sensitivity_{seed}"
+        result = found(folder, "analyze", "sensitivity", *dense(), *images, *size)
+        counted = {"seed": seed, "images": result["images"], "probes": result["probes"]}
+        rows += [counted | numbers(row) for row in read(folder / "sensitivity.csv")]
+    keep("sensitivity", rows)
+
+
+def attention(out: Path, pruned: Path) -> None:
+    prune(pruned)
+    snapshots = [str(pruned / f"target-{target}") for target in ("0.65", "0.5")]
+    flags = data_flags(data_folder())
+    images = [f for f in flags[flags.index("--eval-data") :] if f not in ("--device", "cpu")]
+    result = found(out / "attention", "analyze", "attention", *dense(), *snapshots, *images)
+    keep(
+        "attention", [{"images": result["images"]} | numbers(row) for row in read(out / "attention" / "attention.csv")]
+    )
+
+
+def saliencies(out: Path, pruned: Path) -> None:
+    data = ["--data", str(data_folder() / "imagenet_sample1000" / "val")]
+    for criterion in CRITERIA:
+        found(out / criterion, "prune", *dense(), *data, *SHOT, "--criterion", criterion, "--latency-target", *TARGETS)
+
+
+def widths(out: Path, pruned: Path) -> None:
+    prune(pruned)
+    saliencies(out, pruned)
+    rows, slopes = [], []
+    for run in (pruned, *(out / criterion for criterion in CRITERIA)):
+        folder = out / f"widths_{run.name}"
+        result = found(folder, "analyze", "widths", str(run))
+        rows += [{"run": run.name} | numbers(row) for row in read(folder / "widths.csv")]
+        slopes += [{"run": run.name} | row for row in result["slopes"]]
+    keep("widths", rows)
+    keep("slopes", slopes)
+
+
+def rule(out: Path, pruned: Path) -> None:
+    prune(pruned)
+    saliencies(out, pruned)
+    rows = []
+    for run in (pruned, *(out / criterion for criterion in CRITERIA)):
+        result = found(out / f"rule_{run.name}", "analyze", "rule", str(run))
+        fitted = result["rule"]
+        first, end = fitted["middle"]
+        fits = {key: fitted[key] for key in ("heads", "qk_dim", "mlp", "v_dim", "factor")}
+        rows.append(
+            {"run": run.name, "snapshots": len(result["models"]), "first": first + 1, "last": end}
+            | fits
+            | {f"{key}_r2": value for key, value in result["r2"].items()}
+        )
+    keep("rule", rows)
+
+
+def latency(out: Path, pruned: Path) -> None:
+    size = ["--latency-batch", "8", "--latency-seconds", "40", "--count", "24", "--seconds", "90"]
+    result = found(out / "latency", "analyze", "latency", *dense(), *size)
+    batch = {"batch": result["latency_batch"]}
+    keep("latency", [batch | numbers(row) for row in read(out / "latency" / "latency.csv")])
+
+
+STEPS: dict[str, Callable[[Path, Path], None]] = {
+    "sensitivity": sensitivity,
+    "attention": attention,
+    "saliencies": saliencies,
+    "widths": widths,
+    "rule": rule,
+    "latency": latency,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("steps", nargs="*", metavar="STEP", help=f"of {', '.join(STEPS)}; all by default")
+    parser.add_argument("--out", type=Path, default=Path("runs/analyses"), help="folder of the runs")
+    parser.add_argument("--pruned", type=Path, default=Path("runs/transfer/pruned"), help="made if it is not there")
+    given = parser.parse_args()
+    if unknown := set(given.steps).difference(STEPS):
+        parser.error(f"unknown steps {sorted(unknown)}; there are {', '.join(STEPS)}")
+    torch.set_num_threads(1)
+    for step in given.steps or STEPS:
+        STEPS[step](given.out, given.pruned)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
