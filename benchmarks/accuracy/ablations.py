@@ -29,7 +29,7 @@ from benchmarks.accuracy.ablation_data import TEACHER, HardLabels, Pixels, confi
 from benchmarks.accuracy.ablation_runs import SCALES, Bench, Scale, answers, run
 from benchmarks.accuracy.library import MODEL, data_folder
 from benchmarks.accuracy.paired import bits
-from benchmarks.accuracy.rows import Rows, rows_of
+from benchmarks.accuracy.rows import Resumed
 from nvit import adapters
 from nvit.training.data import TrainingData
 from nvit.training.distill import renormalisation
@@ -73,19 +73,19 @@ def dense_model(root: Path, scale: Scale, out: Path, classes: Sequence[int]) -> 
     return model.eval()
 
 
-def fill(bench: Bench, arms: Sequence[Arm], seeds: Sequence[int], minutes: float, folder: Path | None = None) -> Rows:
+def fill(
+    bench: Bench, arms: Sequence[Arm], seeds: Sequence[int], minutes: float, folder: Path | None = None
+) -> Resumed:
     """Measure the rows that the file does not have, one seed after the other, until the time is up."""
-    records, end = Rows("ablations", bench.scale.device, folder), time.monotonic() + 60 * minutes
-    records.rows = list(rows_of(records.path))
-    if not any(r["arm"] == "dense" for r in records.rows):
+    records, end = Resumed("ablations", ("arm", "seed"), bench.scale.device, folder), time.monotonic() + 60 * minutes
+    if records.find(arm="dense", seed="") is None:
         records.add(**dense_row(bench))
     for seed in seeds:
         for arm in arms:
-            known = {r["arm"] for r in records.rows if str(r["seed"]) == str(seed)}
-            if time.monotonic() < end and not known.issuperset(arm.rows):
+            missing = [name for name in arm.rows if records.find(arm=name, seed=seed) is None]
+            if time.monotonic() < end and missing:
                 for row in run(bench, arm, seed):
-                    if row["arm"] not in known:
-                        records.add(**row)
+                    records.add(**row)
                 if isinstance(bench.hard, HardLabels):
                     bench.hard.keep()
     return records
