@@ -152,6 +152,13 @@ class PruneConfig(TrainingConfig):
             "measured"
         ),
     ] = False
+    polish: Annotated[
+        int,
+        _help(
+            "with --refit: so many steps towards the unpruned model's answers afterwards, on the calibration images, "
+            "without labels; 0 for none"
+        ),
+    ] = 0
     keep_output: Annotated[
         bool, _help("with --refit, of a tower: prune the width of its output too; a linear layer restores it")
     ] = False
@@ -211,6 +218,13 @@ class PruneConfig(TrainingConfig):
             )
         if self.depth and self.cost == "predicted":
             raise ValueError("depth is priced by what was measured; leave out --cost predicted")
+        if self.polish and not self.refit:
+            raise ValueError(
+                f"polish {self.polish} follows a refit; add --refit with --no-train (refit = true), or finetune the "
+                "snapshot (--finetune-epochs)"
+            )
+        if self.polish and self.amp == "fp16":
+            raise ValueError("polish trains in fp32 or bf16; amp is fp16, give --amp bf16 or leave it out")
         if self.cost in ("measured", "both") and not self.refit:
             raise ValueError(
                 f"cost {self.cost} is that of a refitted model; add --refit with --no-train (refit = true), or leave "
@@ -234,7 +248,8 @@ class PruneConfig(TrainingConfig):
         for name in (*positive, "bundle_emb", "bundle_heads", "bundle_qk", "bundle_v", "bundle_mlp"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name, none in (("images", "all images"), ("score_batches", "as many as --images says")):
+        nothing = (("images", "all images"), ("score_batches", "as many as --images says"), ("polish", "none"))
+        for name, none in nothing:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1, or 0 for {none}")
         if not 0 <= self.measure_seconds < math.inf:

@@ -223,7 +223,7 @@ def costs(place: Place) -> Found:
         judge.take(images)
     judge.ready()
     with torch.inference_mode(), place.quiet():
-        nothing = judge.mean(adapters.of(place.model).logits(place.model, x) for x in judge.shown)
+        nothing = judge.near.mean(adapters.of(place.model).logits(place.model, x) for x in judge.shown)
     draw = torch.Generator().manual_seed(0)
     scores = {g.name: torch.rand(g.size, generator=draw).to(place.device) for g in place.groups}
     curves = measure_costs(place.model, place.groups, scores, batches, task=task)

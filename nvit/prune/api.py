@@ -24,6 +24,7 @@ from .budget import Budget
 from .folder import RunFolder
 from .joint import prune_with_tokens
 from .oneshot import prune_one_shot
+from .polish import polish_snapshots
 from .pruner import Pruner
 from .result import Pruned, PruneResult
 from .sample import refuse_few
@@ -49,7 +50,8 @@ def prune(
 ) -> PruneResult:
     """Prune `model` to `config.latency_target`: the paper's iterative loop, or one shot with `train=False`.
 
-    `model` is masked (and trained) in place and computes what the last compact model does afterwards. Called by every
+    `model` is masked (and trained) in place and computes what the last compact model does afterwards, or did before it
+    was polished. Called by every
     process that torchrun started, it is one run of all of them: same masks and models on every rank, files by rank 0.
 
     Args:
@@ -108,6 +110,8 @@ def prune(
         with parallel.watch():
             snapshots = prune_one_shot(pruner, loader, folder, budget, progress, log)
     pruner.unshard()
+    if config.polish:
+        pruner.history += polish_snapshots(snapshots, dense, loader, config, folder, progress, log)
     memory = budget.report() if budget else None
     return PruneResult(snapshots, pruner.masks, pruner.history, pruner.table, dense, memory, config.saliency)
 

@@ -22,6 +22,7 @@ from ..training.distill import Objective, frozen
 from ..training.trainer import Trainer
 from ..utils.memory import Meter
 from .api import prune
+from .polish import BATCH, polish_
 from .pruner import Pruner
 from .result import PruneResult
 from .sample import count_images
@@ -94,6 +95,7 @@ def forecast_one_shot(model: nn.Module, loader, config: PruneConfig, table: Late
         latency_target=config.latency_target[-1:],
         sweep=False,
         rounds=1,
+        polish=0,
         measure_seconds=0.0,
         images=0,
         score_batches=2,
@@ -129,7 +131,24 @@ def forecast_one_shot(model: nn.Module, loader, config: PruneConfig, table: Late
     what = "score, measure costs, decide" if config.measures_costs else "score, decide"
     what += ", refit" * config.refit + ", merge" * config.merges_tokens
     times = f"{images} images" + (f", {looks} times" if looks > 1 else "")
-    return Forecast((Stage(what, times, seconds),), peak if watch.meter else None)
+    stages = [Stage(what, times, seconds)]
+    if config.polish:
+        stages.append(
+            _polishing(model, [_cut(batch, slice(i * large, (i + 1) * large)) for i in (0, 1)], config, watch)
+        )
+    return Forecast(tuple(stages), peak if watch.meter else None)
+
+
+def _polishing(model: nn.Module, few: Sequence, config: PruneConfig, watch: Watch) -> Stage:
+    """Polish steps of every snapshot, as two steps of the dense model tell; a forward pass is a quarter of one."""
+    twin, dense = copy.deepcopy(model), frozen(copy.deepcopy(model))
+    size = len(few[0][0])
+    seconds, _ = watch.of(lambda: polish_(twin, dense, few, dataclasses.replace(config, polish=2, images=0)))
+    image = seconds / (2 * size + 2 * size / 4)
+    every = config.polish * BATCH * image
+    total = sum(every * (1 + 3 * target) / 4 for target in config.latency_target)
+    times = f", {len(config.latency_target)} times" if len(config.latency_target) > 1 else ""
+    return Stage("polish", f"{config.polish} steps{times}", total)
 
 
 def _cost_seconds(result: PruneResult) -> float:

@@ -12,18 +12,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
 
 from .. import adapters
 from ..layers.merging import counts
-from ..refit.refit import first_held
 from ..selection.schedules import Merges
 from ..structure.compact import compact
 from ..structure.masks import Masks
-from ..training.batches import images_of
+from ..tasks.nearness import Nearness
 from ..utils.logs import Log, unlogged
 from ..utils.progress import Progress
 from . import between
@@ -33,15 +31,16 @@ from .merging_cost import MergingCost, Rung, measure_merging
 from .oneshot import Steps
 from .pruner import Pruner
 from .result import Pruned
-from .sample import sampled
-from .tokens import Judge, check_merging, work_of
+from .sample import held_back
+from .tokens import check_merging, work_of
 
 LADDER = (0.9, 0.8, 0.65, 0.5, 0.35)
 """Latencies, of dense, at which narrower widths are tried beneath merged tokens."""
 
 MERGED = ("tokens", "schedule", "widths_ratio", "distance")
 """What the metrics of a snapshot say of its tokens: how many enter the first block and leave each, the family of the
-schedule, the predicted latency of the widths alone, and how far answers are from the dense model's (see `Judge`)."""
+schedule, the predicted latency of the widths alone, and how far answers are from the dense model's (see
+`tasks.nearness`)."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +86,6 @@ def keep_(pruned: Pruned, keep: RunFolder) -> Pruned:
     return pruned
 
 
-def held_back(loader, config) -> list[Tensor]:
-    """The calibration images that a refit holds back as well: they choose its ridge, no weight is fitted to them."""
-    count = sum(1 for _ in sampled(loader, config))
-    return list(islice(images_of(sampled(loader, config)), first_held(count), None))
-
-
 class Walk:
     """What was looked at on the way down, and the best of it.
 
@@ -104,7 +97,12 @@ class Walk:
         self.pruner, self.progress = pruner, progress
         pruner.stop_recording()
         pruner.model.eval()
-        self.judge = Judge(pruner.task, pruner.model, held_back(loader, pruner.config))
+        self.near = Nearness(pruner.task, pruner.model, held_back(loader, pruner.config))
+        if self.near.dense[0].cls.dim() > 2:
+            raise ValueError(
+                f"only tokens: the model's answers are {tuple(self.near.dense[0].cls.shape)}, about every place of an "
+                "image, so each of its tokens is needed; leave out tokens"
+            )
         progress(0, 1, "what merging takes")
         self.cost: MergingCost = measure_merging(pruner.model, pruner.ratios)
         progress(1, 1, "what merging takes")
@@ -133,7 +131,7 @@ class Walk:
     def _candidates(self, rung: Rung, target: float, met: bool) -> Iterator[Choice]:
         found = {"none": (0,) * len(adapters.of(rung.model).blocks(rung.model))} if met else rung.schedules(target)
         for family, merges in found.items():
-            distance = self.judge.of(adapters.merge_(rung.model, merges))
+            distance = self.near.of(adapters.merge_(rung.model, merges))
             adapters.merge_(rung.model, ())
             yield Choice(rung, family, merges, distance)
 

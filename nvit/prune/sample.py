@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .. import parallel
 from ..config import PruneConfig
-from ..training.batches import known_length, length, parts
+from ..refit.refit import first_held
+from ..training.batches import images_of, known_length, length, parts
 from ..training.data import TrainingData
 
 
@@ -29,6 +30,17 @@ def sampled(loader, config: PruneConfig) -> Iterator[Any]:
         left -= here
         if config.images and left <= 0:
             return
+
+
+def fitted(loader, config: PruneConfig) -> Iterator[Any]:
+    """The batches of `sampled` that a refit fits weights to."""
+    yield from islice(sampled(loader, config), first_held(sum(1 for _ in sampled(loader, config))))
+
+
+def held_back(loader, config: PruneConfig) -> list[Tensor]:
+    """The images of the others: they choose a refit's ridge, no weight is fitted to them."""
+    count = sum(1 for _ in sampled(loader, config))
+    return list(islice(images_of(sampled(loader, config)), first_held(count), None))
 
 
 def count_batches(loader, config: PruneConfig) -> int:

@@ -101,7 +101,7 @@ def measure_costs(
                             fit_(part, changed[name].moments(replay, part, halves))
                         elif name in inputs:
                             refit_reader_(part, inputs[name])
-                    found[g.name].append(judge.mean(replay.rest(b, replay.run(b)) for b in shown))
+                    found[g.name].append(judge.near.mean(replay.rest(b, replay.run(b)) for b in shown))
         replay.advance()
     for g in filter(whole, free):
         for masks in cuts(g):

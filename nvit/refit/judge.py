@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .. import adapters
-from ..adapters.base import Logits
 from ..calibration.capture import Place
 from ..calibration.statistics import SiteStatistics
 from ..spec import Group
 from ..structure.masks import apply_
 from ..tasks import Task
+from ..tasks.nearness import Nearness
 from ..utils.devices import sent
 from .refit import refit_
 
@@ -45,7 +45,8 @@ class Judge:
 
     Attributes:
         few: the first images that refit, at most `REFITTED`; `refit_` holds back some of them.
-        shown: images that measure, by batch; `dense` the dense model's answers.
+        shown: images that measure, by batch; once they are all there, `near` compares answers to them with the dense
+            model's.
     """
 
     def __init__(
@@ -67,7 +68,6 @@ class Judge:
         self.deal, self.size = Deal(), 1
         self.few: list[Tensor] = []
         self.shown: list[Tensor] = []
-        self.dense: list[Logits] = []
 
     def take(self, images: Tensor) -> list[Tensor]:
         """A batch of calibration images; returns those that refit, and those that choose the ridge."""
@@ -92,13 +92,7 @@ class Judge:
                 f"costs are measured on images of their own, and there are {self.deal.seen}; give at least 2"
             )
         self.shown = list(torch.cat(self.shown).split(self.size))
-        self.dense = [adapters.of(self.model).logits(self.model, x) for x in self.shown]
-
-    def mean(self, answers: Iterable[Logits]) -> Tensor:
-        """The task's distance of these answers to the dense model's at temperature 1, a mean over images."""
-        pairs = zip(answers, self.dense, strict=True)
-        total = sum(self.task.distance(ours, dense, 1.0) * len(dense.cls) for ours, dense in pairs)
-        return total / sum(map(len, self.shown))
+        self.near = Nearness(self.task, self.model, self.shown)
 
     @torch.inference_mode()
     def of(self, masks: Mapping[str, Tensor]) -> Tensor:
@@ -107,4 +101,4 @@ class Judge:
         apply_(small, self.groups, masks)
         if len(self.few) > 1:  # `refit_` needs two
             refit_(small, self.model, self.groups, self.few, statistics=self.statistics, uniform=self.uniform)
-        return self.mean(adapters.of(self.model).logits(small, x) for x in self.shown)
+        return self.near.mean(adapters.of(self.model).logits(small, x) for x in self.shown)

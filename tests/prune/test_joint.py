@@ -14,6 +14,7 @@ from nvit.cli import main as cli
 from nvit.latency.clock import current_setting
 from nvit.latency.table import LatencyTable
 from nvit.prune import joint
+from nvit.selection.schedules import FAMILIES
 from nvit.structure import snapshot
 from nvit.structure.masks import full_masks
 from tests.families import HOSTS
@@ -76,7 +77,7 @@ def test_tokens_alone_leave_every_weight_as_it_was():
 
 def test_going_on_ends_where_narrower_widths_help_no_more(monkeypatch):
     seen = []
-    monkeypatch.setattr(joint.Judge, "of", lambda self, model: seen.append(model) or 1.0 + len(seen))
+    monkeypatch.setattr(joint.Nearness, "of", lambda self, model: seen.append(model) or 1.0 + len(seen))
     result = run(latency_target=0.7)
     tried = {row["widths_ratio"] for row in result.history if "widths_ratio" in row}
     assert len(tried) == 2 and max(tried) == 1 and min(tried) == pytest.approx(0.9, abs=0.02)
@@ -104,7 +105,7 @@ def test_what_merging_takes_is_measured_and_the_aim_corrected():
     clock = Clock()
     result = run(model, table, only=("mlp", "tokens"), latency_target=0.65, measure_seconds=1.0, timer=clock)
     (pruned,) = result.snapshots
-    assert len(clock.readings[0]) == 2, "two families at the one share that three blocks reach, in turn"
+    assert len(clock.readings[0]) == len(FAMILIES), "each at the one share that three blocks reach, in turn"
     assert any(adapters.merges(pruned.model))
     assert pruned.met and pruned.reading.measured == clock.readings[-1][0]
     assert pruned.reading.measured == pytest.approx(pruned.predicted_ratio, rel=0.05)

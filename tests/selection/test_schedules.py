@@ -3,7 +3,7 @@
 import pytest
 
 from nvit.layers.merging import check_merges, counts
-from nvit.selection.schedules import FAMILIES, constant_share, uniform, weakest
+from nvit.selection.schedules import FAMILIES, constant_share, sloped, weakest
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -19,10 +19,13 @@ def test_every_strength_can_be_merged_and_more_leaves_less(family, tokens, prefi
     assert family(tokens, prefix, depth, 0.0) == (0,) * depth
 
 
-def test_constant_share_takes_most_early_and_uniform_the_same():
+def test_families_by_hand():
     assert constant_share(197, 1, 3, 0.5) == (49, 37, 27)  # 196 to 147, 110.25, 82.7
-    assert uniform(197, 1, 12, 16 * 12 / 196) == (*(16,) * 11, 10)  # half of the 20 that are left
     assert constant_share(9, 1, 3, 1.0) == (4, 2, 1)
+    assert sloped(0.0)(197, 1, 12, 16 / 98) == (*(16,) * 11, 10)  # half of the 20 that are left
+    assert sloped(0.5)(197, 1, 5, 18 / 98) == (18, 15, 12, 9, 6)
+    assert sloped(-0.5)(197, 1, 5, 18 / 98) == (6, 9, 12, 15, 18)
+    assert sloped(1.0)(197, 1, 3, 0.5) == (49, 25, 0) and sloped(0.0)(9, 1, 1, 1.0) == (4,)
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)

@@ -1,0 +1,48 @@
+"""How far answers are from the dense model's, on images that are kept for that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import adapters
+from ..adapters.base import Logits
+from ..structure.verify import evaluating
+from ..utils.devices import sent
+from .base import Task
+
+
+class Nearness:
+    """The task's own distance to the dense model at temperature 1, a mean over images: of classifiers the KL of the
+    softmaxes, in nats an image.
+
+    Attributes:
+        batches: the images, as they were given.
+        dense: the dense model's answers, by batch.
+
+    Raises:
+        ValueError: there are no images.
+    """
+
+    def __init__(self, task: Task, dense: nn.Module, batches: Sequence[Tensor]) -> None:
+        self.task, self.batches = task, batches
+        self.images = sum(map(len, batches))
+        if not self.images:
+            raise ValueError("how near answers stay is measured on images of its own, and there are none; give more")
+        self.dense = list(self._answers(dense))
+
+    def _answers(self, model: nn.Module) -> Iterable[Logits]:
+        adapter, device = adapters.find(model), next(model.parameters()).device
+        with torch.no_grad(), evaluating(model):
+            return [adapter.logits(model, sent(x, device)) for x in self.batches]
+
+    def of(self, model: nn.Module) -> float:
+        """Of a model of the dense one's outputs."""
+        return float(self.mean(self._answers(model)))
+
+    def mean(self, answers: Iterable[Logits]) -> Tensor:
+        """Of answers to all images, by batch; a scalar where they are."""
+        pairs = zip(answers, self.dense, strict=True)
+        return sum(self.task.distance(ours, dense, 1.0) * len(dense.cls) for ours, dense in pairs) / self.images
