@@ -3,11 +3,15 @@
     NVIT_DATA=FOLDER python -m benchmarks.accuracy.tokens --work FOLDER [macs latency] [--models NAME …]
 
 At each target, of multiply-accumulates (`macs`) or of latency measured on one CPU thread (`latency`):
-`joint`, what `nvit prune --no-train --refit --only widths tokens` leaves; `ToMe`, as many tokens merged in every block,
-with our op; `widths`, what it leaves without `tokens`. Calibration on images of imagenet_sample1000, labels unread; all
-of imagenet_val1300 is evaluated, cropped without resizing. `lost` is in points against the dense model on the same
-images, with its 95 % interval (paired bootstrap over images), of all, of the even places and of the odd ones; `ahead`
-is how much less `joint` loses than that method, likewise. `latency` is measured in turn with the dense model.
+`joint`, what `nvit prune --no-train --refit --only widths tokens` leaves; `polished`, the same after `--polish 200`;
+`ToMe`, as many tokens merged in every block, with our op; `widths`, what it leaves without `tokens`; `Torch-Pruning`,
+its models of as many multiply-accumulates by Taylor importance, which reads labels (needs `pip install torch-pruning`;
+a target of latency is one of multiply-accumulates to it, and what it takes is measured).
+
+Calibration on images of imagenet_sample1000, labels unread; all of imagenet_val1300 is evaluated, cropped without
+resizing. `lost` is in points against the dense model on the same images, with its 95 % interval (paired bootstrap over
+images), of all, of the even places and of the odd ones; `ahead` is how much less ours (`polished` where it is made)
+loses than that method, likewise. `latency` is measured in turn with the dense model.
 
 Every model and every answer is kept in --work, so that a run that was stopped goes on. Rows go into tokens_cpu.csv in
 benchmarks/results, all candidates that were judged into tokens_candidates_cpu.csv.
@@ -24,11 +28,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import nvit
 from benchmarks import harness
-from benchmarks.accuracy.library import BATCH, MODEL, answers, data_folder
+from benchmarks.accuracy.library import BATCH, INPUT, MODEL, answers, data_folder
 from benchmarks.accuracy.paired import paired_bootstrap
+from benchmarks.engine.torch_pruning_vit import narrowed
 from nvit import adapters
 from nvit.analysis.compare import measured, size
 from nvit.cli.flags import DataFlags, ModelFlags
@@ -36,6 +42,7 @@ from nvit.cli.inputs import open_evaluation_data, open_images
 from nvit.cli.models import open_model
 from nvit.latency.measure import sample_images
 from nvit.latency.table import LatencyTable
+from nvit.prune.polish import polish_
 from nvit.prune.tokens import schedules, work_of
 from nvit.structure.skeleton import tokens_by_block
 from nvit.utils.report import write_csv
@@ -43,15 +50,22 @@ from nvit.utils.report import write_csv
 MODELS = (MODEL, "vit_tiny_patch16_224")
 TARGETS = (0.8, 0.65, 0.5, 0.4)
 LATENCY_BATCH, LATENCY_SECONDS = 8, 20.0
-METHODS = {"joint": ("widths", "tokens"), "ToMe": ("tokens",), "widths": ("widths",)}
+ONLY = {"joint": ("widths", "tokens"), "ToMe": ("tokens",), "widths": ("widths",)}
+METHODS = ("joint", "polished", "ToMe", "widths", "Torch-Pruning")
+OURS = ("joint", "polished")
+"""The last of them that is there is compared with the others."""
+
+POLISH, AIMED = 200, 3
+"""Steps; times that the aim at a latency is taken."""
+
 KEY = ("model", "of", "target", "method")
 
 
 class TokenBench:
     """One model, its images, and the folder where what was made of it stays."""
 
-    def __init__(self, name: str, of: str, images: int, work: Path) -> None:
-        data = data_folder()
+    def __init__(self, name: str, of: str, images: int, work: Path, cost: str = "auto", amp: str = "no") -> None:
+        data, self.cost, self.amp = data_folder(), cost, amp
         self.name, self.of, self.images, self.work = name, of, images, work / f"{name}-{of}-{images}"
         self.where = DataFlags(
             data=f"{data}/imagenet_sample1000/val",
@@ -63,6 +77,7 @@ class TokenBench:
         self.checkpoint = f"{data}/{name}.safetensors"
         self.plain = self.open()
         self.evaluation: list | None = None
+        self.peer: nn.Module | None = None
 
     def open(self) -> nn.Module:
         return open_model(self.name, ModelFlags(checkpoint=self.checkpoint), torch.device("cpu"))
@@ -82,57 +97,95 @@ class TokenBench:
         """Snapshots of one run of the library at several targets, unless they are there."""
         if all(self.folder(method, t).exists() for t in targets):
             return
-        if method == "ToMe" and self.of == "macs":
+        if method == "ToMe":
             return self.uniform(targets)
-        config = nvit.PruneConfig(
-            train=False,
-            refit=method != "ToMe",
-            only=METHODS[method],
-            latency_target=tuple(targets),
-            images=self.images,
-            batch_size=BATCH,
-        )
-        model = self.open()
-        loader = open_images(model, self.where, task="classification", witness="never").calibration(config)
+        if method == "polished":
+            return self.polish(targets)
+        if method == "Torch-Pruning":
+            return None
+        config, model = self.config(only=ONLY[method], latency_target=tuple(targets)), self.open()
+        loader = self.calibration(config)
         told = lambda done, total, text: print(f"{text} {done}/{total}", file=sys.stderr)  # noqa: E731
         run = nvit.prune(model, loader, config, self.table(), out=self.work / method, resume=True, progress=told)
         named = {"model": self.name, "of": self.of, "method": method}
         write_csv(self.work / f"{method}-history.csv", [named | row for row in run.history])
 
+    def config(self, **more) -> nvit.PruneConfig:
+        return nvit.PruneConfig(
+            train=False, refit=True, cost=self.cost, images=self.images, batch_size=BATCH, amp=self.amp, **more
+        )
+
+    def calibration(self, config: nvit.PruneConfig):
+        return open_images(self.plain, self.where, task="classification", witness="never").calibration(config)
+
+    def polish(self, targets: Sequence[float]) -> None:
+        """What `joint` left, polished."""
+        config = self.config(polish=POLISH)
+        loader = list(self.calibration(config))
+        for t in targets:
+            if self.folder("polished", t).exists() or not self.folder("joint", t).exists():
+                continue
+            path = self.folder("joint", t)
+            model, metrics = nvit.load(path), nvit.snapshot.load_metrics(path)
+            found = polish_(model, self.plain, loader, config)
+            print(f"{self.name}, {t:g}: {found}", file=sys.stderr)
+            nvit.snapshot.save(self.folder("polished", t), model, metrics | {"distance": found["polish_after"]})
+
     def uniform(self, targets: Sequence[float]) -> None:
-        """As many tokens in every block, at a share of the multiply-accumulates."""
+        """As many tokens in every block, at a share of the multiply-accumulates or of the latency."""
         work = work_of(adapters.merge_(self.plain, ()))
         for t in targets:
-            merges = schedules(self.plain, lambda _, m, t=t: work(m) <= t * work(())).get("uniform")
-            if merges is None:
-                print(
-                    f"{self.name}: as many tokens in every block do not come down to {t:g} of the MACs", file=sys.stderr
-                )
+            if self.folder("ToMe", t).exists():
                 continue
-            model = adapters.merge_(self.open(), merges)
+            share = t
+            for _ in range(1 if self.of == "macs" else AIMED):
+                merges = schedules(self.plain, lambda _, m, share=share: work(m) <= share * work(()))["uniform"]
+                model = adapters.merge_(self.open(), merges)
+                if self.of == "latency":
+                    share += t - self.latency(model)["latency"]
             nvit.snapshot.save(self.folder("ToMe", t), model, {"predicted_ratio": work(merges) / work(())})
 
-    def right(self, name: str, model: Callable[[], nn.Module]) -> Tensor:
-        """Right or wrong by evaluation image, kept by name."""
+    def narrowed(self, target: float) -> nn.Module:
+        """Torch-Pruning's model of a share of the multiply-accumulates."""
+        if self.peer is None:
+            self.peer = self.open().eval()
+            batches = list(self.calibration(self.config()))
+            for x, y in batches:
+                (functional.cross_entropy(self.peer(x), y) / len(batches)).backward()
+        return narrowed(self.peer, target, None, input_size=INPUT)[0]
+
+    def kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """Right or wrong by image, made once and kept by name."""
         file = self.work / f"{name}.pt"
         if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(make(), file)
+        return torch.load(file)
+
+    def right(self, name: str, model: Callable[[], nn.Module]) -> Tensor:
+        """Right or wrong by evaluation image."""
+
+        def make() -> Tensor:
             if self.evaluation is None:
                 self.evaluation = list(open_evaluation_data(self.plain, self.where, BATCH))
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(answers(model().eval(), self.evaluation), file)
-        return torch.load(file)
+            return answers(model().eval(), self.evaluation)
+
+        return self.kept(name, make)
 
     def rows(self, methods: Sequence[str], targets: Sequence[float], records: harness.Records) -> None:
         dense = self.right("dense", self.open)
         for target in targets:
             joint = None
             for method in methods:
-                path = self.folder(method, target)
-                if not path.exists():
+                path, metrics, tokens = self.folder(method, target), {}, [adapters.find(self.plain).tokens(self.plain)]
+                if method == "Torch-Pruning":
+                    model = self.narrowed(target)
+                elif path.exists():
+                    model, metrics = nvit.load(path), nvit.snapshot.load_metrics(path)
+                    tokens = tokens_by_block(nvit.snapshot.load_spec(path))
+                else:
                     continue
-                model, metrics = nvit.load(path), nvit.snapshot.load_metrics(path)
                 right = self.right(f"{method}-{target:g}", lambda model=model: model)
-                tokens = tokens_by_block(nvit.snapshot.load_spec(path))
                 row = {"model": self.name, "of": self.of, "target": target, "method": method}
                 row |= {"macs": size(model)["macs"] / size(self.plain)["macs"]} | self.latency(model)
                 row |= {
@@ -147,8 +200,8 @@ class TokenBench:
                 row |= {
                     f"lost_{half}": 100 * float((dense - right)[i::2].mean()) for i, half in enumerate(("even", "odd"))
                 }
-                joint = right if method == "joint" else joint
-                row |= points("ahead", joint, right) if joint is not None and method != "joint" else {}
+                joint = right if method in OURS else joint
+                row |= points("ahead", joint, right) if joint is not None and method not in OURS else {}
                 records.add(**row, images=len(right), calibration=self.images)
                 save(records)
 
@@ -194,16 +247,18 @@ def main() -> int:
     parser.add_argument("of", nargs="*", choices=("macs", "latency"), default=["macs", "latency"])
     parser.add_argument("--work", type=Path, required=True, help="folder for models and answers")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=tuple(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS[:-1])
+    parser.add_argument("--cost", default="auto", help="what units of a group cost, as nvit prune --cost")
+    parser.add_argument("--amp", default="no", help="of polishing, as nvit prune --amp")
     parser.add_argument("--targets", nargs="+", type=float, default=TARGETS)
-    parser.add_argument("--images", type=int, default=300, help="calibration images")
+    parser.add_argument("--images", type=int, default=1000, help="calibration images")
     parser.add_argument("--only-prune", action="store_true", help="make the models, evaluate nothing yet")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     records = harness.Records("tokens")
     for name in args.models:
         for of in args.of:
-            bench = TokenBench(name, of, args.images, args.work)
+            bench = TokenBench(name, of, args.images, args.work, args.cost, args.amp)
             for method in args.methods:
                 bench.prune(method, args.targets)
             candidates(args.work)
