@@ -119,7 +119,7 @@ class Walk:
         for n, target in enumerate(targets):
             for choice in self._candidates(rung, target, met=target == at or rung.ratio <= target):
                 row = {"step": pruner.steps, "predicted_ratio": rung.predicted(choice.family, choice.merges)}
-                more = {"target": target, "widths_ratio": rung.ratio, "schedule": choice.family}
+                more = {"target": target, "widths_ratio": rung.ratio, "schedule": choice.family, "candidate": 1}
                 pruner.history.append(row | more | {"distance": choice.distance})
                 if target not in self.best or choice.distance < self.best[target].distance:
                     self.best[target], gained = choice, True

@@ -26,6 +26,7 @@ class Model:
         row: plain values by the keys of `FORMATS`, those that are known and finite.
         dense: whether it is what the others are measured against.
         widths: of its blocks; empty where they are not known.
+        tokens: how many enter its first block and leave each; empty where that is not known or blocks differ in it.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Model:
     target: float | None = None
     dense: bool = False
     widths: tuple[BlockWidths, ...] = ()
+    tokens: tuple[int, ...] = ()
 
     @property
     def ratio(self) -> float | None:

@@ -12,7 +12,11 @@ from typing import Any
 from ..latency.table import LatencyTable
 from ..spec import BlockWidths
 from ..structure import snapshot
+from ..structure.skeleton import tokens_by_block
 from ..utils.files import short
+
+UNDECIDED = ("candidate", "polish_seconds")
+"""Columns of rows of `history.csv` that tell of something else than a decision."""
 
 
 @dataclass(frozen=True)
@@ -67,17 +71,19 @@ def history_of(folder: Path) -> History:
     except (OSError, ValueError, csv.Error) as e:
         return History(absent=(f"{file} cannot be read: {short(e)}",))
     kept = tuple(row for row in rows if "predicted_ratio" in row)
-    return History(kept, () if len(kept) == len(rows) else (f"{file} has rows without a predicted_ratio",))
+    decided = tuple(row for row in kept if not any(row.get(name) for name in UNDECIDED))
+    return History(decided, () if len(kept) == len(rows) else (f"{file} has rows without a predicted_ratio",))
 
 
-def widths_of(folder: Path) -> tuple[tuple[BlockWidths, ...], list[str]]:
-    """Widths of a snapshot's blocks, and what is wrong with it."""
+def left_in(folder: Path) -> tuple[dict[str, tuple], list[str]]:
+    """What a snapshot keeps, as `Model` takes it, and what is wrong with it."""
     if not snapshot.is_snapshot(folder):
-        return (), [f"the snapshot {folder.name}/ is not there"]
+        return {}, [f"the snapshot {folder.name}/ is not there"]
     try:
-        return snapshot.load_spec(folder).blocks, []
+        spec = snapshot.load_spec(folder)
+        return {"widths": spec.blocks, "tokens": tuple(tokens_by_block(spec))}, []
     except (ValueError, OSError) as e:
-        return (), [short(e)]
+        return {}, [short(e)]
 
 
 def _number(word: Any) -> float | None:

@@ -12,7 +12,7 @@ from ..structure import snapshot
 from ..utils.files import read_json, short
 from ..utils.report import RESULT
 from .model import Model, Run
-from .parts import History, Table, history_of, numbers, plain, table_of, widths_of
+from .parts import History, Table, history_of, left_in, numbers, plain, table_of
 
 TAKES = "nvit report takes the folder that nvit prune, demo, finetune or compare wrote, or a snapshot"
 
@@ -67,9 +67,9 @@ def _pruned(folder: Path, result: Mapping[str, Any]) -> Run:
         if "target" not in row:
             absent.append(f"an entry of {RESULT} has no target, and was left out")
             continue
-        widths, lacks = widths_of(folder / f"target-{row['target']:g}")
+        left, lacks = left_in(folder / f"target-{row['target']:g}")
         absent += lacks
-        models.append(Model(f"pruned to {row['target']:g}", row, row["target"], widths=widths))
+        models.append(Model(f"pruned to {row['target']:g}", row, row["target"], **left))
     environment = plain(result.get("environment")) or table.setting
     setting = plain({k: result.get(k) for k in ("device", "latency_batch", "latency_dtype", "latency_mode")})
     if not environment:
@@ -105,16 +105,16 @@ def _without_result(folder: Path) -> Run:
     models = [Model("dense", {}, dense=True, widths=table.dense)] if table.dense else []
     for target, where in sorted(found.items(), reverse=True):
         row, lacks = _metrics(where)
-        widths, more = widths_of(where)
+        left, more = left_in(where)
         absent += lacks + more
-        models.append(Model(f"pruned to {target:g}", row, target, widths=widths))
+        models.append(Model(f"pruned to {target:g}", row, target, **left))
     return _run(folder, "prune", models, absent, table, history, environment=table.setting)
 
 
 def _snapshot(folder: Path, result: Mapping[str, Any]) -> Run:
     """A snapshot, with what a finetuning found of it."""
     row, absent = _metrics(folder)
-    widths, lacks = widths_of(folder)
+    left, lacks = left_in(folder)
     try:
         title, dense = snapshot.load_spec(folder).name, _dense_widths(folder)
     except ValueError as e:
@@ -128,7 +128,7 @@ def _snapshot(folder: Path, result: Mapping[str, Any]) -> Run:
         models.append(Model("before finetuning", before))
     row = row | numbers(result)
     name = "after finetuning" if before else f"snapshot {_name(folder)}"
-    models.append(Model(name, row, row.get("target"), widths=widths))
+    models.append(Model(name, row, row.get("target"), **left))
     kind = "finetune" if "epochs" in result else "snapshot"
     if kind == "snapshot":
         absent.append("this is a snapshot alone: the dense model, the history and the recipe of its run are not here")
@@ -150,8 +150,8 @@ def _compared(folder: Path, result: Mapping[str, Any]) -> Run:
     models = []
     for i, raw in enumerate(result["models"]):
         name, row = str(raw.get("name", i + 1)) if isinstance(raw, Mapping) else str(i + 1), numbers(raw)
-        widths = widths_of(Path(name))[0] if snapshot.is_snapshot(name) else ()
-        models.append(Model(name, row, dense=i == 0, widths=widths))
+        left = left_in(Path(name))[0] if snapshot.is_snapshot(name) else {}
+        models.append(Model(name, row, dense=i == 0, **left))
     setting = plain({k: result.get(k) for k in ("device", "latency_batch", "latency_dtype", "latency_mode")})
     return Run(
         _name(folder),

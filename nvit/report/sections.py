@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..analysis.widths import plot_widths
+from ..analysis.widths import merging, plot_widths
 from ..spec import KINDS, TITLES
 from ..utils.report import FORMATS, OFF, in_time
 from . import figures
@@ -109,7 +109,8 @@ def cell(model: Model, key: str) -> str:
 
 def widths(run: Run) -> Section | None:
     """What is left of every width, block by block (the paper's Fig. 4)."""
-    known = {as_text(m.name).replace("/", " "): m.widths for m in run.pruned if m.widths}
+    shown_as = {as_text(m.name).replace("/", " "): m for m in run.pruned if m.widths}
+    known, tokens = ({name: getattr(m, kind) for name, m in shown_as.items()} for kind in ("widths", "tokens"))
     if not known:
         return None
     dense = run.dense_widths or None
@@ -120,14 +121,19 @@ def widths(run: Run) -> Section | None:
     alt = f"Widths of every block of {', '.join(known)}. {last.name} keeps " + "; ".join(
         f"{TITLES[k]} {' '.join(str(getattr(b, k)) for b in last.widths)}" for k in KINDS
     )
+    heads, rows = [TITLES[k] for k in KINDS], [[str(getattr(b, k)) for k in KINDS] for b in last.widths]
+    lead = ["EMB is the width of the stream, MLP that of a hidden layer, QK and V are per head."]
+    if merging({last.name: last.tokens}):
+        heads, rows = [*heads, "tokens"], [[*row, str(n)] for row, n in zip(rows, last.tokens[1:], strict=True)]
+        alt += f"; tokens behind each block {' '.join(map(str, last.tokens[1:]))}, of {last.tokens[0]}"
+        lead.append(f"Alike tokens merge in every block: {last.tokens[-1]} of {last.tokens[0]} leave the last one.")
     shown = figure(
         "A panel a width, a line a model" + ("; bars behind: the dense model." if dense else "."),
         alt,
-        lambda path, pixels: plot_widths(known, path, dense, pixels),
+        lambda path, pixels: plot_widths(known, path, dense, pixels, tokens),
     )
-    rows = [[str(i + 1), *(str(getattr(b, k)) for k in KINDS)] for i, b in enumerate(last.widths)]
-    table = Rows(f"widths of {last.name}", ["block", *(TITLES[k] for k in KINDS)], rows, folded=True)
-    lead = ["EMB is the width of the stream, MLP that of a hidden layer, QK and V are per head."]
+    numbered = [[str(i + 1), *row] for i, row in enumerate(rows)]
+    table = Rows(f"widths of {last.name}", ["block", *heads], numbered, folded=True)
     return Section("Widths that are left", lead, [shown], [table])
 
 

@@ -14,6 +14,7 @@ from nvit.cli import main as cli
 from nvit.latency.clock import current_setting
 from nvit.latency.table import LatencyTable
 from nvit.prune import joint
+from nvit.report.read import read
 from nvit.selection.schedules import FAMILIES
 from nvit.structure import snapshot
 from nvit.structure.masks import full_masks
@@ -184,3 +185,8 @@ def test_the_command_says_how_many_tokens_are_left(tmp_path, capsys):
     model = nvit.load(row["path"])
     groups = adapters.find(model).groups(model)
     assert adapters.merges(model) and full_masks(groups)
+    assert len(read(tmp_path / "run").history) == 1, "candidates are no decisions"
+    assert cli.main(["report", out]) == 0
+    text = (tmp_path / "run/report.html").read_text()
+    assert f"{row['tokens'][-1]} of 17 leave the last one" in text
+    assert f"tokens behind each block {' '.join(map(str, row['tokens'][1:]))}, of 17" in text
