@@ -1,10 +1,10 @@
-"""Widths and tokens together, without training. Widths are pruned from rung to rung and refitted; from each rung tokens
-merge down to the targets, a schedule of every family. At each target the candidate whose answers are nearest to the
-dense model's wins, and what it takes is measured and corrected.
+"""Widths and tokens together, without training: for every target, tokens merge to a latency above it, and of the widths
+leaves what costs least where tokens are still there. Several such latencies are tried; what keeps answers nearest to
+the dense model's wins, and what it takes is measured and corrected.
 
 Costs of merging do not add up over blocks, nor with those of widths, so that whole candidates are compared, and few of
-them: going on to narrower widths ends where it helps no target any more. The refit sees all tokens: refitted on merged
-ones, models were worse.
+them: going on to fewer merges ends where it helps no more. The refit sees all tokens: refitted on merged ones, models
+were worse.
 """
 
 from __future__ import annotations
@@ -12,30 +12,35 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
 from .. import adapters
 from ..layers.merging import counts
+from ..selection.lagrangian import drop_to_target
 from ..selection.schedules import Merges
 from ..structure.compact import compact
-from ..structure.masks import Masks
+from ..structure.masks import Masks, full_masks, widths
 from ..tasks.nearness import Nearness
 from ..utils.logs import Log, unlogged
 from ..utils.progress import Progress
 from . import between
 from .aim import Aim, Reading, measured
 from .folder import RunFolder
+from .limits import least_ms
+from .merged_table import merged_table
 from .merging_cost import MergingCost, Rung, measure_merging
-from .oneshot import Steps
+from .oneshot import Refitter
 from .pruner import Pruner
 from .result import Pruned
 from .sample import held_back
+from .scoring import score
 from .tokens import check_merging, work_of
 
-LADDER = (0.9, 0.8, 0.65, 0.5, 0.35)
-"""Latencies, of dense, at which narrower widths are tried beneath merged tokens."""
+LADDER = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+"""Latencies, of dense, that merging alone is to reach; widths do the rest."""
 
 MERGED = ("tokens", "schedule", "widths_ratio", "distance")
 """What the metrics of a snapshot say of its tokens: how many enter the first block and leave each, the family of the
@@ -45,12 +50,14 @@ schedule, the predicted latency of the widths alone, and how far answers are fro
 
 @dataclass(frozen=True)
 class Choice:
-    """A candidate for a target."""
+    """A candidate for a target; `weights` those of the masked model, where they are needed in the end."""
 
     rung: Rung
     family: str
     merges: Merges
     distance: float
+    masks: Masks
+    weights: dict[str, Tensor] | None
 
 
 def prune_with_tokens(pruner: Pruner, loader, keep: RunFolder, progress: Progress, log: Log = unlogged) -> list[Pruned]:
@@ -60,41 +67,54 @@ def prune_with_tokens(pruner: Pruner, loader, keep: RunFolder, progress: Progres
     if snapshots:
         adapters.merge_(pruner.model, adapters.merges(snapshots[-1].model))
         return snapshots
-    walk = Walk(pruner, loader, progress)
-    steps: Steps | None = None
-    for rung in rungs(pruner):
-        if rung < 1:
-            steps = steps or Steps(pruner, loader, None, progress, log)
-            steps.to(rung)
-        if not walk.look(rung):
-            break
-    snapshots = [keep_(pruned, keep) for pruned in walk.settle()]
+    walk = Walk(pruner, loader, progress, log)
+    for target in pruner.targets:
+        walk.down_to(target)
+    snapshots = walk.settle()
+    for pruned in snapshots:
+        keep.save(pruned)
     between.keep(pruner, keep)
     return snapshots
 
 
-def rungs(pruner: Pruner) -> Iterator[float]:
-    """Latencies of widths alone, from the dense model down to the last target, where widths may leave."""
-    yield 1.0
-    targets, least = pruner.targets, pruner.aim.least
-    yield from (r for r in sorted({*LADDER, *targets}, reverse=True) if r >= max(targets[-1], least) and pruner.free)
+class Cuts:
+    """Narrower copies of the dense model, refitted where the recipe says so."""
+
+    def __init__(self, pruner: Pruner, loader, progress: Progress) -> None:
+        self.pruner, config = pruner, pruner.config
+        self.refitter = refitter = Refitter(pruner, loader, progress) if config.refit else None
+        score(pruner, loader, statistics=refitter.statistics if refitter else None, progress=progress)
+        ways = pruner.ways(refitter.costs if config.measures_costs else None)
+        self.ways = ways if config.cost == "both" else dict([list(ways.items())[-1]])
+        self.dense = _weights(pruner)
+
+    def to(self, target: float, merges: Merges) -> Iterator[tuple[str, Masks, dict[str, Any]]]:
+        """Leave in the pruner's model what widths it may have where tokens merge so and the whole is to take a share of
+        the dense latency, by every way of pricing: its name, masks, and what the refit says; nothing where no widths
+        are that narrow."""
+        pruner = self.pruner
+        table, ms = merged_table(pruner.table, pruner.model, merges), target * pruner.table.dense_ms
+        if ms < least_ms(table, pruner.groups, pruner.free):
+            return
+        for way, prices in self.ways.items():
+            masks, _ = drop_to_target(prices, full_masks(pruner.groups), pruner.groups, table, ms)
+            pruner.put(masks, self.dense)
+            yield way, masks, self.refitter.refit() if self.refitter else {}
 
 
-def keep_(pruned: Pruned, keep: RunFolder) -> Pruned:
-    """The same, once it is written."""
-    keep.save(pruned)
-    return pruned
+def _weights(pruner: Pruner) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in pruner.params.items()}
 
 
 class Walk:
-    """What was looked at on the way down, and the best of it.
+    """What was looked at, and the best of it.
 
     Attributes:
         best: by target, the candidate nearest to the dense model so far.
     """
 
-    def __init__(self, pruner: Pruner, loader, progress: Progress) -> None:
-        self.pruner, self.progress = pruner, progress
+    def __init__(self, pruner: Pruner, loader, progress: Progress, log: Log = unlogged) -> None:
+        self.pruner, self.loader, self.progress, self.log = pruner, loader, progress, log
         pruner.stop_recording()
         pruner.model.eval()
         self.near = Nearness(pruner.task, pruner.model, held_back(loader, pruner.config))
@@ -107,33 +127,72 @@ class Walk:
         self.cost: MergingCost = measure_merging(pruner.model, pruner.ratios)
         progress(1, 1, "what merging takes")
         self.dense_work = work_of(pruner.model)
+        self.whole, self.start = full_masks(pruner.groups), _weights(pruner)
+        self.dense = Rung(compact(pruner.model, pruner.groups, self.whole), 1.0, self.cost, self.dense_work)
+        self.alone: dict[float, dict[str, tuple[Merges, float]]] = {}
         self.best: dict[float, Choice] = {}
-        self.last: tuple[Masks, dict[str, Tensor]] | None = None
 
-    def look(self, at: float) -> bool:
-        """Judge the candidates of the widths that there are now, pruned to the latency `at`; whether any target gained,
-        or has none yet."""
-        pruner, gained = self.pruner, False
-        rung = Rung(compact(pruner.model, pruner.groups, pruner.masks), pruner.ratio, self.cost, self.dense_work)
-        targets = [t for t in pruner.targets if t <= at]
-        for n, target in enumerate(targets):
-            for choice in self._candidates(rung, target, met=target == at or rung.ratio <= target):
-                row = {"step": pruner.steps, "predicted_ratio": rung.predicted(choice.family, choice.merges)}
-                more = {"target": target, "widths_ratio": rung.ratio, "schedule": choice.family, "candidate": 1}
-                pruner.history.append(row | more | {"distance": choice.distance})
-                if target not in self.best or choice.distance < self.best[target].distance:
-                    self.best[target], gained = choice, True
-                    if target == pruner.targets[-1]:
-                        self.last = dict(pruner.masks), {n: p.detach().clone() for n, p in pruner.params.items()}
-            self.progress(n + 1, len(targets), "merge")
-        return gained or any(t not in self.best for t in pruner.targets)
+    @cached_property
+    def cuts(self) -> Cuts:
+        """Made when widths leave for the first time; the model is dense then."""
+        return Cuts(self.pruner, self.loader, self.progress)
 
-    def _candidates(self, rung: Rung, target: float, met: bool) -> Iterator[Choice]:
-        found = {"none": (0,) * len(adapters.of(rung.model).blocks(rung.model))} if met else rung.schedules(target)
-        for family, merges in found.items():
-            distance = self.near.of(adapters.merge_(rung.model, merges))
-            adapters.merge_(rung.model, ())
-            yield Choice(rung, family, merges, distance)
+    def down_to(self, target: float) -> None:
+        """Find the best candidate for a target: merging alone, then less and less of it."""
+        shares = [target, *(s for s in LADDER if s > target)] if self.pruner.free else [target]
+        for n, share in enumerate(shares):
+            gained = self._look(target, share)
+            self.progress(n + 1, len(shares), f"merge: {target:g}")
+            if target in self.best and not gained:
+                break
+        self.progress(len(shares), len(shares), f"merge: {target:g}")
+
+    def merged(self, share: float) -> dict[str, tuple[Merges, float]]:
+        """By family the schedule with which the dense model takes a share of its latency, and its distance; the nearest
+        first."""
+        if share not in self.alone:
+            found = {f: (m, self._distance(self.dense.model, m)) for f, m in self.dense.schedules(share).items()}
+            self.alone[share] = dict(sorted(found.items(), key=lambda item: item[1][1]))
+        return self.alone[share]
+
+    def _distance(self, model: nn.Module, merges: Merges) -> float:
+        distance = self.near.of(adapters.merge_(model, merges))
+        adapters.merge_(model, ())
+        return distance
+
+    def _look(self, target: float, share: float) -> bool:
+        """Judge what merges to `share` and is cut to the target; whether it is nearer than all before."""
+        gained = False
+        for choice, more in self._candidates(target, share):
+            best = self.best.get(target)
+            row = {"step": self.pruner.steps, "predicted_ratio": choice.rung.predicted(choice.family, choice.merges)}
+            row |= {"target": target, "widths_ratio": choice.rung.ratio, "schedule": choice.family, "candidate": 1}
+            self.pruner.history.append(row | {"distance": choice.distance} | more)
+            self.log("prune", len(self.pruner.history), {"ratio": row["predicted_ratio"], "distance": choice.distance})
+            if best is None or choice.distance < best.distance:
+                self.best[target], gained = choice, True
+        return gained
+
+    def _candidates(self, target: float, share: float) -> Iterator[tuple[Choice, dict[str, Any]]]:
+        pruner, last = self.pruner, target == self.pruner.targets[-1]
+        alone = self.merged(share)
+        if share == target:
+            for family, (merges, distance) in alone.items():
+                yield Choice(self.dense, family, merges, distance, self.whole, self.start), {}
+            return
+        if not alone:
+            return
+        family, (merges, _) = next(iter(alone.items()))
+        extra = self.cost.of(family, self.dense_work(merges) / self.dense_work(()))
+        for way, masks, refitted in self.cuts.to(target - extra, merges):
+            small = compact(pruner.model, pruner.groups, masks)
+            rung = Rung(small, pruner.table.ratio(widths(pruner.groups, masks)), self.cost, self.dense_work)
+            exact = rung.schedules(target).get(family)
+            if exact is None:
+                continue
+            weights = _weights(pruner) if last else None
+            found = Choice(rung, family, exact, self._distance(small, exact), masks, weights)
+            yield found, refitted | ({"cost": way} if len(self.cuts.ways) > 1 else {})
 
     def settle(self) -> list[Pruned]:
         """The best of every target, measured and corrected; the pruner's model becomes that of the last one.
@@ -149,19 +208,20 @@ class Walk:
                     "allowed widths, take more. Raise the target, or allow more groups to be pruned."
                 )
             found.append(self._pruned(target, self.best[target]))
-        pruner.settle(*self.last, {p.target: p.reading for p in found})
+        last = self.best[pruner.targets[-1]]
+        pruner.settle(last.masks, last.weights, {p.target: p.reading for p in found})
         adapters.merge_(pruner.model, adapters.merges(found[-1].model))
         return found
 
     def _pruned(self, target: float, choice: Choice) -> Pruned:
         rung, family, merges = choice.rung, choice.family, choice.merges
-        reading: Reading | None = self.pruner.readings.get(target) if not any(merges) else None
-        if reading is None and any(merges):
 
-            def choose(ratio: float) -> tuple[float, Merges]:
-                merges = rung.schedules(ratio).get(family) or choice.merges
-                return rung.predicted(family, merges), merges
+        def choose(ratio: float) -> tuple[float, Merges]:
+            merges = rung.schedules(ratio).get(family) or choice.merges
+            return rung.predicted(family, merges), merges
 
+        reading: Reading | None = None
+        if self.pruner.aim.clock is not None:
             aim = Aim(self.pruner.aim.clock, rung.least(family))
             merges, reading = aim.hit(target, choose, lambda merges: self._with(rung, merges))
         model, predicted = self._with(rung, merges), rung.predicted(family, merges)

@@ -19,7 +19,7 @@ from .. import parallel
 from ..config import PruneConfig
 from ..latency.clock import time_rounds
 from ..latency.table import LatencyTable
-from ..selection.curves import Curve, priced, whole_costs
+from ..selection.curves import Curve, whole_costs
 from ..selection.greedy import drop_cheapest
 from ..selection.lagrangian import drop_to_target
 from ..spec import KINDS
@@ -27,6 +27,7 @@ from ..structure.compact import compact
 from ..structure.masks import Masks, full_masks, widths
 from .aim import Aim, Reading, measured
 from .limits import check_reachable, least_ms, prunable_groups
+from .prices import nearest, ways_to_price
 from .scorer import Scorer
 from .timing import Timer, clock_of, ratios_of
 from .tokens import least_share
@@ -200,10 +201,12 @@ class Pruner(Scorer):
             judge: how far a model cut by masks is from the dense one; of the choice by scores and that by `curves` the
                 nearer one is taken.
         """
-        scores = self._telling_scores()
-        if measure is not None and not self.curves:
-            self.curves = dict(measure(scores))
-        prices, said = self._prices(scores, target, judge)
+        priced = self.ways(measure)
+        scores, prices, said = priced["predicted"], list(priced.values())[-1], {}
+        if judge is not None and len(priced) > 1:
+            by_table = target in self.targets and not self.aim.beyond(target)
+            ratio = self.aim.at(target) if by_table else target
+            prices, said = nearest(priced, lambda way: judge(self._least(way, ratio)[0]))
 
         def choose(ratio: float) -> tuple[float, tuple[Masks, float]]:
             masks, eta = self._least(prices, ratio)
@@ -219,29 +222,18 @@ class Pruner(Scorer):
             self._settle_to(self.ratio if reading is None else target, reading)
         self._asked_for = True
 
+    def ways(self, measure: Measure | None = None) -> dict[str, dict[str, Tensor]]:
+        """What units cost: `predicted` by their scores, and `measured` where curves are known; `measure` as in
+        `decide_at`."""
+        scores = self._telling_scores()
+        if measure is not None and not self.curves:
+            self.curves = dict(measure(scores))
+        return ways_to_price(scores, self.free, self.masks, self.curves)
+
     def _least(self, prices: Mapping[str, Tensor], ratio: float) -> tuple[Masks, float]:
         """`drop_to_target` from here, at a fraction of the dense latency."""
         ends = whole_costs(self.free, self.masks, self.curves)
         return drop_to_target(prices, self.masks, self.groups, self.table, ratio * self.table.dense_ms, ends)
-
-    def _prices(
-        self, scores: dict[str, Tensor], target: float, judge: Judging | None
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What units cost, and what the decision's row says of that."""
-        if not self.curves:
-            return scores, {}
-        measured = dict(scores)
-        for g in self.free:
-            if g.name in self.curves and bool(self.masks[g.name].any()):
-                measured[g.name] = priced(g, scores[g.name], self.masks[g.name], self.curves[g.name])
-        if judge is None:
-            return measured, {}
-        ways = {"predicted": scores, "measured": measured}
-        by_table = target in self.targets and not self.aim.beyond(target)
-        ratio = self.aim.at(target) if by_table else target
-        distances = {way: judge(self._least(prices, ratio)[0]) for way, prices in ways.items()}
-        best = min(distances, key=distances.__getitem__)
-        return ways[best], {"cost": best} | {f"distance_{way}": d for way, d in distances.items()}
 
     def _take(self, scores: Mapping[str, Tensor], masks: Masks, **more: Any) -> None:
         """Mask what a decision chose, once every rank has decided alike."""
@@ -285,13 +277,17 @@ class Pruner(Scorer):
     def settle(self, masks: Masks, weights: Mapping[str, Tensor], readings: Mapping[float, Reading | None]) -> None:
         """Every target is settled by models that were chosen elsewhere; the model gets these masks and weights, which
         are those of the last one."""
+        self.put(masks, weights)
+        self.met, self._asked_for = list(self.targets), True
+        self.readings |= {t: reading for t, reading in readings.items() if reading is not None}
+        self.stop_recording()
+
+    def put(self, masks: Masks, weights: Mapping[str, Tensor]) -> None:
+        """Give the model masks and full weights."""
         with torch.no_grad():
             for name, p in self.params.items():
                 p.copy_(weights[name])
         self._set_masks(masks)
-        self.met, self._asked_for = list(self.targets), True
-        self.readings |= {t: reading for t, reading in readings.items() if reading is not None}
-        self.stop_recording()
 
     def _cut(self, masks: Masks, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
         weights = parallel.gathered(self.params) if weights is None else weights

@@ -81,7 +81,7 @@ def test_going_on_ends_where_narrower_widths_help_no_more(monkeypatch):
     monkeypatch.setattr(joint.Nearness, "of", lambda self, model: seen.append(model) or 1.0 + len(seen))
     result = run(latency_target=0.7)
     tried = {row["widths_ratio"] for row in result.history if "widths_ratio" in row}
-    assert len(tried) == 2 and max(tried) == 1 and min(tried) == pytest.approx(0.9, abs=0.02)
+    assert len(tried) == 2 and max(tried) == 1 and 0.75 < min(tried) < 0.95, "merging alone, and to 0.8 with widths"
     assert result.snapshots[0].metrics["widths_ratio"] == 1.0
     assert all(bool(keep.all()) for keep in result.masks.values())
 
