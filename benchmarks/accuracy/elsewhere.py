@@ -70,7 +70,7 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", default=["joint", "ToMe"])
     parser.add_argument("--images", type=int, default=1000, help="calibration images")
     args = parser.parse_args()
-    records, tiny = Rows("elsewhere"), Tiny(data_folder())
+    records, tiny = Rows("elsewhere", key=("model", "of", "target", "method")), Tiny(data_folder())
     for name in args.models:
         bench = TokenBench(name, args.of, args.images, args.work)
         whole = macs(bench.plain, nvit.adapters.preprocess(bench.plain)["input_size"])

@@ -1,6 +1,6 @@
 """Towers without a head: DeiT-Ti pruned by its class token's features against pruning it as a classifier.
 
-    NVIT_DATA=FOLDER python -m benchmarks.accuracy.features [--target 0.65] [--images 1000]
+    NVIT_DATA=FOLDER python -m benchmarks.accuracy.features [--target 0.65] [--images 1000] [--cases features/whole …]
 
 Both in one shot with a refit, from the same 1000 images of imagenet_sample1000 without their labels, to the same share
 of multiply-accumulates; the classifier loses its head afterwards. `epochs`: so many of the same images then trained the
@@ -10,7 +10,7 @@ asked, with its difference from the dense tower's (`knn_points`) and the standar
 of a linear probe trained on the same bank. `stream` says whether channels of the residual stream may leave: `whole`
 (no), `restored` (they may, `--keep-output` brings the width back), `narrow` (they may, the features are narrower).
 The restoring layer's own multiply-accumulates are in `macs`, not in the target. A row is written to
-benchmarks/results/features_cpu.csv as soon as it is known.
+benchmarks/results/features_cpu.csv as soon as it is known; rows of cases that are not asked for stay.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import argparse
 import copy
 import dataclasses
 import time
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -29,7 +30,8 @@ from benchmarks.accuracy.rows import Rows
 from nvit.analysis.evaluate import macs
 from nvit.analysis.neighbours import Bank, cosine, features_of, knn, linear_probe, percent
 
-EPOCHS = 3
+EPOCHS = (3, 10)
+CASES = ("features/whole", "classification/whole", "features/restored", "classification/narrow")
 
 
 def pruned(model: nn.Module, loader, config: nvit.PruneConfig) -> nn.Module:
@@ -38,10 +40,10 @@ def pruned(model: nn.Module, loader, config: nvit.PruneConfig) -> nn.Module:
     return nvit.prune(model, loader, config, nvit.LatencyTable.analytic(model, config.bundle_sizes)).model
 
 
-def taught(small: nn.Module, dense: nn.Module, loader, batch_size: int) -> nn.Module:
-    """A copy of a pruned tower after `EPOCHS` towards the dense one's features."""
+def taught(small: nn.Module, dense: nn.Module, loader, batch_size: int, epochs: int) -> nn.Module:
+    """A copy of a pruned tower after some epochs towards the dense one's features."""
     config = nvit.FinetuneConfig(
-        task="features", epochs=EPOCHS, batch_size=batch_size, lr=5e-4, min_lr=1e-6, grad_clip=1.0, amp="bf16"
+        task="features", epochs=epochs, batch_size=batch_size, lr=5e-4, min_lr=1e-6, grad_clip=1.0, amp="bf16"
     )
     return nvit.finetune(copy.deepcopy(small), loader, config, teacher=dense).eval()
 
@@ -53,13 +55,23 @@ def difference(right: Tensor, dense: Tensor) -> tuple[float, float]:
     return float(points.mean()), float(points.std() / len(points) ** 0.5)
 
 
-def compare(dense: nn.Module, bank: Dataset, asked: Dataset, base: nvit.PruneConfig, records: Rows) -> None:
+def compare(
+    dense: nn.Module,
+    bank: Dataset,
+    asked: Dataset,
+    base: nvit.PruneConfig,
+    records: Rows,
+    cases: Sequence[str] = CASES,
+    epochs: Sequence[int] = EPOCHS,
+) -> None:
     """A row for the dense tower, then one for each way to prune it; saved after each.
 
     Args:
         dense: a timm classifier with trained weights; its copies are pruned.
         bank, asked: images with class numbers; those of `bank` calibrate too, without them.
         base: the target, and how many images calibrate.
+        cases: of `CASES`.
+        epochs: of training, of the tower that was pruned by its features, each from where pruning left it.
     """
     bank_loader, asked_loader = (DataLoader(images, batch_size=base.batch_size) for images in (bank, asked))
     calibration = nvit.data.TrainingData(bank, base.batch_size)
@@ -92,28 +104,30 @@ def compare(dense: nn.Module, bank: Dataset, asked: Dataset, base: nvit.PruneCon
         return small, time.process_time() - start
 
     add("dense", "whole", tower)
-    small, seconds = run("features", tower, freeze=("emb",))
-    add("features", "whole", small, seconds)
-    start = time.process_time()
-    add("features", "whole", taught(small, tower, calibration, base.batch_size), time.process_time() - start, EPOCHS)
-    small, seconds = run("classification", dense, freeze=("emb",))
-    add("classification", "whole", without_head(small), seconds)
-    small, seconds = run("features", tower, keep_output=True)
-    add("features", "restored", small, seconds)
-    small, seconds = run("classification", dense)
-    add("classification", "narrow", without_head(small), seconds)
+    for case in cases:
+        task, stream = case.split("/")
+        how = {"whole": {"freeze": ("emb",)}, "restored": {"keep_output": True}, "narrow": {}}[stream]
+        small, seconds = run(task, tower if task == "features" else dense, **how)
+        add(task, stream, small if task == "features" else without_head(small), seconds)
+        for count in epochs if case == "features/whole" else ():
+            start = time.process_time()
+            trained = taught(small, tower, calibration, base.batch_size, count)
+            add(task, stream, trained, time.process_time() - start, count)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=float, default=0.65)
     parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--epochs", nargs="*", type=int, default=EPOCHS, help="of training towards the dense tower")
     given = parser.parse_args()
     root = data_folder()
     dense, classes = dense_model(root), root / "imagenet_synsets.txt"
     bank, asked = (images_of(root / name, dense, classes) for name in ("imagenet_sample1000", "imagenet_val1300"))
     base = nvit.PruneConfig(latency_target=given.target, train=False, refit=True, images=given.images, batch_size=BATCH)
-    compare(dense, bank, asked, base, Rows("features"))
+    records = Rows("features", key=("case", "stream", "epochs"))
+    compare(dense, bank, asked, base, records, given.cases, given.epochs)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from .folder import RunFolder
 from .result import Pruned
 from .sample import fitted, held_back
 
-RATE = 5e-5
-"""Of AdamW at the start; a cosine takes it to nothing."""
+RATE, WARM = 1e-5, 0.1
+"""Of AdamW, after a share of the steps in which it comes up; a cosine takes it to nothing."""
 
 BATCH = 32
 """Images a step, at most."""
@@ -108,7 +108,7 @@ def polish_(
     kept, at = {n: p.detach().clone() for n, p in state.items()}, 0
     model.eval()  # neither dropout nor drop path: the dense answers are to be met as they are
     for done, images in enumerate(_augmented(loader, config, step.device), 1):
-        set_rates(optimizer, [RATE * 0.5 * (1 + math.cos(math.pi * (done - 1) / config.polish))])
+        set_rates(optimizer, [rate_at(done, config.polish)])
         step(images, None)
         if done % LOOK == 0 or done == config.polish:
             loss, distance = step.look(), near.of(model)
@@ -126,6 +126,13 @@ def polish_(
             p.grad = None
     took = time.monotonic() - start
     return {"polish_seconds": took, "polish_before": before, "polish_after": best, "polish_best": at}
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Of a step, counted from 1."""
+    warm = max(1.0, WARM * steps)
+    left = max(0.0, step - warm) / max(1.0, steps - warm)
+    return RATE * min(step / warm, 0.5 * (1 + math.cos(math.pi * left)))
 
 
 def _augmented(loader, config: PruneConfig, device: torch.device) -> Iterator[Tensor]:
