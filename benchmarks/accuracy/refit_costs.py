@@ -65,10 +65,14 @@ def measure(name: str, costs: Sequence[str], targets: Sequence[float], images: i
     for target in targets:
         masks = {way: chosen(bench, scores, target) for way, scores in prices.items()}
         distances = {way: float(judge.of(choice)) for way, choice in masks.items()} if judge else {}
+        answered_by: dict[str, Tensor] = {}
         if distances:
             masks["both"] = masks[min(distances, key=distances.__getitem__)]
         for cost in costs:
-            right = answers(bench.pruned(masks[cost], refit=True), bench.evaluation)
+            taken = min(distances, key=distances.__getitem__) if cost == "both" else cost
+            if taken not in answered_by:  # `both` is one of the two
+                answered_by[taken] = answers(bench.pruned(masks[taken], refit=True), bench.evaluation)
+            right = answered_by[taken]
             kept = kept_counts(masks[cost])
             row = {"model": name, "target": target, "cost": cost, "calibration": images, "images": len(right)}
             row |= {"macs": bench.table.ratio(widths(bench.groups, masks[cost])), "top1": 100 * float(right.mean())}

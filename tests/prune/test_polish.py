@@ -55,7 +55,7 @@ def test_answers_come_nearer_on_images_held_back_and_no_label_is_read(tmp_path, 
         loaded = snapshot.load(tmp_path / f"target-{after.target:g}")
         assert near.of(loaded) == pytest.approx(row["polish_after"], rel=1e-6)
         assert snapshot.load_metrics(tmp_path / f"target-{after.target:g}")["polished_steps"] == 30
-    assert rows[-1]["polish_after"] < 0.7 * rows[-1]["polish_before"] and rows[-1]["polish_best"] in (10, 20, 30)
+    assert rows[-1]["polish_after"] < 0.8 * rows[-1]["polish_before"] and rows[-1]["polish_best"] in (10, 20, 30)
 
 
 def test_weights_stay_where_no_step_is_nearer(monkeypatch):
