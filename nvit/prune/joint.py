@@ -33,6 +33,7 @@ from .limits import least_ms
 from .merged_table import merged_table
 from .merging_cost import MergingCost, Rung, measure_merging
 from .oneshot import Refitter
+from .prices import Prices, nearest
 from .pruner import Pruner
 from .result import Pruned
 from .sample import held_back
@@ -88,18 +89,24 @@ class Cuts:
         self.ways = ways if config.cost == "both" else dict([list(ways.items())[-1]])
         self.dense = _weights(pruner)
 
-    def to(self, target: float, merges: Merges) -> Iterator[tuple[str, Masks, dict[str, Any]]]:
+    def to(self, target: float, merges: Merges) -> tuple[Masks, dict[str, Any]] | None:
         """Leave in the pruner's model what widths it may have where tokens merge so and the whole is to take a share of
-        the dense latency, by every way of pricing: its name, masks, and what the refit says; nothing where no widths
-        are that narrow."""
-        pruner = self.pruner
+        the dense latency; its masks, and what history says of the choice and of the refit. None where no widths are
+        that narrow."""
+        pruner, whole = self.pruner, full_masks(self.pruner.groups)
         table, ms = merged_table(pruner.table, pruner.model, merges), target * pruner.table.dense_ms
         if ms < least_ms(table, pruner.groups, pruner.free):
-            return
-        for way, prices in self.ways.items():
-            masks, _ = drop_to_target(prices, full_masks(pruner.groups), pruner.groups, table, ms)
-            pruner.put(masks, self.dense)
-            yield way, masks, self.refitter.refit() if self.refitter else {}
+            return None
+
+        def cut(prices: Prices) -> Masks:
+            return drop_to_target(prices, whole, pruner.groups, table, ms)[0]
+
+        prices, said = list(self.ways.values())[-1], {}
+        if len(self.ways) > 1:
+            prices, said = nearest(self.ways, lambda way: self.refitter.distance(cut(way)))
+        masks = cut(prices)
+        pruner.put(masks, self.dense)
+        return masks, said | (self.refitter.refit() if self.refitter else {})
 
 
 def _weights(pruner: Pruner) -> dict[str, Tensor]:
@@ -184,15 +191,14 @@ class Walk:
             return
         family, (merges, _) = next(iter(alone.items()))
         extra = self.cost.of(family, self.dense_work(merges) / self.dense_work(()))
-        for way, masks, refitted in self.cuts.to(target - extra, merges):
-            small = compact(pruner.model, pruner.groups, masks)
-            rung = Rung(small, pruner.table.ratio(widths(pruner.groups, masks)), self.cost, self.dense_work)
-            exact = rung.schedules(target).get(family)
-            if exact is None:
-                continue
+        if (cut := self.cuts.to(target - extra, merges)) is None:
+            return
+        masks, said = cut
+        small = compact(pruner.model, pruner.groups, masks)
+        rung = Rung(small, pruner.table.ratio(widths(pruner.groups, masks)), self.cost, self.dense_work)
+        if (exact := rung.schedules(target).get(family)) is not None:
             weights = _weights(pruner) if last else None
-            found = Choice(rung, family, exact, self._distance(small, exact), masks, weights)
-            yield found, refitted | ({"cost": way} if len(self.cuts.ways) > 1 else {})
+            yield Choice(rung, family, exact, self._distance(small, exact), masks, weights), said
 
     def settle(self) -> list[Pruned]:
         """The best of every target, measured and corrected; the pruner's model becomes that of the last one.

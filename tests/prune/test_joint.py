@@ -13,7 +13,7 @@ from nvit.analysis.evaluate import macs
 from nvit.cli import main as cli
 from nvit.latency.clock import current_setting
 from nvit.latency.table import LatencyTable
-from nvit.prune import joint
+from nvit.prune import joint, oneshot
 from nvit.report.read import read
 from nvit.selection.schedules import FAMILIES
 from nvit.structure import snapshot
@@ -190,3 +190,19 @@ def test_the_command_says_how_many_tokens_are_left(tmp_path, capsys):
     text = (tmp_path / "run/report.html").read_text()
     assert f"{row['tokens'][-1]} of 17 leave the last one" in text
     assert f"tokens behind each block {' '.join(map(str, row['tokens'][1:]))}, of 17" in text
+
+
+def test_of_two_ways_to_price_the_nearer_choice_is_refitted(monkeypatch):
+    seen = {}
+
+    def distance(self, masks):
+        seen[len(seen)] = sum(int(m.sum()) for m in masks.values())
+        return float(len(seen))
+
+    monkeypatch.setattr(oneshot.Refitter, "distance", distance)
+    result = run(latency_target=0.6, cost="both")
+    rows = [row for row in result.history if "refit_seconds" in row]
+    assert rows and all(
+        row["cost"] == "predicted" and row["distance_measured"] > row["distance_predicted"] for row in rows
+    )
+    assert len(seen) == 2 * len(rows)
