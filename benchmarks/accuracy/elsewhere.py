@@ -23,7 +23,7 @@ from torchvision.datasets import ImageFolder
 
 import nvit
 from benchmarks.accuracy.library import BATCH, data_folder
-from benchmarks.accuracy.rows import Rows
+from benchmarks.accuracy.rows import Resumed
 from benchmarks.accuracy.tokens import MODELS, TokenBench
 from nvit.analysis.evaluate import macs
 
@@ -70,7 +70,7 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", default=["joint", "ToMe"])
     parser.add_argument("--images", type=int, default=1000, help="calibration images")
     args = parser.parse_args()
-    records, tiny = Rows("elsewhere", key=("model", "of", "target", "method")), Tiny(data_folder())
+    records, tiny = Resumed("elsewhere", ("model", "of", "target", "method")), Tiny(data_folder())
     for name in args.models:
         bench = TokenBench(name, args.of, args.images, args.work)
         whole = macs(bench.plain, nvit.adapters.preprocess(bench.plain)["input_size"])

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import nvit
 from benchmarks.accuracy.library import BATCH, data_folder, dense_model, images_of, without_head
-from benchmarks.accuracy.rows import Rows
+from benchmarks.accuracy.rows import Resumed, Rows
 from nvit.analysis.evaluate import macs
 from nvit.analysis.neighbours import Bank, cosine, features_of, knn, linear_probe, percent
 
@@ -126,7 +126,7 @@ def main() -> None:
     dense, classes = dense_model(root), root / "imagenet_synsets.txt"
     bank, asked = (images_of(root / name, dense, classes) for name in ("imagenet_sample1000", "imagenet_val1300"))
     base = nvit.PruneConfig(latency_target=given.target, train=False, refit=True, images=given.images, batch_size=BATCH)
-    records = Rows("features", key=("case", "stream", "epochs"))
+    records = Resumed("features", ("case", "stream", "epochs"))
     compare(dense, bank, asked, base, records, given.cases, given.epochs)
 
 

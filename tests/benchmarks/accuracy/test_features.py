@@ -7,7 +7,7 @@ import torch
 
 import nvit
 from benchmarks.accuracy.features import CASES, compare, difference
-from benchmarks.accuracy.rows import Rows
+from benchmarks.accuracy.rows import Resumed
 from tests.hosts import images, make
 
 
@@ -27,9 +27,9 @@ def test_every_way_to_prune_a_tower_has_its_row(tmp_path):
     base = nvit.PruneConfig(
         latency_target=0.5, train=False, refit=True, images=8, batch_size=4, bundle_heads=1, bundle_emb=8, bundle_mlp=4
     )
-    key = {"folder": tmp_path, "key": ("case", "stream", "epochs")}
-    compare(dense, bank, asked, base, Rows("features", **key), CASES[:1], (3,))
-    compare(dense, bank, asked, base, records := Rows("features", **key), CASES[1:])
+    given = "features", ("case", "stream", "epochs")
+    compare(dense, bank, asked, base, Resumed(*given, folder=tmp_path), CASES[:1], (3,))
+    compare(dense, bank, asked, base, records := Resumed(*given, folder=tmp_path), CASES[1:])
     rows = list(csv.DictReader(records.path.open()))
     whole = [("features", "whole", 0), ("features", "whole", 3), ("dense", "whole", 0), ("classification", "whole", 0)]
     others = [("features", "restored", 0), ("classification", "narrow", 0)]
