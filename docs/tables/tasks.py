@@ -10,7 +10,8 @@ MODELS = {
     "target 1": "dense",
     "target 0.65": "pruned to 0.65 before",
     "target 0.5": "pruned to 0.5 before",
-    "target 0.65, as a segmenter": "pruned to 0.65 with its head, then trained again",
+    "target 0.65, halfway": "pruned to 0.65 with its head halfway through them",
+    "target 0.65, as a segmenter": "pruned to 0.65 with its head after them, then trained as long again",
 }
 
 
