@@ -2,12 +2,12 @@
 
     NVIT_DATA=FOLDER python -m benchmarks.accuracy.analyses [STEP …] [--out RUNS]     # what is in RUNS is not redone
 
-Steps: `sensitivity` (Tab. 5: 256 images of imagenet_sample1000, four probes a batch of four, two seeds), `attention`
+Steps: `sensitivity` (Tab. 5: 192 images of imagenet_sample1000, four probes a batch of four, two seeds), `attention`
 (App. C.1: 256 images of imagenet_val1300, dense and pruned), `widths` (Fig. 4 and insight 1) and `rule` (Sec. 5.4) of
 the pruning runs below, `latency` (App. A.3: 24 models of random widths on one CPU thread, by its own CPU time).
-`saliencies` prunes in one shot without training to five latencies, counted, by the paper's saliency, the published
-sums of it and ours: `widths` shows where each takes its units. `widths`, `rule` and `attention` are of the run that
-`benchmarks.accuracy.transfer` starts from as well (--pruned; refitted and trained three epochs).
+`saliencies` prunes in one shot without training to latencies from 0.9 to 0.4, counted, by the paper's saliency, the
+published sums of it and `fisher`: `widths` shows where each takes its units. `widths`, `rule` and `attention` are of
+the run that `benchmarks.accuracy.transfer` starts from as well (--pruned; refitted and trained three epochs).
 
 Each step's rows go into benchmarks/results/analyses_<step>_cpu.csv when it is done; `python -m docs.fill_tables
 --figures` draws the pages' figures from there.
@@ -31,12 +31,11 @@ from benchmarks.harness import Records
 from nvit.cli import main as cli
 
 CRITERIA = ("hessian", "nvit", "fisher")
-TARGETS = ("0.8", "0.65", "0.5", "0.35", "0.25")
 SEEDS = (0, 1)
 ONE_THREAD = ("--device", "cpu", "--threads", "1")
 SHOT = [
     "--no-train", "--accept-labels", "--images", "200", "--table", "analytic", "--latency-batch", "1",
-    "--latency-seconds", "2", "--workers", "0",
+    "--latency-seconds", "2", "--workers", "0", "--sweep",
 ]  # fmt: skip
 
 
@@ -82,7 +81,7 @@ def sensitivity(out: Path, pruned: Path) -> None:
     rows = []
     for seed in SEEDS:
         images = ["--data", str(data_folder() / "imagenet_sample1000" / "val"), "--accept-labels"]
-        size = ["--samples", "256", "--batch-size", "4", "--probes", "4", "--seed", str(seed)]
+        size = ["--samples", "192", "--batch-size", "4", "--probes", "4", "--seed", str(seed)]
         folder = out / f"sensitivity_{seed}"
         result = found(folder, "analyze", "sensitivity", *dense(), *images, *size)
         counted = {"seed": seed, "images": result["images"], "probes": result["probes"]}
@@ -104,7 +103,7 @@ def attention(out: Path, pruned: Path) -> None:
 def saliencies(out: Path, pruned: Path) -> None:
     data = ["--data", str(data_folder() / "imagenet_sample1000" / "val")]
     for criterion in CRITERIA:
-        found(out / criterion, "prune", *dense(), *data, *SHOT, "--criterion", criterion, "--latency-target", *TARGETS)
+        found(out / criterion, "prune", *dense(), *data, *SHOT, "--criterion", criterion)
 
 
 def widths(out: Path, pruned: Path) -> None:
@@ -138,7 +137,7 @@ def rule(out: Path, pruned: Path) -> None:
 
 
 def latency(out: Path, pruned: Path) -> None:
-    size = ["--latency-batch", "8", "--latency-seconds", "40", "--count", "24", "--seconds", "90"]
+    size = ["--latency-batch", "8", "--latency-seconds", "30", "--count", "24", "--seconds", "72"]
     result = found(out / "latency", "analyze", "latency", *dense(), *size)
     batch = {"batch": result["latency_batch"]}
     keep("latency", [batch | numbers(row) for row in read(out / "latency" / "latency.csv")])

@@ -84,7 +84,7 @@ def traces(
     Args:
         model: prepared; left as it is.
         batches: images and labels.
-        probes: draws a batch.
+        probes: products with H a batch.
         total: batches there are, for progress.
 
     Returns:
@@ -114,11 +114,11 @@ def traces(
             answer = adapter.logits(model, images.to(device))
             loss = whose.loss(answer, whose.labels(images, labels).to(device))
             gradients = torch.autograd.grad(loss, weights, create_graph=True)
-            drawn = {key: [] for key in MEASURES}
+            # One draw of Gauss-Newton's matrix is enough: its spread is that of images.
+            probe = whose.probe(answer.mean, generator)
+            newton = torch.autograd.grad(answer.mean, weights, probe, retain_graph=True)
+            drawn = {"trace": [], "gauss_newton": [shares([g.square() / len(images) for g in newton])]}
             for left in reversed(range(probes)):
-                probe = whose.probe(answer.mean, generator)
-                newton = torch.autograd.grad(answer.mean, weights, probe, retain_graph=True)
-                drawn["gauss_newton"].append(shares([g.square() / len(images) for g in newton]))
                 v = [signs(w, generator).to(w) for w in weights]
                 products = torch.autograd.grad(gradients, weights, v, retain_graph=bool(left))
                 drawn["trace"].append(shares([a * b for a, b in zip(v, products, strict=True)]))

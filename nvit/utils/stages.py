@@ -75,6 +75,8 @@ class Tracker:
         """Seconds to the end as it goes; None where too little is done to tell."""
         part = self.fraction
         passed = part - self.first
+        if part == 1:
+            return 0.0
         return None if passed < 0.01 else (self.clock() - self.began) * (1 - part) / passed
 
     def in_words(self) -> str:

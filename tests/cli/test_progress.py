@@ -54,6 +54,9 @@ def test_opening_a_model_foretells_nothing():
     clock.now = 107
     tracker(2, 4, "sensitivity")
     assert tracker.left == pytest.approx(14)
+    tracker = Tracker([Stage("sensitivity", 100)], clock)
+    tracker(1, 1, "sensitivity")
+    assert tracker.left == 0, "nor when it was the only one"
 
 
 def test_the_same_work_twice_is_two_stages_and_one_that_never_begins_is_over():

@@ -19,7 +19,7 @@ class SensitivityCommand:
     task: TaskName = "auto"
     samples: Annotated[int, _help("images of --data that the loss is of")] = 512
     batch_size: Annotated[int, _help("images at once: memory, and how many estimates a standard error is of")] = 16
-    probes: Annotated[int, _help("random vectors a batch")] = 2
+    probes: Annotated[int, _help("random vectors a batch, for the Hessian; its standard error needs many")] = 2
     seed: Annotated[int, _help("of the choice of images and of the vectors")] = 0
     out: Annotated[str, _help("folder for sensitivity.csv, sensitivity.png and result.json")] = "nvit-sensitivity"
     opening: ModelFlags = field(default_factory=ModelFlags)
