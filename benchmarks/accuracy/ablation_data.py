@@ -101,7 +101,7 @@ class HardLabels(nn.Module):
 
     def keep(self) -> None:
         """Write what is remembered."""
-        if self.file is not None:
+        if self.file is not None and self.known:
             pairs = zip(*self.known.items(), strict=True)
             save_file({name: torch.tensor(v) for name, v in zip(("image", "label"), pairs, strict=True)}, self.file)
 

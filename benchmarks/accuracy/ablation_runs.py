@@ -67,8 +67,8 @@ class Scale:
 
 SCALES = {
     "small": Scale(
-        size=112, each=8, dense_each=20, dense_epochs=1, evaluate_each=10, batch=32, steps=48, interval=2, bundles=40,
-        calibration=512, lr=1.6e-3, ratio_seconds=1.0,
+        size=112, each=8, dense_each=20, dense_epochs=1, evaluate_each=10, batch=32, steps=48, interval=2, bundles=30,
+        calibration=512, lr=1.6e-3, target=0.65, ratio_seconds=1.0,
     ),
     "full": Scale(
         size=224, each=100, dense_each=100, dense_epochs=3, evaluate_each=50, batch=256, steps=1560, interval=40,

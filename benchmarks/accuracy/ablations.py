@@ -3,7 +3,7 @@
     NVIT_DATA=FOLDER python -m benchmarks.accuracy.ablations [--scale full] [--tables alignment objective …]
 
 DeiT-Ti at the scale's image size, its head's rows of the 200 classes, is trained once, its latency measured, and every
-arm prunes it to half of that latency and trains for what is left of the steps. What is needed again is in --out, rows
+arm prunes it to a share of that latency and trains for what is left of the steps. What is needed again is in --out, rows
 are in benchmarks/results/ablations_cpu.csv as soon as they are known, with their answers by image (`right`, a bit an
 image), and rows that the file has are left as they are; `--minutes` ends a run between two rows.
 

@@ -130,6 +130,8 @@ def test_every_arm_ends_at_the_target_after_equal_steps(bench, name, monkeypatch
 def test_hard_labels_are_asked_for_once(bench, tmp_path):
     file = tmp_path / "labels.safetensors"
     teacher, x = HardLabels(copy.deepcopy(bench.dense), 16, file), images(bench.dense, 4)
+    teacher.keep()
+    assert not file.exists(), "nothing to keep yet"
     first = teacher(x)
     assert torch.equal(first.argmax(1), bench.dense(x).argmax(1)) and torch.equal(first.sum(1), torch.ones(4))
     teacher.keep()
