@@ -3,9 +3,9 @@
     NVIT_DATA=FOLDER python -m benchmarks.accuracy.ablations [--scale full] [--tables alignment objective …]
 
 DeiT-Ti at the scale's image size, its head's rows of the 200 classes, is trained once, its latency measured, and every
-arm prunes it to a share of that latency and trains for what is left of the steps. What is needed again is in --out, rows
-are in benchmarks/results/ablations_cpu.csv as soon as they are known, with their answers by image (`right`, a bit an
-image), and rows that the file has are left as they are; `--minutes` ends a run between two rows.
+arm prunes it to a share of that latency and trains for what is left of the steps. What is needed again is in --out.
+Rows are in benchmarks/results/ablations_cpu.csv as soon as they are known, with their answers by image (`right`, a bit
+an image); those that the file has are left as they are, and `--minutes` ends a run between two rows.
 
 No CNN teacher's weights are here: hard labels of ViT-Ti at 224 pixels stand in. Without head alignment, dims leave the
 concatenated heads, and the model that is left is padded to the widest head of each block. The correlation of saliency
