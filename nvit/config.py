@@ -155,7 +155,7 @@ class PruneConfig(TrainingConfig):
     polish: Annotated[
         int,
         _help(
-            "with --refit: so many steps towards the unpruned model's answers afterwards, on the calibration images, "
+            "with --refit: so many steps towards the unpruned model's features afterwards, on the calibration images, "
             "without labels; 0 for none"
         ),
     ] = 0
@@ -223,8 +223,6 @@ class PruneConfig(TrainingConfig):
                 f"polish {self.polish} follows a refit; add --refit with --no-train (refit = true), or finetune the "
                 "snapshot (--finetune-epochs)"
             )
-        if self.polish and self.amp == "fp16":
-            raise ValueError("polish trains in fp32 or bf16; amp is fp16, give --amp bf16 or leave it out")
         if self.cost in ("measured", "both") and not self.refit:
             raise ValueError(
                 f"cost {self.cost} is that of a refitted model; add --refit with --no-train (refit = true), or leave "

@@ -180,7 +180,7 @@ class HFViT(OneStream):
         return in_base(model, host.norm)
 
     def token_stream(self, model: nn.Module, images: Tensor) -> Tensor:
-        return model(images).last_hidden_state
+        return getattr(model, model.base_model_prefix, model)(images).last_hidden_state
 
     def leading(self, model: nn.Module) -> int:
         host = host_of(model)

@@ -1,4 +1,8 @@
-"""A few hundred steps towards the dense model's answers, once a refit has done what closed form can (`polish`)."""
+"""A few hundred steps towards the dense model's features, once a refit has done what closed form can (`polish`).
+
+All tokens behind the last norm are to be met, not the answers alone: a few hundred images say little by their answers
+(trained towards these, models came nearer on the images that trained and went away on others), much by their tokens.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +18,12 @@ from torch.nn.functional import interpolate
 from .. import adapters, tasks
 from ..config import PruneConfig
 from ..parallel import Call
+from ..structure.verify import evaluating
 from ..tasks import Task
 from ..tasks.nearness import Nearness
 from ..training.batches import images_of
 from ..training.optimizer import fused_adamw, set_rates
-from ..training.step import AMP, Step
+from ..training.step import Step
 from ..utils.devices import sent
 from ..utils.logs import Log, unlogged
 from ..utils.progress import Progress, silent
@@ -26,29 +31,51 @@ from .folder import RunFolder
 from .result import Pruned
 from .sample import fitted, held_back
 
-RATE, WARM = 1e-5, 0.1
+RATE, WARM = 2e-5, 0.1
 """Of AdamW, after a share of the steps in which it comes up; a cosine takes it to nothing."""
 
-BATCH = 32
+BATCH = 16
 """Images a step, at most."""
+
+LEADING = 0.1
+"""What leading tokens count, as a share of all others together."""
 
 LOOK = 25
 """Steps between two looks at the images held back."""
 
-ZOOM = 0.5
+ZOOM = 0.8
 """Least share of an image's area that an augmented one shows."""
 
 
 class Towards:
-    """The loss of a step: the task's distance to the dense model's answers to the same images, at temperature 1."""
+    """The loss of a step: squared difference of all tokens behind the last norm to the dense model's, over their mean
+    square; leading tokens, which answers are read from, count `LEADING` as much as all others together. Where widths of
+    the streams differ, the task's distance of the answers.
 
-    def __init__(self, task: Task, dense: nn.Module) -> None:
-        self.task, self.dense = task, dense
+    Attributes:
+        call: gives of a model and images what is to be met.
+    """
 
-    def of_logits(self, student: adapters.Logits, images: Tensor, _) -> Tensor:
+    def __init__(self, task: Task, model: nn.Module, dense: nn.Module, images: Tensor) -> None:
+        self.task, self.dense, adapter = task, dense, adapters.find(dense)
+        with torch.no_grad(), evaluating(model), evaluating(dense):
+            shapes = {adapter.token_stream(m, images[:1]).shape for m in (model, dense)}
+        self.tokens = len(shapes) == 1
+        self.call = adapter.token_stream if self.tokens else adapter.logits
+        if self.tokens:
+            count, leading = next(iter(shapes))[1], adapter.leading(dense)
+            self.weights = images.new_ones(count)
+            self.weights[:leading] = LEADING * (count - leading) / max(1, leading)
+            self.weights /= self.weights.mean()
+
+    def of_logits(self, student: Any, images: Tensor, _) -> Tensor:
+        """Of what `call` gave of the student."""
         with torch.no_grad():
-            answers = adapters.find(self.dense).logits(self.dense, images)
-        return self.task.distance(student, answers, 1.0)
+            wanted = self.call(self.dense, images)
+        if not self.tokens:
+            return self.task.distance(student, wanted, 1.0)
+        off = (student.float() - wanted.float()).square().mean(-1) * self.weights
+        return off.mean() / wanted.float().square().mean()
 
 
 def polish_snapshots(
@@ -83,10 +110,10 @@ def polish_snapshots(
 def polish_(
     model: nn.Module, dense: nn.Module, loader, config: PruneConfig, progress: Progress = silent, told=None
 ) -> dict[str, Any]:
-    """Train a compact model towards the dense one's answers for `config.polish` steps, in place; no label is read.
+    """Train a compact model towards the dense one's tokens for `config.polish` steps, in place; no label is read.
 
     The calibration images train it, flipped and zoomed into at random. Those that a refit holds back are looked at now
-    and then, and the weights that were nearest on them stay, the first ones if none were nearer.
+    and then, and the weights whose answers were nearest on them stay, the first ones if none were nearer.
 
     Returns:
         `polish_seconds`; `polish_before` and `polish_after`, the task's distance to the dense model on the images held
@@ -99,11 +126,14 @@ def polish_(
     start, task = time.monotonic(), tasks.settled(config, model)
     adapters.find(model).prepare(model)
     near = Nearness(task, dense, held_back(loader, config))
+    first = next(images_of(fitted(loader, config)), None)
+    if first is None:
+        raise ValueError("polish trains on calibration images that are not held back: there are none; give more")
     state = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(state.values(), lr=RATE, weight_decay=0.0)
     fused_adamw(optimizer)
-    amp = config.amp if config.amp in AMP else "no"
-    step = Step(Call(model, adapters.find(model).logits), Towards(task, dense), optimizer, amp=amp, clip=1.0)
+    towards = Towards(task, model, dense, sent(first, next(iter(state.values())).device))
+    step = Step(Call(model, towards.call), towards, optimizer, clip=1.0)  # bf16 loses what such small steps gain
     before = best = near.of(model)
     kept, at = {n: p.detach().clone() for n, p in state.items()}, 0
     model.eval()  # neither dropout nor drop path: the dense answers are to be met as they are

@@ -1,17 +1,22 @@
 """Steps after a refit: answers come nearer to the dense model's, or the weights stay."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn.functional import interpolate
 
 import nvit
-from nvit import PruneConfig, tasks
+from nvit import PruneConfig, adapters, tasks
 from nvit.latency.table import LatencyTable
 from nvit.prune import polish
 from nvit.prune.folder import RunFolder
 from nvit.prune.sample import fitted, held_back, sampled
 from nvit.structure import snapshot
+from nvit.structure.compact import compact
+from nvit.structure.masks import full_masks
 from nvit.tasks.nearness import Nearness
+from tests.families import HOSTS
 from tests.hosts import make
 
 ONE_SHOT = {"train": False, "refit": True, "bundle_heads": 1, "bundle_emb": 4, "measure_seconds": 0.0}
@@ -99,9 +104,34 @@ def test_images_are_dealt_as_a_refit_deals_them():
     [
         ({"refit": False, "polish": 5}, "polish 5 follows a refit; add --refit"),
         ({"polish": -1}, "polish is -1; it must be at least 1, or 0 for none"),
-        ({"polish": 5, "amp": "fp16"}, "polish trains in fp32 or bf16"),
     ],
 )
 def test_what_makes_no_sense_is_refused(more, words):
     with pytest.raises(ValueError, match=words):
         PruneConfig(**(ONE_SHOT | more)).check()
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_every_family_is_polished_by_its_tokens(name):
+    dense = adapters.find(model := HOSTS[name]()).prepare(model).eval().requires_grad_(False)
+    small = copy.deepcopy(dense).requires_grad_(True)
+    with torch.no_grad():
+        for p in small.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    x = torch.randn(4, *adapters.preprocess(dense)["input_size"], generator=torch.Generator().manual_seed(0))
+    towards = polish.Towards(tasks.of("auto", dense), small, dense, x)
+    loss = towards.of_logits(towards.call(small, x), x, None)
+    loss.backward()
+    assert towards.tokens and 0 < float(loss.detach()) < 10 and any(p.grad is not None for p in small.parameters())
+    assert float(towards.of_logits(towards.call(dense, x), x, None)) == 0
+
+
+def test_where_streams_differ_in_width_answers_are_met():
+    dense, x = host(), batches()[0]
+    groups = adapters.find(dense).groups(adapters.find(dense).prepare(dense))
+    emb = next(g for g in groups if g.kind == "emb")
+    masks = full_masks(groups)
+    masks[emb.name][:8] = False
+    towards = polish.Towards(tasks.of("auto", dense), compact(dense, groups, masks), dense, x)
+    assert not towards.tokens
+    assert float(towards.of_logits(towards.call(dense, x), x, None)) == pytest.approx(0, abs=1e-6)
