@@ -187,6 +187,7 @@ class TokenBench:
                     continue
                 right = self.right(f"{method}-{target:g}", lambda model=model: model)
                 row = {"model": self.name, "of": self.of, "target": target, "method": method}
+                row |= {"cost": self.cost if method in (*OURS, "widths") else ""}
                 row |= {"macs": size(model)["macs"] / size(self.plain)["macs"]} | self.latency(model)
                 row |= {
                     key: metrics.get(key, "") for key in ("predicted_ratio", "widths_ratio", "schedule", "distance")
