@@ -57,8 +57,8 @@ class Scale:
     size: int = 112
     targets: tuple[float, ...] = (0.65, 0.5)
     dense_images: int = 8000
-    images: int = 4000
-    pruning_images: int = 2000
+    images: int = 3200
+    pruning_images: int = 1600
     batch_size: int = 32
     calibration: int = 512
     lr: float = 3e-4
@@ -66,8 +66,8 @@ class Scale:
     distill_weight: float = 10.0
     distill_tau: float = 2.0
     latency_batch: int = 8
-    seconds: float = 4.0
-    table_seconds: float = 30.0
+    seconds: float = 1.5
+    table_seconds: float = 25.0
 
     @property
     def objective(self) -> dict[str, Any]:
@@ -142,9 +142,9 @@ class Contest:
         return nvit.finetune(model, loader, config, teacher=teacher).eval()
 
     @torch.inference_mode()
-    def right(self, model: nn.Module) -> Tensor:
+    def right(self, model: nn.Module, images: Images | None = None) -> Tensor:
         """Right or wrong by evaluation image."""
-        batches = Batches(self.val, self.scale.size, 100, training=False)
+        batches = Batches(images or self.val, self.scale.size, 100, training=False)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.scale.amp == "bf16"):
             return answers(model.eval(), batches).cpu()
 
@@ -156,7 +156,7 @@ class Contest:
         made = METHODS[method](self)
         seconds = (time.process_time() - start) / len(made)
         for target, (model, seen) in made.items():
-            before = self.right(model)
+            before = self.right(model, self.val.some(len(self.val) // 2))
             small = self.trained(model, self.scale.images - seen, self.dense)
             nvit.snapshot.save(self.work / f"{method}-{target:g}", small)
             self._add(target, method, small, self.scale.images, seconds, self.right(small), before)

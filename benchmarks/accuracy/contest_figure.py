@@ -10,14 +10,11 @@ from benchmarks.accuracy.contest import OURS, PEERS
 from nvit.analysis.accuracy_curve import Against, plot_accuracy
 from nvit.analysis.figure import PIXELS
 
-AGAINST = (
-    Against("measured_ratio", "measured share of dense latency", "trained equally"),
-    Against("at", "measured share of dense latency", "before training", "untrained"),
-)
+AGAINST = (Against("measured_ratio", "measured share of dense latency"),)
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str, pixels: int = PIXELS) -> None:
-    """Top-1 after equal training, and before it; the dense model belongs to all lines."""
+    """Top-1 after equal training; the dense model belongs to all lines."""
     dense = next(r for r in rows if r["method"] == "dense")
     images, top = int(dense["evaluated"]), float(dense["top1"])
     lines: dict[str, list[dict[str, Any]]] = {}
@@ -25,9 +22,6 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str, pixels: int 
         mine = [r for r in rows if r["method"] == method]
         if not mine:
             continue
-        lines[method] = [{"measured_ratio": 1.0, "top1": top}, {"at": 1.0, "top1": top}]
-        for r in mine:
-            ratio = float(r["measured_ratio"])
-            lines[method].append({"measured_ratio": ratio, "top1": float(r["top1"])})
-            lines[method].append({"at": ratio, "top1": float(r["untrained"])})
+        points = [{key: float(r[key]) for key in ("measured_ratio", "top1")} for r in mine]
+        lines[method] = [{"measured_ratio": 1.0, "top1": top}, *points]
     plot_accuracy(lines, AGAINST, path, images=images, title=title, pixels=pixels)

@@ -4,10 +4,10 @@
 
 Images of 112 pixels, 49 tokens, so that two cores can train; one CPU thread, eight images a batch for latency. DeiT-Ti
 with the head's rows of the 200 classes is trained on 8000 images first; that model is pruned to 0.65 and 0.5 of its
-measured latency, and each narrow one is trained on 4000 of them towards it, by the same loss and schedule. `untrained`
-is its accuracy before. 2000 validation images evaluate. The learning rate is what uniform widths liked best on training
-images held back (`--tune`). `ahead`: points over the best peer at that target, with the 95 % interval
-(paired bootstrap over images). About 25 minutes of one core; what --work has is not done again.
+measured latency, and each narrow one is trained on 3200 of them towards it, by the same loss and schedule. 2000
+validation images evaluate; `untrained` is the accuracy before training, of half of them. The learning rate is what
+uniform widths liked best on training images held back (`--tune`). `ahead`: points over the best peer at that target,
+with the 95 % interval (paired bootstrap over images). About 25 minutes of one core; what --work has is not done again.
 
 Rows go into curve_cpu.csv with their answers by image, and the figure beside it into curve_cpu.png.
 """

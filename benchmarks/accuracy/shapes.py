@@ -112,7 +112,7 @@ def by_torch_pruning(
 
     def choose(ratio: float) -> tuple[float, nn.Module]:
         importance = tp.importance.GroupTaylorImportance()
-        small, share = narrowed(theirs, ratio, importance, input_size=(3, size, size), bisections=8, **options)
+        small, share = narrowed(theirs, ratio, importance, input_size=(3, size, size), bisections=7, **options)
         return share, adopted(small, dense).to(device)
 
     return Aim(clock).hit(target, choose, lambda small: small)[0]

@@ -1,0 +1,63 @@
+"""nvit beside its peers: the curve at equal measured latency, and settings of published neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from docs.tables.base import Row, gain, rows, table
+
+
+def curve() -> str:
+    """Top-1 at each target after equal training, best first, and before it."""
+    found = rows("curve_cpu")
+    targets = sorted({r["target"] for r in found}, key=float, reverse=True)
+    lines = []
+    for target in targets:
+        mine = sorted((r for r in found if r["target"] == target), key=lambda r: -float(r["top1"]))
+        for r in mine:
+            ours = r["method"].startswith("nvit")
+            ahead = gain(r, "ahead", "ahead_low", "ahead_high") if r.get("ahead") else ""
+            name = f"**{r['method']}**" if ours else r["method"]
+            before = f"{float(r['untrained']):.1f}" if r["untrained"] else ""
+            ratio = f"{float(r['measured_ratio']):.3f}" if r["measured_ratio"] else "1"
+            macs = f"{float(r['macs']) / float(found[0]['macs']):.2f}"
+            lines.append([f"{float(target):g}", name, ratio, macs, before, f"{float(r['top1']):.1f}", ahead])
+    head = ["target", "method", "measured latency", "MACs", "before training", "top-1", "ahead of the best peer"]
+    return table(head, lines)
+
+
+def neighbours() -> str:
+    """By setting, what is published and what we keep."""
+    found = rows("neighbours_cpu")
+    lines = []
+    for setting in dict.fromkeys(r["setting"] for r in found):
+        mine = [r for r in found if r["setting"] == setting]
+        for r in sorted(mine, key=lambda r: r["published"] == "True"):
+            quoted = r["published"] == "True"
+            numbers = f"{float(r['dense']):.1f} → {float(r['top1']):.1f}"
+            method = f"{r['method']} (quoted)" if quoted else f"**{r['method']}**"
+            lines.append([setting, method, numbers, _kept(r)])
+    return table(["what leaves", "method", "top-1, dense → pruned", "retention"], lines)
+
+
+def _kept(row: Row) -> str:
+    kept = f"{100 * float(row['retention']):.1f} %"
+    return (
+        kept
+        if row["published"] == "True"
+        else f"{kept} ({100 * float(row['low']):.1f} to {100 * float(row['high']):.1f})"
+    )
+
+
+def nearest() -> str:
+    """k-NN at SnapViT's settings."""
+    lines = []
+    for r in rows("neighbours_cpu"):
+        if r["knn"]:
+            low, high = (100 * float(r[key]) for key in ("knn_low", "knn_high"))
+            kept = f"{100 * float(r['knn_retention']):.1f} % ({low:.1f} to {high:.1f})"
+            lines.append([r["setting"], f"{float(r['knn_dense']):.1f} → {float(r['knn']):.1f}", kept])
+    return table(["what leaves", "k-NN, dense → pruned", "retention"], lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {"curve": curve, "neighbours": neighbours, "nearest": nearest}
