@@ -134,7 +134,7 @@ class Contest:
     def trained(self, model: nn.Module, images: int, teacher: nn.Module | None) -> nn.Module:
         """The model after so many images, in eval mode."""
         loader, steps = self.loader(), images // self.scale.batch_size
-        if not steps:
+        if steps < 1:
             return model.eval()
         how = self.scale.objective | ({} if teacher else {"distill_weight": 0.0})
         epochs = steps / len(loader)
@@ -159,7 +159,7 @@ class Contest:
             before = self.right(model, self.val.some(len(self.val) // 2))
             small = self.trained(model, self.scale.images - seen, self.dense)
             nvit.snapshot.save(self.work / f"{method}-{target:g}", small)
-            self._add(target, method, small, self.scale.images, seconds, self.right(small), before)
+            self._add(target, method, small, max(seen, self.scale.images), seconds, self.right(small), before)
 
     def _add(
         self, target: float, method: str, model: nn.Module, images: int, seconds: float, right: Tensor,
@@ -205,7 +205,8 @@ def one_shot(contest: Contest, **how: Any) -> Made:
 
 
 def iterative(contest: Contest) -> Made:
-    """Prunes while it trains towards the dense model; at each target so many images have been seen."""
+    """Prunes while it trains towards the dense model; at each target so many images have been seen: more than
+    `pruning_images` where it takes longer than was thought."""
     scale = contest.scale
     steps = max(1, scale.pruning_images // scale.batch_size)
     interval = max(1, round(steps / DECISIONS))
@@ -219,7 +220,7 @@ def iterative(contest: Contest) -> Made:
     made = {}
     for p in result.snapshots:
         step = next(r["step"] for r in result.history if r["predicted_ratio"] <= p.predicted_ratio)
-        made[p.target] = (p.model, min(step * scale.batch_size, scale.images))
+        made[p.target] = (p.model, step * scale.batch_size)
     return made
 
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from docs.tables.base import Row, gain, rows, table
+from benchmarks.engine.recipe_hours import hours
+from docs.tables.base import RESULTS, Row, gain, rows, table
+from nvit.cli.flags.prune import PruneCommand
+from nvit.cli.recipe import from_toml
+
+MODERN = RESULTS.parents[1] / "recipes" / "modern"
 
 
 def curve() -> str:
@@ -42,11 +47,9 @@ def neighbours() -> str:
 
 def _kept(row: Row) -> str:
     kept = f"{100 * float(row['retention']):.1f} %"
-    return (
-        kept
-        if row["published"] == "True"
-        else f"{kept} ({100 * float(row['low']):.1f} to {100 * float(row['high']):.1f})"
-    )
+    if row["published"] == "True":
+        return kept
+    return f"{kept} ({100 * float(row['low']):.1f} to {100 * float(row['high']):.1f})"
 
 
 def nearest() -> str:
@@ -60,4 +63,24 @@ def nearest() -> str:
     return table(["what leaves", "k-NN, dense → pruned", "retention"], lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"curve": curve, "neighbours": neighbours, "nearest": nearest}
+def recipes() -> str:
+    """What recipes/modern take."""
+    lines = []
+    for path in sorted(MODERN.glob("*.toml"), key=lambda p: (len(p.stem.rpartition("_")[2]), p.stem)):
+        config = from_toml(PruneCommand, path).config
+        found = hours(config)
+        how = f"one shot, {config.images} images, refit (not timed on a GPU)"
+        if config.train:
+            how = f"while training, {found['epochs']:.1f} epochs"
+        then = f"{config.finetune_epochs:g} epochs"
+        total = f"{found['pruning'] + found['finetuning']:.1f}"
+        lines.append([f"[{path.stem}](../recipes/modern/{path.name})", how, then, total])
+    return table(["recipe", "pruning", "then distillation", "GPU hours"], lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "curve": curve,
+    "neighbours": neighbours,
+    "nearest": nearest,
+    "recipes": recipes,
+}
