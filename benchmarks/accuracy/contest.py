@@ -35,7 +35,7 @@ from nvit.structure.masks import full_masks
 KEY = ("target", "method")
 OURS = ("nvit, one shot and refit", "nvit, iterative")
 PEERS = ("Torch-Pruning, Taylor", "Torch-Pruning, isomorphic", "uniform", "ReViT-shaped", "magnitude", "random")
-DECISIONS = 25
+DECISIONS = 18
 """Of an iterative run, about."""
 
 
@@ -56,9 +56,9 @@ class Scale:
 
     size: int = 112
     targets: tuple[float, ...] = (0.65, 0.5)
-    dense_images: int = 8000
-    images: int = 3200
-    pruning_images: int = 1600
+    dense_images: int = 6400
+    images: int = 2400
+    pruning_images: int = 1200
     batch_size: int = 32
     calibration: int = 512
     lr: float = 3e-4
@@ -156,7 +156,7 @@ class Contest:
         made = METHODS[method](self)
         seconds = (time.process_time() - start) / len(made)
         for target, (model, seen) in made.items():
-            before = self.right(model, self.val.some(len(self.val) // 2))
+            before = self.right(model, self.val.some(len(self.val) // 4))
             small = self.trained(model, self.scale.images - seen, self.dense)
             nvit.snapshot.save(self.work / f"{method}-{target:g}", small)
             self._add(target, method, small, max(seen, self.scale.images), seconds, self.right(small), before)
