@@ -156,7 +156,7 @@ class Contest:
         made = METHODS[method](self)
         seconds = (time.process_time() - start) / len(made)
         for target, (model, seen) in made.items():
-            before = self.right(model, self.val.some(len(self.val) // 4))
+            before = self.right(model, self.val.some(len(self.val) // 5))
             small = self.trained(model, self.scale.images - seen, self.dense)
             nvit.snapshot.save(self.work / f"{method}-{target:g}", small)
             self._add(target, method, small, max(seen, self.scale.images), seconds, self.right(small), before)

@@ -5,7 +5,7 @@
 Images of 112 pixels, 49 tokens, so that two cores can train; one CPU thread, eight images a batch for latency. DeiT-Ti
 with the head's rows of the 200 classes is trained on 6400 images first; that model is pruned to 0.65 and 0.5 of its
 measured latency, and each narrow one is trained on 2400 towards it, by the same loss and schedule. 2000 validation
-images evaluate; `untrained` is the accuracy before training, of a quarter of them. One learning rate, set beforehand,
+images evaluate; `untrained` is the accuracy before training, of a fifth of them. One learning rate, set beforehand,
 serves all. `ahead`: points over the best peer at that target, with the 95 % interval (paired bootstrap over images).
 About 20 minutes of one core; what --work has is not done again.
 
