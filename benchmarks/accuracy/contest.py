@@ -35,8 +35,6 @@ from nvit.structure.masks import full_masks
 KEY = ("target", "method")
 OURS = ("nvit, one shot and refit", "nvit, iterative")
 PEERS = ("Torch-Pruning, Taylor", "Torch-Pruning, isomorphic", "uniform", "ReViT-shaped", "magnitude", "random")
-DECISIONS = 18
-"""Of an iterative run, about."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +46,7 @@ class Scale:
         targets: of latency, as fractions of dense, largest first.
         dense_images: that the dense model is trained on first.
         images: that every narrow model is trained on in all.
-        pruning_images: of these, about so many while the iterative run prunes to the last target.
+        pruning_images: of these, about so many while the iterative run prunes to the last target, in so many `decisions`.
         calibration: images that score and refit.
         lr: of AdamW at this batch size, at the top of the cosine.
         seconds: of a reading of latency, 0 for the table's word; `table_seconds` of the table.
@@ -59,6 +57,7 @@ class Scale:
     dense_images: int = 6400
     images: int = 2400
     pruning_images: int = 1200
+    decisions: int = 36
     batch_size: int = 32
     calibration: int = 512
     lr: float = 3e-4
@@ -209,7 +208,7 @@ def iterative(contest: Contest) -> Made:
     `pruning_images` where it takes longer than was thought."""
     scale = contest.scale
     steps = max(1, scale.pruning_images // scale.batch_size)
-    interval = max(1, round(steps / DECISIONS))
+    interval = max(1, round(steps / scale.decisions))
     result = contest.prune(
         contest.loader(),
         train=True,

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import harness
-from benchmarks.accuracy.contest import DECISIONS, KEY, OURS, PEERS, Contest, Scale, compare, needed
+from benchmarks.accuracy.contest import KEY, OURS, PEERS, Contest, Scale, compare, needed
 from benchmarks.accuracy.contest_figure import plot
 from benchmarks.accuracy.library import data_folder
 from benchmarks.accuracy.rows import Resumed
@@ -35,6 +35,7 @@ CHOSEN = (OURS[1], OURS[0], *PEERS[:1], *PEERS[2:4])
 SCALE = Scale(
     size=160,
     targets=(0.5,),
+    decisions=25,
     batch_size=256,
     calibration=2048,
     lr=5e-4,
@@ -65,7 +66,7 @@ def allotted(mine: Contest, seconds: float, methods: int) -> int:
     before stays."""
     file = mine.work / "images.txt"
     if not file.exists():
-        left = seconds - methods * APART - DECISIONS * DECISION
+        left = seconds - methods * APART - mine.scale.decisions * DECISION
         size, most = mine.scale.batch_size, EPOCHS * len(mine.train)
         file.write_text(str(max(4 * size, min(most, round(rate(mine) * left / methods)) // size * size)))
     return int(file.read_text())

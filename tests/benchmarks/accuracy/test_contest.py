@@ -90,7 +90,7 @@ def test_seconds_say_how_many_images_and_late_methods_are_left_out(toy, monkeypa
     monkeypatch.setattr(gpu_evidence, "rate", lambda mine: 5.0)
     assert gpu_evidence.allotted(toy, 1e6, 5) == 16, "what a run was given stays"
     (toy.work / "images.txt").unlink()
-    spent = 5 * gpu_evidence.APART + contest.DECISIONS * gpu_evidence.DECISION
+    spent = 5 * gpu_evidence.APART + toy.scale.decisions * gpu_evidence.DECISION
     assert gpu_evidence.allotted(toy, spent + 100, 5) == 100  # 5 images/s for 20 s each
     gpu_evidence.evidence(lambda scale: toy, TOY, -1.0, ("uniform", "random"))
     assert "random: left out" in capsys.readouterr().err
