@@ -46,7 +46,8 @@ class Scale:
         targets: of latency, as fractions of dense, largest first.
         dense_images: that the dense model is trained on first.
         images: that every narrow model is trained on in all.
-        pruning_images: of these, about so many while the iterative run prunes to the last target, in so many `decisions`.
+        pruning_images: of these, about so many while the iterative run prunes to the last target.
+        decisions: of that run, about.
         calibration: images that score and refit.
         lr: of AdamW at this batch size, at the top of the cosine.
         seconds: of a reading of latency, 0 for the table's word; `table_seconds` of the table.
