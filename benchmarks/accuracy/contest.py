@@ -55,19 +55,19 @@ class Scale:
 
     size: int = 112
     targets: tuple[float, ...] = (0.65, 0.5)
-    dense_images: int = 6400
-    images: int = 2400
-    pruning_images: int = 1200
-    decisions: int = 36
+    dense_images: int = 3200
+    images: int = 1600
+    pruning_images: int = 800
+    decisions: int = 25
     batch_size: int = 32
-    calibration: int = 512
+    calibration: int = 400
     lr: float = 3e-4
     amp: str = "bf16"
     distill_weight: float = 10.0
     distill_tau: float = 2.0
     latency_batch: int = 8
     seconds: float = 1.5
-    table_seconds: float = 25.0
+    table_seconds: float = 20.0
 
     @property
     def objective(self) -> dict[str, Any]:
