@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -150,10 +150,13 @@ class Contest:
 
     def run(self, method: str) -> None:
         """Rows of a method at every target, unless they are there."""
-        if all(self.rows.find(target=t, method=method) for t in self.scale.targets):
+        missing = tuple(t for t in self.scale.targets if not self.rows.find(target=t, method=method))
+        if not missing:
             return
-        start = time.process_time()
+        start, scale = time.process_time(), self.scale
+        self.scale = replace(scale, targets=missing)
         made = METHODS[method](self)
+        self.scale = scale
         seconds = (time.process_time() - start) / len(made)
         for target, (model, seen) in made.items():
             before = self.right(model, self.val.some(len(self.val) // 5))
