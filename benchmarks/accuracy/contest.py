@@ -49,7 +49,9 @@ class Scale:
         pruning_images: of these, about so many while the iterative run prunes to the last target.
         decisions: of that run, about.
         calibration: images that score and refit.
-        lr: of AdamW at this batch size, at the top of the cosine.
+        rates: learning rates of AdamW at this batch size, at the top of the cosine; of each model the one counts with
+            which it knows more of the training images held back. Pruning that trains takes the first, the dense model
+            the last.
         seconds: of a reading of latency, 0 for the table's word; `table_seconds` of the table.
     """
 
@@ -61,7 +63,7 @@ class Scale:
     decisions: int = 25
     batch_size: int = 32
     calibration: int = 400
-    lr: float = 3e-4
+    rates: tuple[float, ...] = (1e-4, 3e-4)
     amp: str = "bf16"
     distill_weight: float = 10.0
     distill_tau: float = 2.0
@@ -69,12 +71,11 @@ class Scale:
     seconds: float = 1.5
     table_seconds: float = 20.0
 
-    @property
-    def objective(self) -> dict[str, Any]:
+    def objective(self, lr: float) -> dict[str, Any]:
         """What pruning that trains and finetuning share."""
         return {
             "batch_size": self.batch_size,
-            "lr": self.lr * 512 / self.batch_size,
+            "lr": lr * 512 / self.batch_size,
             "grad_clip": 1.0,
             "amp": self.amp,
             "distill_weight": self.distill_weight,
@@ -91,13 +92,22 @@ class Contest:
 
     Args:
         host: makes the model as timm has it, with the weights to start from.
-        train, val: on the device that trains.
+        train, held, val: images to train on, to choose a learning rate by, and to evaluate on, all on the device that
+            trains.
     """
 
     def __init__(
-        self, scale: Scale, host: Callable[[], nn.Module], train: Images, val: Images, work: Path, rows: Resumed
+        self,
+        scale: Scale,
+        host: Callable[[], nn.Module],
+        train: Images,
+        held: Images,
+        val: Images,
+        work: Path,
+        rows: Resumed,
     ) -> None:
-        self.scale, self.host, self.train, self.val, self.work, self.rows = scale, host, train, val, work, rows
+        self.scale, self.host, self.work, self.rows = scale, host, work, rows
+        self.train, self.held, self.val = train, held, val
         self.device = train.pixels.device
         self.dense = self._dense()
         self.table = self._table()
@@ -109,7 +119,7 @@ class Contest:
         path = self.work / "dense"
         if not path.exists():
             model = self.host().to(self.device)
-            nvit.snapshot.save(path, self.trained(model, self.scale.dense_images, None))
+            nvit.snapshot.save(path, self.trained(model, self.scale.dense_images, self.scale.rates[-1], None))
         model = nvit.load(path, device=str(self.device))
         if self.rows.find(target=1.0, method="dense") is None:
             self._add(1.0, "dense", model, self.scale.dense_images, 0.0, self.right(model))
@@ -131,14 +141,14 @@ class Contest:
         images = self.train.some(self.scale.calibration)
         return Batches(images, self.scale.size, self.scale.batch_size, training=True, augment=False)
 
-    def trained(self, model: nn.Module, images: int, teacher: nn.Module | None) -> nn.Module:
-        """The model after so many images, in eval mode."""
+    def trained(self, model: nn.Module, images: int, lr: float, teacher: nn.Module | None) -> nn.Module:
+        """The model, in place, after so many images, in eval mode."""
         loader, steps = self.loader(), images // self.scale.batch_size
         if steps < 1:
             return model.eval()
-        how = self.scale.objective | ({} if teacher else {"distill_weight": 0.0})
+        how = self.scale.objective(lr) | ({} if teacher else {"distill_weight": 0.0})
         epochs = steps / len(loader)
-        config = nvit.FinetuneConfig(epochs=epochs, min_lr=self.scale.lr / 100, warmup_epochs=0.05 * epochs, **how)
+        config = nvit.FinetuneConfig(epochs=epochs, min_lr=lr / 100, warmup_epochs=0.05 * epochs, **how)
         return nvit.finetune(model, loader, config, teacher=teacher).eval()
 
     @torch.inference_mode()
@@ -151,28 +161,44 @@ class Contest:
     def run(self, method: str) -> None:
         """Rows of a method at every target, unless they are there."""
         missing = tuple(t for t in self.scale.targets if not self.rows.find(target=t, method=method))
-        if not missing:
-            return
-        start, scale = time.process_time(), self.scale
-        self.scale = replace(scale, targets=missing)
-        made = METHODS[method](self)
-        self.scale = scale
-        seconds = (time.process_time() - start) / len(made)
-        for target, (model, seen) in made.items():
+        for target, path in self.made(method, missing).items():
+            known, model = nvit.snapshot.load_metrics(path), nvit.load(path, device=str(self.device))
             before = self.right(model, self.val.some(len(self.val) // 5))
-            small = self.trained(model, self.scale.images - seen, self.dense)
+            lr, small = self.best(model, self.scale.images - known["seen"])
             nvit.snapshot.save(self.work / f"{method}-{target:g}", small)
-            self._add(target, method, small, max(seen, self.scale.images), seconds, self.right(small), before)
+            images, right = max(known["seen"], self.scale.images), self.right(small)
+            self._add(target, method, small, images, known["prune_s"], right, before, lr=lr)
+
+    def made(self, method: str, targets: tuple[float, ...]) -> dict[float, Path]:
+        """Snapshots of a method's models, as pruning leaves them, made unless they are there."""
+        paths = {t: self.work / f"{method}-{t:g}-untrained" for t in targets}
+        if new := tuple(t for t, path in paths.items() if not path.exists()):
+            start, scale = time.process_time(), self.scale
+            self.scale = replace(scale, targets=new)
+            found = METHODS[method](self)
+            self.scale = scale
+            seconds = (time.process_time() - start) / len(found)
+            for t, (model, seen) in found.items():
+                nvit.snapshot.save(paths[t], model, {"seen": seen, "prune_s": seconds})
+        return paths
+
+    def best(self, model: nn.Module, images: int) -> tuple[float, nn.Module]:
+        """The learning rate with which the model knows most of the images held back, and what it is then."""
+        tried = {lr: self.trained(copy.deepcopy(model), images, lr, self.dense) for lr in self.scale.rates}
+        known = {lr: float(self.right(small, self.held).mean()) for lr, small in tried.items()}
+        lr = max(known, key=known.__getitem__)
+        return lr, tried[lr]
 
     def _add(
         self, target: float, method: str, model: nn.Module, images: int, seconds: float, right: Tensor,
-        before: Tensor | None = None,
+        before: Tensor | None = None, lr: float | None = None,
     ) -> None:  # fmt: skip
         row: dict[str, Any] = {"target": target, "method": method, "top1": 100 * float(right.mean())}
         row |= {"untrained": "" if before is None else 100 * float(before.mean())} | size(model)
         if method != "dense":
             row |= self.latency(model)
-        row |= {"size": self.scale.size, "trained_on": images, "evaluated": len(right), "prune_s": seconds}
+        row |= {"size": self.scale.size, "trained_on": images, "lr": lr or self.scale.rates[-1]}
+        row |= {"evaluated": len(right), "prune_s": seconds}
         self.rows.add(**row, right=bits(right))
 
     def latency(self, model: nn.Module) -> dict[str, float]:
@@ -218,7 +244,7 @@ def iterative(contest: Contest) -> Made:
         train=True,
         interval=interval,
         bundles_per_step=-(-bundles_to(contest, min(scale.targets)) // max(1, steps // interval)),
-        **scale.objective,
+        **scale.objective(scale.rates[0]),
     )
     made = {}
     for p in result.snapshots:

@@ -6,8 +6,9 @@
 Images are decoded once into the GPU's memory and augmented there. The dense model is trained first; then nvit prunes it
 iteratively and in one shot with a refit, and uniform widths, Torch-Pruning's Taylor importance and ReViT's rule are cut
 out of it at the same measured latency (bf16, graph replays); each is trained towards the dense model on as many images,
-what pruning saw included. How many is measured at the start, so that all fits in the seconds given; it is in every row.
-Wheels that the machine lacks may be put into TRAVEL before `--pack`; on it, NVIT_DATA is that folder.
+what pruning saw included, with the better of two learning rates by images held back. How many is measured at the start,
+so that all fits in the seconds given; it is in every row. Wheels that the machine lacks may be put into TRAVEL before
+`--pack`; on it, NVIT_DATA is that folder.
 
 Rows go into <GPU>_evidence.csv and the figure beside it; models stay in --work, and what is there is not done again.
 Without a GPU it runs on the CPU, where so many seconds are too few to say anything.
@@ -38,11 +39,14 @@ SCALE = Scale(
     decisions=25,
     batch_size=256,
     calibration=2048,
-    lr=5e-4,
+    rates=(2e-4, 6e-4),
     latency_batch=256,
     seconds=2.0,
     table_seconds=15.0,
 )
+HELD = 2000
+"""Training images that choose learning rates."""
+
 EPOCHS = 60
 """Of training, at most: more images than that teach little."""
 
@@ -56,19 +60,21 @@ def rate(mine: Contest, batches: int = 20) -> float:
     size, took = mine.scale.batch_size, []
     for steps in (batches, 3 * batches):
         start = time.monotonic()
-        mine.trained(mine.host().to(mine.device), steps * size, mine.dense)
+        mine.trained(mine.host().to(mine.device), steps * size, mine.scale.rates[0], mine.dense)
         took.append(time.monotonic() - start)
     return 2 * batches * size / max(took[1] - took[0], 1e-3)
 
 
 def allotted(mine: Contest, seconds: float, methods: int) -> int:
-    """Images that every model is trained on, so that all take about `seconds`; what a run in this folder was given
-    before stays."""
+    """Images that every model is trained on, once with each learning rate, so that all take about `seconds`; what a run
+    in this folder was given before stays."""
     file = mine.work / "images.txt"
     if not file.exists():
         left = seconds - methods * APART - mine.scale.decisions * DECISION
         size, most = mine.scale.batch_size, EPOCHS * len(mine.train)
-        file.write_text(str(max(4 * size, min(most, round(rate(mine) * left / methods)) // size * size)))
+        file.write_text(
+            str(max(4 * size, min(most, round(rate(mine) * left / methods / len(mine.scale.rates))) // size * size))
+        )
     return int(file.read_text())
 
 
@@ -113,9 +119,10 @@ def main() -> int:
     rows = Resumed("evidence", KEY, device, args.out)
 
     def make(scale: Scale) -> Contest:
-        train, val = found["train"], found["val"]
+        train, held = found["train"].some(len(found["train"]) - HELD), found["train"].last(HELD)
         dense = dataclasses.replace(scale, dense_images=2 * len(train))
-        return Contest(dense, lambda: deit_tiny(root, train.classes, scale.size), train, val, args.work, rows)
+        host = lambda: deit_tiny(root, train.classes, scale.size)  # noqa: E731
+        return Contest(dense, host, train, held, found["val"], args.work, rows)
 
     evidence(make, SCALE, args.seconds - (time.monotonic() - start))
     figure = rows.path.with_suffix(".png")

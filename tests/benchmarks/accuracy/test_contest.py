@@ -1,8 +1,6 @@
 """Every method of the contest at toy size: to its latency, trained alike, kept; and images that are augmented on the
 device."""
 
-import importlib.util
-
 import numpy as np
 import PIL.Image
 import pytest
@@ -46,7 +44,8 @@ def images():
     return Images(pixels, labels, tuple("abcd"))
 
 
-METHODS = [m for m in contest.METHODS if "Torch" not in m or importlib.util.find_spec("torch_pruning")]
+METHODS = [m for m in (*gpu_evidence.CHOSEN, "magnitude") if contest.needed([m]) == ""]
+"""One of each kind: the others differ by an option."""
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +58,7 @@ def toy(images, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_evidence, "rate", lambda mine: 0.01)  # images a second, so that the least are trained on
         mine = gpu_evidence.evidence(
-            lambda scale: contest.Contest(scale, host, images, images, work, rows), TOY, 1000.0, chosen
+            lambda scale: contest.Contest(scale, host, images, images, images, work, rows), TOY, 1000.0, chosen
         )
     for method in METHODS:
         mine.run(method)
@@ -81,9 +80,25 @@ def test_every_method_is_trained_alike_and_kept(toy, monkeypatch):
         assert float(found[method]["ahead"]) == pytest.approx(ahead, abs=0.01)
     contest_figure.plot(list(found.values()), toy.work / "curve.png", "toy")
     assert (toy.work / "curve.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr(contest.Contest, "trained", None)
+    monkeypatch.setattr(contest.Contest, "best", None)
     for method in METHODS:  # what there is a row of is not done again
         toy.run(method)
+
+
+def test_a_model_that_was_pruned_is_not_pruned_again_and_takes_its_better_rate(toy, monkeypatch):
+    toy.rows.rows = [r for r in toy.rows.rows if r["method"] != "uniform"]
+    monkeypatch.setitem(contest.METHODS, "uniform", None)
+    knows = {1e-4: 0.25, 3e-4: 0.5}
+    monkeypatch.setattr(contest.Contest, "trained", lambda self, model, images, lr, teacher: model.eval())
+    asked, right = iter(knows.values()), contest.Contest.right
+
+    def answers(self, model, images=None):
+        return torch.tensor([next(asked)]) if images is toy.held else right(self, model, images)
+
+    monkeypatch.setattr(contest.Contest, "right", answers)
+    toy.held = Images(toy.val.pixels, toy.val.labels, toy.val.classes)
+    toy.run("uniform")
+    assert toy.rows.find(target=0.7, method="uniform")["lr"] == 3e-4
 
 
 def test_seconds_say_how_many_images_and_late_methods_are_left_out(toy, monkeypatch, capsys):
@@ -91,7 +106,7 @@ def test_seconds_say_how_many_images_and_late_methods_are_left_out(toy, monkeypa
     assert gpu_evidence.allotted(toy, 1e6, 5) == 16, "what a run was given stays"
     (toy.work / "images.txt").unlink()
     spent = 5 * gpu_evidence.APART + toy.scale.decisions * gpu_evidence.DECISION
-    assert gpu_evidence.allotted(toy, spent + 100, 5) == 100  # 5 images/s for 20 s each
+    assert gpu_evidence.allotted(toy, spent + 100, 5) == 48  # 5 images/s for 10 s with each of two rates, in batches
     gpu_evidence.evidence(lambda scale: toy, TOY, -1.0, ("uniform", "random"))
     assert "random: left out" in capsys.readouterr().err
 
