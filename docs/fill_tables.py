@@ -15,11 +15,25 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from docs.tables import depth, evidence, features, figures, models, paper, refit, saliency, sparse24, tasks, tokens
+from docs.tables import (
+    ablations,
+    depth,
+    evidence,
+    features,
+    figures,
+    models,
+    paper,
+    refit,
+    saliency,
+    sparse24,
+    tasks,
+    tokens,
+)
 
 DOCS = Path(__file__).parent
 MARKED = re.compile(r"^<!-- table: ([\w.]+) -->\n(?P<body>.*?)^<!-- end -->$", re.S | re.M)
 PAGES: dict[str, Mapping[str, Callable[[], str]]] = {
+    "ablations.md": ablations.TABLES,
     "depth.md": depth.TABLES,
     "evidence.md": evidence.TABLES,
     "features.md": features.TABLES,
