@@ -6,28 +6,75 @@ from collections.abc import Callable
 
 from docs.tables.base import rows, table
 
-METHODS = {"joint": "widths and tokens", "ToMe": "as many tokens in every block", "widths": "widths alone"}
+METHODS = {
+    "joint": "widths and tokens",
+    "polished": "the same, polished",
+    "ToMe": "as many tokens in every block",
+    "widths": "widths alone",
+    "Torch-Pruning": "Torch-Pruning",
+}
+MODELS = {"deit_tiny_patch16_224": "DeiT-Ti", "vit_tiny_patch16_224": "ViT-Ti"}
 
 
-def accuracy() -> str:
-    """Points of top-1 lost at shares of the multiply-accumulates, with 95 % intervals, of all images and of half."""
+def lost(of: str) -> str:
+    """Points of top-1 lost at shares of the multiply-accumulates or of the latency, with 95 % intervals."""
     lines = []
     for r in rows("tokens_cpu"):
-        if r["of"] == "macs":
-            lost = "{:.1f} ({:.1f} to {:.1f})".format(*(float(r[k]) for k in ("lost", "lost_low", "lost_high")))
+        if r["of"] == of:
+            points = "{:.1f} ({:.1f} to {:.1f})".format(*(float(r[k]) for k in ("lost", "lost_low", "lost_high")))
             widths = f"{float(r['widths_ratio']):.2f}" if r["widths_ratio"] else "–"
-            shares = [f"{float(r['macs']):.2f}", f"{float(r['latency']):.2f}", widths]
-            lines.append([METHODS[r["method"]], *shares, r["tokens_left"], lost, f"{float(r['lost_odd']):.1f}"])
-    head = [
-        "what leaves",
-        "MACs",
-        "latency",
-        "widths' share",
-        "tokens at the end",
-        "points lost",
-        "on every second image",
+            what = METHODS[r["method"]] + (
+                f" (`--cost {r['cost']}`)" if r.get("cost") not in ("", "auto", None) else ""
+            )
+            shares = [f"{float(r['macs']):.2f}", f"{float(r['latency']):.2f}", widths, r["schedule"] or "uniform"]
+            odd = f"{float(r['lost_odd']):.1f}"
+            lines.append([MODELS[r["model"]], what, *shares, r["tokens_left"], points, odd, r["calibration"]])
+    head = ["model", "what leaves", "MACs", "latency", "widths' share", "schedule", "tokens at the end", "points lost"]
+    return table([*head, "on every second image", "images"], lines)
+
+
+def candidates() -> str:
+    """KL to the dense model of what was compared, by model and target."""
+    found: dict[tuple[str, str], list] = {}
+    for r in rows("tokens_candidates_cpu"):
+        if r["of"] == "macs" and r["method"] == "joint":
+            found.setdefault((r["model"], r["target"]), []).append(r)
+    lines = []
+    for (model, target), mine in found.items():
+        alone = [r for r in mine if float(r["widths_ratio"]) == 1]
+        least = min(float(r["distance"]) for r in mine)
+        narrow = {r["widths_ratio"]: r for r in mine if float(r["widths_ratio"]) < 1}.values()
+        told = [_told(min(alone, key=lambda r: float(r["distance"])), least)] if alone else ["–"]
+        told.append("; ".join(f"{float(r['widths_ratio']):.2f}: {_told(r, least)}" for r in narrow) or "–")
+        lines.append([MODELS[model], target, *told])
+    return table(["model", "MACs", "tokens alone, nearest schedule", "widths to, then tokens"], lines)
+
+
+def _told(row: dict[str, str], least: float) -> str:
+    distance = float(row["distance"])
+    words = f"{distance:.3f}" if distance > least else f"**{distance:.3f}**"
+    return f"{words} {row['schedule']}"
+
+
+def elsewhere() -> str:
+    """Share of the dense top-1 that is kept on Tiny-ImageNet."""
+    lines = [
+        [
+            MODELS[r["model"]],
+            METHODS[r["method"]],
+            f"{float(r['macs']):.2f}",
+            f"{float(r['dense']):.1f}",
+            f"{float(r['top1']):.1f}",
+            "{:.1f} ({:.1f} to {:.1f})".format(*(float(r[k]) for k in ("kept", "low", "high"))),
+        ]
+        for r in rows("elsewhere_cpu")
     ]
-    return table(head, lines)
+    return table(["model", "what leaves", "MACs", "dense top-1", "top-1", "% of dense kept"], lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"accuracy": accuracy}
+TABLES: dict[str, Callable[[], str]] = {
+    "accuracy": lambda: lost("macs"),
+    "latency": lambda: lost("latency"),
+    "candidates": candidates,
+    "elsewhere": elsewhere,
+}
