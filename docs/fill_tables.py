@@ -17,6 +17,7 @@ from pathlib import Path
 
 from docs.tables import (
     ablations,
+    analyze,
     depth,
     evidence,
     features,
@@ -34,6 +35,7 @@ DOCS = Path(__file__).parent
 MARKED = re.compile(r"^<!-- table: ([\w.]+) -->\n(?P<body>.*?)^<!-- end -->$", re.S | re.M)
 PAGES: dict[str, Mapping[str, Callable[[], str]]] = {
     "ablations.md": ablations.TABLES,
+    "analyze.md": analyze.TABLES,
     "depth.md": depth.TABLES,
     "evidence.md": evidence.TABLES,
     "features.md": features.TABLES,
@@ -68,7 +70,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", nargs="*", metavar="PAGE", help=f"of {', '.join(PAGES)}; all by default")
     parser.add_argument("--check", action="store_true", help="change nothing, end with 1 if a page is not up to date")
-    parser.add_argument("--figures", action="store_true", help="draw saliency.png and correlation.png as well")
+    parser.add_argument("--figures", action="store_true", help=f"draw {', '.join(figures.FIGURES)} as well")
     arguments = parser.parse_args()
     if unknown := set(arguments.pages).difference(PAGES):
         parser.error(f"no tables are made for {sorted(unknown)}; there are {', '.join(PAGES)}")
@@ -81,8 +83,8 @@ def main() -> int:
             if not arguments.check:
                 path.write_text(now)
     if arguments.figures:
-        figures.saliency(DOCS / "saliency.png")
-        figures.correlation(DOCS / "correlation.png")
+        for name, draw in figures.FIGURES.items():
+            draw(DOCS / name)
     if old:
         print(f"{'not up to date' if arguments.check else 'written'}: {', '.join(old)}")
     return int(arguments.check and bool(old))

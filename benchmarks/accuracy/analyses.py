@@ -2,12 +2,13 @@
 
     NVIT_DATA=FOLDER python -m benchmarks.accuracy.analyses [STEP …] [--out RUNS]     # what is in RUNS is not redone
 
-Steps: `sensitivity` (Tab. 5: 192 images of imagenet_sample1000, four probes a batch of four, two seeds), `attention`
-(App. C.1: 256 images of imagenet_val1300, dense and pruned), `widths` (Fig. 4 and insight 1) and `rule` (Sec. 5.4) of
-the pruning runs below, `latency` (App. A.3: 24 models of random widths on one CPU thread, by its own CPU time).
+Steps: `sensitivity` (Tab. 5: 96 images of imagenet_sample1000, a probe a batch, in batches of 4 and of 16), `attention`
+(App. C.1: 64 images of imagenet_val1300, dense and pruned), `widths` (Fig. 4 and insight 1) and `rule` (Sec. 5.4) of
+the pruning runs below, `latency` (App. A.3: models of random widths on one CPU thread, by its own CPU time: 12 of them,
+two images a batch, by a table of 6 s, and 6 of them, 16 images, by the table of the pruning run, of 20 s).
 `saliencies` prunes in one shot without training to latencies from 0.9 to 0.4, counted, by the paper's saliency, the
 published sums of it and `fisher`: `widths` shows where each takes its units. `widths`, `rule` and `attention` are of
-the run that `benchmarks.accuracy.transfer` starts from as well (--pruned; refitted and trained three epochs).
+the run that `benchmarks.accuracy.transfer` starts from as well (--pruned; refitted and trained).
 
 Each step's rows go into benchmarks/results/analyses_<step>_cpu.csv when it is done; `python -m docs.fill_tables
 --figures` draws the pages' figures from there.
@@ -31,7 +32,7 @@ from benchmarks.harness import Records
 from nvit.cli import main as cli
 
 CRITERIA = ("hessian", "nvit", "fisher")
-SEEDS = (0, 1)
+BATCHES = (4, 16)
 ONE_THREAD = ("--device", "cpu", "--threads", "1")
 SHOT = [
     "--no-train", "--accept-labels", "--images", "200", "--table", "analytic", "--latency-batch", "1",
@@ -79,12 +80,12 @@ def dense() -> list[str]:
 
 def sensitivity(out: Path, pruned: Path) -> None:
     rows = []
-    for seed in SEEDS:
+    for batch in BATCHES:
         images = ["--data", str(data_folder() / "imagenet_sample1000" / "val"), "--accept-labels"]
-        size = ["--samples", "192", "--batch-size", "4", "--probes", "4", "--seed", str(seed)]
-        folder = out / f"sensitivity_{seed}"
+        size = ["--samples", "96", "--batch-size", str(batch), "--probes", "1"]
+        folder = out / f"sensitivity_{batch}"
         result = found(folder, "analyze", "sensitivity", *dense(), *images, *size)
-        counted = {"seed": seed, "images": result["images"], "probes": result["probes"]}
+        counted = {"batch": batch, "images": result["images"], "probes": result["probes"]}
         rows += [counted | numbers(row) for row in read(folder / "sensitivity.csv")]
     keep("sensitivity", rows)
 
@@ -94,7 +95,7 @@ def attention(out: Path, pruned: Path) -> None:
     snapshots = [str(pruned / f"target-{target}") for target in ("0.65", "0.5")]
     flags = data_flags(data_folder())
     images = [f for f in flags[flags.index("--eval-data") :] if f not in ("--device", "cpu")]
-    result = found(out / "attention", "analyze", "attention", *dense(), *snapshots, *images)
+    result = found(out / "attention", "analyze", "attention", *dense(), *snapshots, *images, "--samples", "64")
     keep(
         "attention", [{"images": result["images"]} | numbers(row) for row in read(out / "attention" / "attention.csv")]
     )
@@ -116,7 +117,8 @@ def widths(out: Path, pruned: Path) -> None:
         rows += [{"run": run.name} | numbers(row) for row in read(folder / "widths.csv")]
         slopes += [{"run": run.name} | row for row in result["slopes"]]
     keep("widths", rows)
-    keep("slopes", slopes)
+    if slopes:
+        keep("slopes", slopes)
 
 
 def rule(out: Path, pruned: Path) -> None:
@@ -137,10 +139,16 @@ def rule(out: Path, pruned: Path) -> None:
 
 
 def latency(out: Path, pruned: Path) -> None:
-    size = ["--latency-batch", "8", "--latency-seconds", "30", "--count", "24", "--seconds", "72"]
-    result = found(out / "latency", "analyze", "latency", *dense(), *size)
-    batch = {"batch": result["latency_batch"]}
-    keep("latency", [batch | numbers(row) for row in read(out / "latency" / "latency.csv")])
+    prune(pruned)
+    quick = ["--latency-batch", "2", "--latency-seconds", "6", "--count", "12", "--seconds", "9"]
+    given = ["--latency-batch", "16", "--table", str(pruned / "latency_table.json"), "--count", "6", "--seconds", "6"]
+    rows = []
+    for seconds, size in ((6, quick), (20, given)):
+        folder = out / f"latency_{seconds}"
+        result = found(folder, "analyze", "latency", *dense(), *size)
+        measured = {"table_seconds": seconds, "batch": result["latency_batch"]}
+        rows += [measured | numbers(row) for row in read(folder / "latency.csv")]
+    keep("latency", rows)
 
 
 STEPS: dict[str, Callable[[Path, Path], None]] = {

@@ -16,9 +16,9 @@ from ..spec import BUNDLE_SIZES, Group
 from ..structure.compact import compact
 from ..structure.masks import Masks, full_masks
 from ..utils.progress import Progress, silent
-from ..utils.style import ACCENT, BEHIND
+from ..utils.style import ACCENT, BEHIND, INK
 from .compare import measured, predicted_ratio
-from .figure import PIXELS, panels
+from .figure import PIXELS, panels, whole_numbers
 
 
 def random_masks(groups: Sequence[Group], generator: torch.Generator) -> Masks:
@@ -90,5 +90,6 @@ def plot(rows: Sequence[Mapping[str, float]], path: Path | str, pixels: int = PI
         left.errorbar(predicted, measured, [r["measured_spread"] for r in rows], fmt="o", color=ACCENT, markersize=3.5)
         left.set(xlabel="predicted, of the dense latency", ylabel="measured", xlim=(0, most), ylim=(0, most))
         right.hist([100 * r["error"] for r in rows], bins=min(20, max(5, len(rows) // 3)), color=ACCENT)
-        right.axvline(0, color=BEHIND)
+        right.axvline(0, color=INK, linestyle=":")
+        whole_numbers(right.yaxis)
         right.set(xlabel="predicted over measured, %", ylabel="models")

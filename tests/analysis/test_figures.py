@@ -235,5 +235,5 @@ def test_the_saliency_screen_names_what_users_can_choose(tmp_path):
 def test_figures_in_the_pages_are_of_this_style():
     """As wide as `PIXELS` says: a figure drawn before, or by hand, is not."""
     root = Path(pages.__file__).parents[2]
-    for path in ("docs/saliency.png", "docs/correlation.png", "benchmarks/results/refit_cpu.png"):
+    for path in (*(f"docs/{name}" for name in pages.FIGURES), "benchmarks/results/refit_cpu.png"):
         assert Image.open(root / path).size[0] == 1600, path
