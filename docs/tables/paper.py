@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import mean
 
+from benchmarks.accuracy.ablation_arms import ARMS, difference
 from docs.tables.base import rows, table
 
 FAMILY = {
@@ -16,6 +17,20 @@ FAMILY = {
 """Tab. 1: parameters, FLOPs, speed-up over DeiT-B on a V100 and an RTX 3080, top-1."""
 REVIT = {"small": ("23 M", "4.7 G", "2.31 ×", "81.22"), "tiny": ("5.9 M", "1.3 G", "4.75 ×", "74.20")}
 """Tab. 7: parameters, FLOPs, speed-up over DeiT-B, top-1."""
+
+
+ABLATIONS = {
+    "B.1": (
+        "objective",
+        "objectives are compared; full-model distillation is kept",
+        "`--distill-weight 0`, `--cnn-teacher NAME`",
+    ),
+    "B.3": ("alignment", "head alignment: up to +0.3 points at the same latency", "in the benchmark alone"),
+    "B.4": ("saliency", "magnitude cannot rank globally: groups stay whole or are emptied", "`--criterion magnitude`"),
+    "B.6": ("latency", "the latency term meets the target sooner, with more accuracy", "`--latency-weight 0`"),
+}
+"""By section of the appendix: the table of `benchmarks.accuracy.ablations`, what the main text says of it, the flag."""
+NOT_YET = "not measured yet; the command is prepared"
 
 
 def family() -> str:
@@ -60,4 +75,15 @@ def _ours(name: str, metric: str, case: str) -> list[str]:
     return [f"{mean(float(r[metric]) for r in found if r['case'] == which):.1f}" for which in ("target 1", case)]
 
 
-TABLES: dict[str, Callable[[], str]] = {"family": family, "transfer": transfer, "revit": revit}
+def ablations() -> str:
+    """App. B: what is quoted, and of each arm that was measured the points over ours with their interval."""
+    found, lines = rows("ablations_cpu"), []
+    for section, (name, quoted, flag) in ABLATIONS.items():
+        arms = [row for arm in ARMS if arm.table == name for row in arm.rows]
+        known = {arm: difference(found, arm) for arm in arms if any(r["arm"] == arm for r in found)}
+        seen = [f"{a}: {100 * d.mean:+.1f} ({100 * d.low:+.1f} to {100 * d.high:+.1f})" for a, d in known.items() if d]
+        lines.append([section, quoted, flag, "; ".join(seen) or NOT_YET])
+    return table(["", "the paper (*quoted*)", "flag", "here: points over ours"], lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {"family": family, "transfer": transfer, "revit": revit, "ablations": ablations}
