@@ -6,9 +6,9 @@ Steps: `sensitivity` (Tab. 5: 96 images of imagenet_sample1000, a probe a batch,
 (App. C.1: 64 images of imagenet_val1300, dense and pruned), `widths` (Fig. 4 and insight 1) and `rule` (Sec. 5.4) of
 the pruning runs below, `latency` (App. A.3: models of random widths on one CPU thread, by its own CPU time: 12 of them,
 two images a batch, by a table of 6 s, and 6 of them, 16 images, by the table of the pruning run, of 20 s).
-`saliencies` prunes in one shot without training to latencies from 0.9 to 0.4, counted, by the paper's saliency, the
-published sums of it and `fisher`: `widths` shows where each takes its units. `widths`, `rule` and `attention` are of
-the run that `benchmarks.accuracy.transfer` starts from as well (--pruned; refitted and trained).
+`shot` prunes in one shot, without training or refit, by `fisher` to five latencies, counted. `widths` and `rule` are of
+that run and of the one that `benchmarks.accuracy.transfer` starts from (--pruned; refitted and trained), `attention` of
+the second.
 
 Each step's rows go into benchmarks/results/analyses_<step>_cpu.csv when it is done; `python -m docs.fill_tables
 --figures` draws the pages' figures from there.
@@ -31,12 +31,12 @@ from benchmarks.accuracy.transfer_pruned import prune
 from benchmarks.harness import Records
 from nvit.cli import main as cli
 
-CRITERIA = ("hessian", "nvit", "fisher")
+TARGETS = ("0.8", "0.65", "0.5", "0.35", "0.25")
 BATCHES = (4, 16)
 ONE_THREAD = ("--device", "cpu", "--threads", "1")
-SHOT = [
+FISHER = [
     "--no-train", "--accept-labels", "--images", "200", "--table", "analytic", "--latency-batch", "1",
-    "--latency-seconds", "2", "--workers", "0", "--sweep",
+    "--latency-seconds", "2", "--workers", "0", "--criterion", "fisher", "--latency-target", *TARGETS,
 ]  # fmt: skip
 
 
@@ -101,17 +101,17 @@ def attention(out: Path, pruned: Path) -> None:
     )
 
 
-def saliencies(out: Path, pruned: Path) -> None:
-    data = ["--data", str(data_folder() / "imagenet_sample1000" / "val")]
-    for criterion in CRITERIA:
-        found(out / criterion, "prune", *dense(), *data, *SHOT, "--criterion", criterion)
+def shot(out: Path, pruned: Path) -> None:
+    if not all((out / "fisher" / f"target-{target}").exists() for target in TARGETS):
+        data = ["--data", str(data_folder() / "imagenet_sample1000" / "val")]
+        found(out / "fisher", "prune", *dense(), *data, *FISHER)
 
 
 def widths(out: Path, pruned: Path) -> None:
     prune(pruned)
-    saliencies(out, pruned)
+    shot(out, pruned)
     rows, slopes = [], []
-    for run in (pruned, *(out / criterion for criterion in CRITERIA)):
+    for run in (pruned, out / "fisher"):
         folder = out / f"widths_{run.name}"
         result = found(folder, "analyze", "widths", str(run))
         rows += [{"run": run.name} | numbers(row) for row in read(folder / "widths.csv")]
@@ -123,9 +123,9 @@ def widths(out: Path, pruned: Path) -> None:
 
 def rule(out: Path, pruned: Path) -> None:
     prune(pruned)
-    saliencies(out, pruned)
+    shot(out, pruned)
     rows = []
-    for run in (pruned, *(out / criterion for criterion in CRITERIA)):
+    for run in (pruned, out / "fisher"):
         result = found(out / f"rule_{run.name}", "analyze", "rule", str(run))
         fitted = result["rule"]
         first, end = fitted["middle"]
@@ -154,7 +154,7 @@ def latency(out: Path, pruned: Path) -> None:
 STEPS: dict[str, Callable[[Path, Path], None]] = {
     "sensitivity": sensitivity,
     "attention": attention,
-    "saliencies": saliencies,
+    "shot": shot,
     "widths": widths,
     "rule": rule,
     "latency": latency,

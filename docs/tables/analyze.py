@@ -27,8 +27,6 @@ PAPER = {
 RUNS = {
     "pruned": "`remaining`, refit, three epochs",
     "fisher": "`fisher`, one shot",
-    "hessian": "`hessian`, one shot",
-    "nvit": "`nvit`, one shot",
 }
 """By `run` of the CSVs, how its snapshots were pruned."""
 

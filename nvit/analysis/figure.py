@@ -62,7 +62,8 @@ def legend_below(axes: Any, handles: Mapping[str, Any]) -> None:
     """One legend for all panels of a figure, under them, in as many columns as fit."""
     figure = axes.figure
     for columns in range(len(handles), 0, -1):
-        legend = figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
+        even = math.ceil(len(handles) / math.ceil(len(handles) / columns))  # rows as full as the columns let them be
+        legend = figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=even)
         if columns == 1 or legend.get_window_extent().width <= 0.96 * figure.bbox.width:
             return
         legend.remove()

@@ -20,13 +20,12 @@ def kept(folder, name):
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
     """Runs of models of three blocks, in place of those that pruning would take minutes for."""
-    monkeypatch.setattr(analyses, "CRITERIA", ("hessian",))
-    for i, run in enumerate(("pruned", "hessian")):
+    for i, run in enumerate(("pruned", "fisher")):
         for target, emb in (("0.65", 64), ("0.5", 64 - 32 * i)):
             blocks = [BlockWidths(max(32, emb), 2, 16, 16, mlp) for mlp in (64, 128, 64)]
             snapshot.save(tmp_path / run / f"target-{target}", zoo.revit(blocks, img_size=32, num_classes=3))
     monkeypatch.setattr(analyses, "prune", lambda run: None)
-    monkeypatch.setattr(analyses, "saliencies", lambda out, pruned: None)
+    monkeypatch.setattr(analyses, "shot", lambda out, pruned: None)
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
     return tmp_path
 
@@ -36,7 +35,7 @@ def test_widths_slopes_and_rules_of_every_run(runs):
     rows = kept(runs / "results", "widths")
     assert len(rows) == 2 * 2 * 3 and {r["model"] for r in rows[:6]} == {"pruned/target-0.65", "pruned/target-0.5"}
     slopes = kept(runs / "results", "slopes")
-    assert {r["run"] for r in slopes} == {"hessian"}, "where all streams are the same there are none"
+    assert {r["run"] for r in slopes} == {"fisher"}, "where all streams are the same there are none"
     analyses.rule(runs, runs / "pruned")
     first = kept(runs / "results", "rule")[0]
     assert (first["run"], first["first"], first["last"], first["snapshots"]) == ("pruned", "2", "2", "2")
