@@ -85,6 +85,6 @@ def test_shell_snippets_parse(monkeypatch):
 
     monkeypatch.chdir(ROOT)
     lines = re.findall(r"^nvit (.*?)(?:\s+#.*)?$", (ROOT / "README.md").read_text(), re.M)
-    assert len(lines) == 6
+    assert len(lines) == 7
     for line in lines:
         cli.parse(shlex.split(line))
