@@ -24,7 +24,7 @@ from torchvision.datasets import ImageFolder
 import nvit
 from benchmarks.accuracy.library import BATCH, data_folder
 from benchmarks.accuracy.rows import Resumed
-from benchmarks.accuracy.tokens import MODELS, TokenBench
+from benchmarks.accuracy.token_bench import MODELS, TokenBench
 from nvit.analysis.evaluate import macs
 
 EVERY = 5
