@@ -6,13 +6,15 @@ from collections.abc import Callable
 
 from docs.tables.base import rows, table
 
+CASES = ("dense", "features", "classification")
 STREAMS = {"whole": "whole", "restored": "pruned, restored", "narrow": "pruned"}
 
 
 def towers() -> str:
     """A line for every way to prune DeiT-Ti without its head."""
     lines = []
-    for r in rows("features_cpu"):
+    order = lambda r: (CASES.index(r["case"]), r["stream"] != "whole", int(r["epochs"]))  # noqa: E731
+    for r in sorted(rows("features_cpu"), key=order):
         trained = f", {r['epochs']} epochs" if int(r["epochs"]) else ""
         points = f" ({float(r['knn_points']):+.1f} ± {float(r['knn_points_se']):.1f})" if r["case"] != "dense" else ""
         cosine = f"{float(r['cosine']):.3f}" if r["cosine"] else "–"

@@ -74,7 +74,6 @@ def elsewhere() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": lambda: lost("macs"),
-    "latency": lambda: lost("latency"),
     "candidates": candidates,
     "elsewhere": elsewhere,
 }
