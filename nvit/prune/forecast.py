@@ -117,8 +117,7 @@ def forecast_one_shot(model: nn.Module, loader, config: PruneConfig, table: Late
     each = (more - some) / (2 * (large - small)) if large > small else more / (2 * large)
     beside = max(0.0, more - 2 * large * each)
     passes = 2 if config.refit else 1
-    # With tokens a run goes down once for all targets, as the rehearsal does.
-    decisions = 1 if config.merges_tokens else len(config.latency_target) * config.rounds
+    decisions = len(config.latency_target) * config.rounds
     looks = 1 if config.sweep and not config.refit else decisions  # a sweep's refits are counted as scores too: at most
     seconds = decisions * beside + looks * images * (max(0.0, each) + passes * load)
     if config.measures_costs:
