@@ -102,6 +102,7 @@ def show(title: str, rows: Sequence[Mapping[str, Any]], console: Console | None 
     console = console or Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console = Console(file=console.file, width=PIPED)
+    console.on_broken_pipe = _broken_pipe
     width = console.width
     keys = [k for k in FORMATS if any(row.get(k) is not None for row in rows)]
     dropped = []
@@ -114,6 +115,11 @@ def show(title: str, rows: Sequence[Mapping[str, Any]], console: Console | None 
     console.print(table)
     if dropped:
         _print(console, f"no room at {width} columns for: {', '.join(dropped)}", width)
+
+
+def _broken_pipe() -> None:
+    """Of a reader who has left, instead of rich's own end of the program: the command's caller answers it."""
+    raise BrokenPipeError
 
 
 def _print(console: Console, text: str, width: int) -> None:

@@ -97,7 +97,8 @@ def snapshots(tmp_path_factory):
     return folder
 
 
-def test_a_run_is_every_snapshot_of_it_or_the_one_asked_for(snapshots, tmp_path, capsys):
+def test_a_run_is_every_snapshot_of_it_or_the_one_asked_for(snapshots, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
     for name, target in (("wide", "0.8"), ("narrow", "0.5")):
         (tmp_path / f"target-{target}").symlink_to(snapshots / name)
     for asked, shown in (([], ["0.8", "0.5"]), (["--target", "0.5"], ["0.5"])):
