@@ -36,7 +36,7 @@ from .oneshot import Refitter
 from .prices import Prices, nearest
 from .pruner import Pruner
 from .result import Pruned
-from .sample import held_back
+from .sample import fitted_count, held_back
 from .scoring import score
 from .tokens import check_merging, work_of
 
@@ -124,7 +124,9 @@ class Walk:
         self.pruner, self.loader, self.progress, self.log = pruner, loader, progress, log
         pruner.stop_recording()
         pruner.model.eval()
-        self.near = Nearness(pruner.task, pruner.model, held_back(loader, pruner.config))
+        self.near = Nearness(
+            pruner.task, pruner.model, held_back(loader, pruner.config, fitted_count(loader, pruner.config))
+        )
         if self.near.dense[0].cls.dim() > 2:
             raise ValueError(
                 f"only tokens: the model's answers are {tuple(self.near.dense[0].cls.shape)}, about every place of an "

@@ -29,7 +29,7 @@ from ..utils.logs import Log, unlogged
 from ..utils.progress import Progress, silent
 from .folder import RunFolder
 from .result import Pruned
-from .sample import fitted, held_back
+from .sample import fitted, fitted_count, held_back
 
 RATE, WARM = 2e-5, 0.1
 """Of AdamW, after a share of the steps in which it comes up; a cosine takes it to nothing."""
@@ -125,8 +125,9 @@ def polish_(
     """
     start, task = time.monotonic(), tasks.settled(config, model)
     adapters.find(model).prepare(model)
-    near = Nearness(task, dense, held_back(loader, config))
-    first = next(images_of(fitted(loader, config)), None)
+    count = fitted_count(loader, config)
+    near = Nearness(task, dense, held_back(loader, config, count))
+    first = next(images_of(fitted(loader, config, count)), None)
     if first is None:
         raise ValueError("polish trains on calibration images that are not held back: there are none; give more")
     state = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -137,7 +138,7 @@ def polish_(
     before = best = near.of(model)
     kept, at = {n: p.detach().clone() for n, p in state.items()}, 0
     model.eval()  # neither dropout nor drop path: the dense answers are to be met as they are
-    for done, images in enumerate(_augmented(loader, config, step.device), 1):
+    for done, images in enumerate(_augmented(loader, config, count, step.device), 1):
         set_rates(optimizer, [rate_at(done, config.polish)])
         step(images, None)
         if done % LOOK == 0 or done == config.polish:
@@ -165,11 +166,11 @@ def rate_at(step: int, steps: int) -> float:
     return RATE * min(step / warm, 0.5 * (1 + math.cos(math.pi * left)))
 
 
-def _augmented(loader, config: PruneConfig, device: torch.device) -> Iterator[Tensor]:
+def _augmented(loader, config: PruneConfig, count: int, device: torch.device) -> Iterator[Tensor]:
     """Batches of at most `BATCH` of the calibration images that are not held back, over and over, each time anew."""
     draw = torch.Generator().manual_seed(config.seed)
     while True:
-        for images in images_of(fitted(loader, config)):
+        for images in images_of(fitted(loader, config, count)):
             for x in images.split(BATCH):
                 yield zoomed(sent(x, device), draw)
 

@@ -32,15 +32,19 @@ def sampled(loader, config: PruneConfig) -> Iterator[Any]:
             return
 
 
-def fitted(loader, config: PruneConfig) -> Iterator[Any]:
-    """The batches of `sampled` that a refit fits weights to."""
-    yield from islice(sampled(loader, config), first_held(sum(1 for _ in sampled(loader, config))))
+def fitted_count(loader, config: PruneConfig) -> int:
+    """How many batches of `sampled` a refit fits weights to; the others it holds back. Reads all of them once."""
+    return first_held(sum(1 for _ in sampled(loader, config)))
 
 
-def held_back(loader, config: PruneConfig) -> list[Tensor]:
-    """The images of the others: they choose a refit's ridge, no weight is fitted to them."""
-    count = sum(1 for _ in sampled(loader, config))
-    return list(islice(images_of(sampled(loader, config)), first_held(count), None))
+def fitted(loader, config: PruneConfig, count: int) -> Iterator[Any]:
+    """The first `count` batches of `sampled`."""
+    yield from islice(sampled(loader, config), count)
+
+
+def held_back(loader, config: PruneConfig, count: int) -> list[Tensor]:
+    """The images behind them: they choose a refit's ridge, no weight is fitted to them."""
+    return list(islice(images_of(sampled(loader, config)), count, None))
 
 
 def count_batches(loader, config: PruneConfig) -> int:

@@ -11,7 +11,7 @@ from nvit import PruneConfig, adapters, tasks
 from nvit.latency.table import LatencyTable
 from nvit.prune import polish
 from nvit.prune.folder import RunFolder
-from nvit.prune.sample import fitted, held_back, sampled
+from nvit.prune.sample import fitted, fitted_count, held_back, sampled
 from nvit.structure import snapshot
 from nvit.structure.compact import compact
 from nvit.structure.masks import full_masks
@@ -51,7 +51,7 @@ def test_answers_come_nearer_on_images_held_back_and_no_label_is_read(tmp_path, 
     rows = [row for row in polished.history if "polish_after" in row]
     assert [row["target"] for row in rows] == [0.8, 0.5]
     config, dense = PruneConfig(**ONE_SHOT), host()
-    near = Nearness(tasks.of("auto", dense), dense, held_back(batches(), config))
+    near = Nearness(tasks.of("auto", dense), dense, held_back(batches(), config, fitted_count(batches(), config)))
     for before, after, row in zip(plain.snapshots, polished.snapshots, rows, strict=True):
         assert row["polish_before"] == pytest.approx(near.of(before.model), rel=1e-3)
         assert row["polish_after"] == pytest.approx(near.of(after.model), rel=1e-6)
@@ -94,7 +94,8 @@ def test_zoomed_parts_lie_inside_and_repeat_by_their_draw():
 
 def test_images_are_dealt_as_a_refit_deals_them():
     config = PruneConfig(**ONE_SHOT)
-    mine, others = list(fitted(batches(), config)), held_back(batches(), config)
+    count = fitted_count(batches(), config)
+    mine, others = list(fitted(batches(), config, count)), held_back(batches(), config, count)
     assert len(mine) == 4 and len(others) == 1
     assert torch.equal(torch.cat([*mine, *others]), torch.cat(list(sampled(batches(), config))))
 
