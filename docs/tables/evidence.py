@@ -5,11 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from benchmarks.engine.recipe_hours import hours
-from docs.tables.base import RESULTS, Row, rows, table
+from docs.tables.base import RESULTS, Row, gain, rows, table
 from nvit.cli.flags.prune import PruneCommand
 from nvit.cli.recipe import from_toml
 
 MODERN = RESULTS.parents[1] / "recipes" / "modern"
+
+
+def curve() -> str:
+    """Top-1 at each target after equal training, best first, and before it."""
+    found = rows("curve_cpu")
+    targets = sorted({r["target"] for r in found}, key=float, reverse=True)
+    lines = []
+    for target in targets:
+        mine = sorted((r for r in found if r["target"] == target), key=lambda r: -float(r["top1"]))
+        for r in mine:
+            ours = r["method"].startswith("nvit")
+            ahead = gain(r, "ahead", "ahead_low", "ahead_high") if r.get("ahead") else ""
+            name = f"**{r['method']}**" if ours else r["method"]
+            before = f"{float(r['untrained']):.1f}" if r["untrained"] else ""
+            ratio = f"{float(r['measured_ratio']):.3f}" if r["measured_ratio"] else "1"
+            macs = f"{float(r['macs']) / float(found[0]['macs']):.2f}"
+            lines.append([f"{float(target):g}", name, ratio, macs, before, f"{float(r['top1']):.1f}", ahead])
+    head = ["target", "method", "measured latency", "MACs", "before training", "top-1", "ahead of the best peer"]
+    return table(head, lines)
 
 
 def neighbours() -> str:
@@ -49,6 +68,7 @@ def recipes() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "curve": curve,
     "neighbours": neighbours,
     "recipes": recipes,
 }
