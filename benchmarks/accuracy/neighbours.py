@@ -42,6 +42,7 @@ from nvit.analysis.neighbours import Bank, features_of, knn, percent
 from nvit.criteria.gauss_newton import places_of
 from nvit.prune.tokens import schedules, work_of
 from nvit.selection.lagrangian import drop_to_target
+from nvit.selection.schedules import FAMILIES
 from nvit.structure.compact import compact
 from nvit.structure.masks import Masks, apply_, full_masks
 
@@ -88,9 +89,12 @@ def by_variance(bench: Bench, share: float) -> nn.Module:
 
 
 def merged(bench: Bench, tokens: int) -> nn.Module:
-    """The dense model, as many tokens merging in every block."""
+    """The dense model, as many tokens merging in every block; fewer where half of those that may are fewer."""
     model = copy.deepcopy(bench.plain)
-    return adapters.merge_(model, (tokens,) * len(adapters.of(model).blocks(model)))
+    adapter = adapters.of(model)
+    there, prefix = adapter.tokens(model), adapter.prefix(model)
+    merges = FAMILIES["uniform"](there, prefix, len(adapter.blocks(model)), 2 * tokens / (there - prefix))
+    return adapters.merge_(model, merges)
 
 
 def narrowed_and_merged(bench: Bench, scores: Mapping[str, Tensor], tokens: int) -> nn.Module:
