@@ -78,7 +78,8 @@ def cuda_obstacle(torch, home: Path | None) -> str | None:
 def extensions(cpp, with_cuda: bool) -> list:
     macros = [("TORCH_TARGET_VERSION", TARGET_TORCH)]
     cxx = ["-O3", "-std=c++20", "-g0", "-fvisibility=hidden"]
-    sources = ["csrc/ops.cpp", *(f"csrc/cpu/isa_{isa}.cpp" for isa in ("baseline", "avx2", "avx512"))]
+    sources = ["csrc/ops.cpp", "csrc/merge_tokens.cpp"]
+    sources += [f"csrc/cpu/isa_{isa}.cpp" for isa in ("baseline", "avx2", "avx512")]
     headers = sorted(str(p.relative_to(REPOSITORY)) for p in (REPOSITORY / "csrc").rglob("*.h*"))
     common = {"py_limited_api": True, "define_macros": macros, "extra_link_args": ["-s"], "optional": True}
     built = [cpp.CppExtension("nvit_kernels._C", sources, extra_compile_args=cxx, depends=headers, **common)]

@@ -1,7 +1,8 @@
 """The public functions: one signature for kernel and plain torch, and for each op the one rule that chooses.
 
 A tensor on CUDA in float16, bfloat16 or float32, with widths that the op's kernels take, goes to Triton; all else goes
-to plain torch. `<op>_takes` is that rule: an engine that asks beforehand gets the same answer as the op itself. What
+to plain torch, but merged tokens on a CPU, where no gradient is wanted, to compiled code. `<op>_takes` is the rule for
+Triton: an engine that asks beforehand gets the same answer as the op itself. What
 arguments and scores are is said by `nvit_kernels.reference`. Under Triton's interpreter (`TRITON_INTERPRET=1` before
 import) CPU tensors take the kernels' code too. Under autocast, attention and MLPs cast their inputs as torch's own do.
 """
@@ -18,6 +19,7 @@ from nvit_kernels import reference
 from nvit_kernels.kept import Kept
 from nvit_kernels.ops.attention.reference import fallback as plain_attention
 from nvit_kernels.ops.group_dot.plan import DotSlice, GroupDotPlan
+from nvit_kernels.ops.merge_tokens import native as native_merge
 from nvit_kernels.ops.merge_tokens.reference import unmerge_tokens
 
 HAS_TRITON = find_spec("triton") is not None
@@ -207,5 +209,6 @@ def merge_tokens(
     x: Tensor, keys: Tensor, sizes: Tensor | None, r: int, prefix: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The `r` tokens of every image most like another merged into it; see `reference.merge_tokens`."""
-    run = fused_merge_tokens if merge_tokens_takes(x, keys, prefix) else reference.merge_tokens
+    plain = native_merge.merge_tokens if native_merge.takes(x, keys, sizes) else reference.merge_tokens
+    run = fused_merge_tokens if merge_tokens_takes(x, keys, prefix) else plain
     return run(x, keys, sizes, r, prefix)

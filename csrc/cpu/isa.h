@@ -4,8 +4,10 @@
 #include <cstdint>
 
 #include "../codec/job.h"
+#include "merging.h"
 
-// g++ on x86-64 compiles a file for a wider instruction set by pragma; elsewhere the baseline is all there is.
+// g++ on x86-64 compiles a file for a wider instruction set by pragma; elsewhere the baseline is all there is. The pragma
+// leaves the compiler's own macros as they were, so every file says the bytes of a register, NVIT_REGISTER, itself.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define NVIT_HAS_ISA_COPIES 1
 #else
@@ -17,6 +19,7 @@ namespace nvit {
 struct Kernels {
   uint32_t (*run_band)(Work, Format, Mask, const Job&, int unit);
   void (*split_scores)(const float* magnitudes, int64_t rows, const int64_t* octet, float* scores);
+  void (*merge_image)(const Merging&);
 };
 
 namespace baseline {

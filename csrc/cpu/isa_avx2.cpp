@@ -2,6 +2,6 @@
 #if NVIT_HAS_ISA_COPIES
 #pragma GCC target("avx2,bmi,bmi2,fma,f16c")
 #define NVIT_ISA avx2
-#include "band.h"
-#include "splits.h"
+#define NVIT_REGISTER 32
+#include "kernels.h"
 #endif

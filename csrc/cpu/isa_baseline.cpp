@@ -1,4 +1,4 @@
 // The instruction set the compiler targets by itself.
 #define NVIT_ISA baseline
-#include "band.h"
-#include "splits.h"
+#define NVIT_REGISTER 16
+#include "kernels.h"

@@ -75,7 +75,5 @@ void split_scores(const float* magnitudes, int64_t rows, const int64_t* octet, f
   }
 }
 
-Kernels kernels() { return {run_band, split_scores}; }
-
 }  // namespace NVIT_ISA
 }  // namespace nvit

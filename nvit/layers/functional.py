@@ -197,10 +197,12 @@ def attention(
 def merge_tokens(x: Tensor, keys: Tensor, sizes: Tensor | None, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
     """The `r` tokens of every image most like another merged into it; see `nvit_kernels.reference.merge_tokens`."""
     from nvit_kernels import reference
+    from nvit_kernels.ops.merge_tokens import native
 
     if (kernels := _kernels(x)) and kernels.merge_tokens_takes(x, keys, prefix):
         return kernels.merge_tokens(x, keys, sizes, r, prefix)
-    return reference.merge_tokens(x, keys, sizes, r, prefix)
+    run = native.merge_tokens if _kernels_on and native.takes(x, keys, sizes) else reference.merge_tokens
+    return run(x, keys, sizes, r, prefix)
 
 
 def unmerge_tokens(x: Tensor, place: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Alike tokens merged into their weighted means, in plain torch: the definition, and the path of a CPU.
+"""Alike tokens merged into their weighted means, in plain torch: the definition, and what runs where kernels do not.
 
 Only rows are moved that have to be: what is kept is copied once, as whole rows, and only the rows that others merge
 into are touched again. There is no loop over images and no shape that depends on values, so that it exports.
