@@ -35,18 +35,20 @@ Tensor empty(const Tensor& x, std::vector<int64_t> size, ScalarType dtype) {
 
 std::tuple<Tensor, Tensor, Tensor> merge_tokens(Tensor x, Tensor keys, std::optional<Tensor> sizes, int64_t r,
                                                 int64_t prefix) {
-  const bool plain = x.dim() == 3 && x.scalar_type() == ScalarType::Float && x.is_contiguous();
-  expect(plain, "x is not contiguous float32 (batch, tokens, width).");
+  expect(x.dim() == 3 && x.scalar_type() == ScalarType::Float, "x is not float32 (batch, tokens, width).");
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2), left = tokens - r;
   expect(keys.dim() == 4 && keys.scalar_type() == ScalarType::Float && keys.size(0) == batch && keys.size(1) > 0 &&
-             keys.size(2) == tokens && keys.stride(3) == 1,
-         "keys are not float32 (batch, heads, tokens, dims) with dims side by side.");
+             keys.size(2) == tokens,
+         "keys are not float32 (batch, heads, tokens, dims).");
   if (sizes) {
     expect(sizes->dim() == 2 && sizes->scalar_type() == ScalarType::Float && sizes->size(0) == batch &&
-               sizes->size(1) == tokens && sizes->is_contiguous(),
-           "sizes are not contiguous float32 (batch, tokens).");
+               sizes->size(1) == tokens,
+           "sizes are not float32 (batch, tokens).");
+    if (!sizes->is_contiguous()) sizes = torch::stable::contiguous(*sizes);
   }
   expect(0 <= prefix && 0 <= r && r <= std::max<int64_t>(0, tokens - prefix) / 2, "so many tokens cannot merge.");
+  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  if (keys.stride(3) != 1) keys = torch::stable::contiguous(keys);
 
   Tensor y = empty(x, {batch, left, width}, ScalarType::Float), total = empty(x, {batch, left}, ScalarType::Float);
   Tensor place = empty(x, {batch, tokens}, ScalarType::Long);

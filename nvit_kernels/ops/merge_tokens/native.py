@@ -34,21 +34,26 @@ def takes(x: Tensor, keys: Tensor, sizes: Tensor | None) -> bool:
     Whoever compiles, exports or traces, a dispatch mode (counting, fake tensors), a functional transform and a tensor
     of another class meet plain torch, every operation of which they know.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0:
+    # Between two blocks all of this is cold, and each call costs microseconds: few calls, and cheap ones.
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return False
-    given = (x, keys) if sizes is None else (x, keys, sizes)
     if torch.is_grad_enabled() and (x.requires_grad or (sizes is not None and sizes.requires_grad)):
         return False
-    here = (type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.dtype == torch.float32 for t in given)
-    return all(here) and operator() is not None
+    return _plain(x) and _plain(keys) and (sizes is None or _plain(sizes)) and operator() is not None
+
+
+def _plain(t: Tensor) -> bool:
+    return (type(t) is Tensor or type(t) is nn.Parameter) and t.is_cpu and t.dtype is torch.float32
 
 
 def merge_tokens(
     x: Tensor, keys: Tensor, sizes: Tensor | None, r: int, prefix: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.merge_tokens` of what `takes` lets in."""
-    check(x, keys, sizes, r, prefix)
-    keys = keys if keys.stride(-1) == 1 else keys.contiguous()
-    return operator()(x.contiguous(), keys, None if sizes is None else sizes.contiguous(), r, prefix)
+    try:
+        return operator()(x, keys, sizes, r, prefix)
+    except (RuntimeError, ValueError):
+        check(x, keys, sizes, r, prefix)  # says what the operator, which looks at the same, refuses
+        raise
