@@ -2,9 +2,9 @@
 
 A tensor on CUDA in float16, bfloat16 or float32, with widths that the op's kernels take, goes to Triton; all else goes
 to plain torch, but merged tokens on a CPU, where no gradient is wanted, to compiled code. `<op>_takes` is the rule for
-Triton: an engine that asks beforehand gets the same answer as the op itself. What
-arguments and scores are is said by `nvit_kernels.reference`. Under Triton's interpreter (`TRITON_INTERPRET=1` before
-import) CPU tensors take the kernels' code too. Under autocast, attention and MLPs cast their inputs as torch's own do.
+Triton: an engine that asks beforehand gets the same answer as the op itself. What arguments and scores are is said by
+`nvit_kernels.reference`. Under Triton's interpreter (`TRITON_INTERPRET=1` before import) CPU tensors take the kernels'
+code too. Under autocast, attention and MLPs cast their inputs as torch's own do.
 """
 
 from __future__ import annotations
