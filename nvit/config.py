@@ -159,6 +159,13 @@ class PruneConfig(TrainingConfig):
             "without labels; 0 for none"
         ),
     ] = 0
+    coarse: Annotated[
+        float,
+        _help(
+            "with --refit: this share of the calibration images is seen through fewer pixels, down to a third a side, "
+            "so that what is left also answers images less sharp than they are; 0 for none"
+        ),
+    ] = 0.0
     keep_output: Annotated[
         bool, _help("with --refit, of a tower: prune the width of its output too; a linear layer restores it")
     ] = False
@@ -218,6 +225,13 @@ class PruneConfig(TrainingConfig):
             )
         if self.depth and self.cost == "predicted":
             raise ValueError("depth is priced by what was measured; leave out --cost predicted")
+        if not 0 <= self.coarse <= 1:
+            raise ValueError(f"coarse is {self.coarse:g}; it is a share of the calibration images, in [0, 1]")
+        if self.coarse and not self.refit:
+            raise ValueError(
+                f"coarse {self.coarse:g} is of the images that a refit sees; add --refit with --no-train (refit = "
+                "true), or leave it out"
+            )
         if self.polish and not self.refit:
             raise ValueError(
                 f"polish {self.polish} follows a refit; add --refit with --no-train (refit = true), or finetune the "

@@ -1,6 +1,7 @@
 """Widths and tokens together, without training: for every target, tokens merge to a latency above it, and of the widths
 leaves what costs least where tokens are still there. Several such latencies are tried; what keeps answers nearest to
-the dense model's wins, and what it takes is measured and corrected.
+the dense model's wins. Its blocks then hand merges on to each other for as long as that brings answers nearer, and what
+it takes is measured and corrected.
 
 Costs of merging do not add up over blocks, nor with those of widths, so that whole candidates are compared, and few of
 them: going on to fewer merges ends where it helps no more. The refit sees all tokens: refitted on merged ones, models
@@ -11,16 +12,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count
 from typing import Any
 
 from torch import Tensor, nn
 
 from .. import adapters
 from ..layers.merging import counts
+from ..selection.exchange import exchange
 from ..selection.lagrangian import drop_to_target
-from ..selection.schedules import Merges
+from ..selection.schedules import FAMILIES, Family, Merges, proportional
 from ..structure.compact import compact
 from ..structure.masks import Masks, full_masks, widths
 from ..tasks.nearness import Nearness
@@ -36,12 +39,16 @@ from .oneshot import Refitter
 from .prices import Prices, nearest
 from .pruner import Pruner
 from .result import Pruned
-from .sample import fitted_count, held_back
+from .sample import fitted_count, fitted_images, held_back
 from .scoring import score
-from .tokens import check_merging, work_of
+from .tokens import check_merging, shape_of, work_of
 
 LADDER = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 """Latencies, of dense, that merging alone is to reach; widths do the rest."""
+
+EXCHANGES, SEEN = 64, 192
+"""Schedules that the best candidate of a target is compared with, and of the images that refit so many as have to agree
+with those held back: no weight is fitted to merges, and a few dozen images alone would choose by their outliers."""
 
 MERGED = ("tokens", "schedule", "widths_ratio", "distance")
 """What the metrics of a snapshot say of its tokens: how many enter the first block and leave each, the family of the
@@ -59,6 +66,21 @@ class Choice:
     distance: float
     masks: Masks
     weights: dict[str, Tensor] | None
+    exchanged: bool = False
+
+    @property
+    def schedule(self) -> str:
+        """What history and metrics call it."""
+        return f"{self.family}, exchanged" if self.exchanged else self.family
+
+    @property
+    def predicted(self) -> float:
+        return self.rung.predicted(self.family, self.merges)
+
+    @property
+    def like(self) -> Family:
+        """Schedules that merge more and less of the same kind."""
+        return proportional(self.merges) if any(self.merges) else FAMILIES[self.family]
 
 
 def prune_with_tokens(pruner: Pruner, loader, keep: RunFolder, progress: Progress, log: Log = unlogged) -> list[Pruned]:
@@ -124,9 +146,9 @@ class Walk:
         self.pruner, self.loader, self.progress, self.log = pruner, loader, progress, log
         pruner.stop_recording()
         pruner.model.eval()
-        self.near = Nearness(
-            pruner.task, pruner.model, held_back(loader, pruner.config, fitted_count(loader, pruner.config))
-        )
+        fitted = fitted_count(loader, pruner.config)
+        self.near = Nearness(pruner.task, pruner.model, held_back(loader, pruner.config, fitted))
+        self.near_too = Nearness(pruner.task, pruner.model, fitted_images(loader, pruner.config, fitted, SEEN))
         if self.near.dense[0].cls.dim() > 2:
             raise ValueError(
                 f"only tokens: the model's answers are {tuple(self.near.dense[0].cls.shape)}, about every place of an "
@@ -155,6 +177,8 @@ class Walk:
             if target in self.best and not gained:
                 break
         self.progress(len(shares), len(shares), f"merge: {target:g}")
+        if target in self.best:
+            self._exchange(target)
 
     def merged(self, share: float) -> dict[str, tuple[Merges, float]]:
         """By family the schedule with which the dense model takes a share of its latency, and its distance; the nearest
@@ -164,8 +188,8 @@ class Walk:
             self.alone[share] = dict(sorted(found.items(), key=lambda item: item[1][1]))
         return self.alone[share]
 
-    def _distance(self, model: nn.Module, merges: Merges) -> float:
-        distance = self.near.of(adapters.merge_(model, merges))
+    def _distance(self, model: nn.Module, merges: Merges, near: Nearness | None = None) -> float:
+        distance = (near or self.near).of(adapters.merge_(model, merges))
         adapters.merge_(model, ())
         return distance
 
@@ -174,13 +198,37 @@ class Walk:
         gained = False
         for choice, more in self._candidates(target, share):
             best = self.best.get(target)
-            row = {"step": self.pruner.steps, "predicted_ratio": choice.rung.predicted(choice.family, choice.merges)}
-            row |= {"target": target, "widths_ratio": choice.rung.ratio, "schedule": choice.family, "candidate": 1}
-            self.pruner.history.append(row | {"distance": choice.distance} | more)
-            self.log("prune", len(self.pruner.history), {"ratio": row["predicted_ratio"], "distance": choice.distance})
+            self._tell(target, choice, more)
             if best is None or choice.distance < best.distance:
                 self.best[target], gained = choice, True
         return gained
+
+    def _tell(self, target: float, choice: Choice, more: dict[str, Any]) -> None:
+        """A row of history."""
+        row = {"step": self.pruner.steps, "predicted_ratio": choice.predicted, "target": target, "candidate": 1}
+        row |= {"widths_ratio": choice.rung.ratio, "schedule": choice.schedule, "distance": choice.distance}
+        self.pruner.history.append(row | more)
+        self.log("prune", len(self.pruner.history), {"ratio": choice.predicted, "distance": choice.distance})
+
+    def _exchange(self, target: float) -> None:
+        """Let blocks of the best candidate hand merges on, and keep what is nearer for it."""
+        best, looks = self.best[target], count(1)
+
+        def near(merges: Merges) -> float:
+            self.progress(min(next(looks), EXCHANGES), EXCHANGES, f"exchange: {target:g}")
+            return self._distance(best.rung.model, merges)
+
+        def enough(merges: Merges) -> bool:
+            return best.rung.predicted(best.family, merges) <= target
+
+        tests = (near, lambda merges: self._distance(best.rung.model, merges, self.near_too))
+        tokens, prefix, _ = shape_of(best.rung.model)
+        merges = exchange(best.merges, tokens, prefix, enough, tests, EXCHANGES)
+        self.progress(EXCHANGES, EXCHANGES, f"exchange: {target:g}")
+        if merges != best.merges:
+            distance = self._distance(best.rung.model, merges)
+            self.best[target] = replace(best, merges=merges, distance=distance, exchanged=True)
+            self._tell(target, self.best[target], {})
 
     def _candidates(self, target: float, share: float) -> Iterator[tuple[Choice, dict[str, Any]]]:
         pruner, last = self.pruner, target == self.pruner.targets[-1]
@@ -198,9 +246,10 @@ class Walk:
         masks, said = cut
         small = compact(pruner.model, pruner.groups, masks)
         rung = Rung(small, pruner.table.ratio(widths(pruner.groups, masks)), self.cost, self.dense_work)
-        if (exact := rung.schedules(target).get(family)) is not None:
-            weights = _weights(pruner) if last else None
+        weights = _weights(pruner) if last else None
+        for family, exact in rung.schedules(target).items():
             yield Choice(rung, family, exact, self._distance(small, exact), masks, weights), said
+            said = {}  # of the refit, which was one
 
     def settle(self) -> list[Pruned]:
         """The best of every target, measured and corrected; the pruner's model becomes that of the last one.
@@ -223,18 +272,19 @@ class Walk:
 
     def _pruned(self, target: float, choice: Choice) -> Pruned:
         rung, family, merges = choice.rung, choice.family, choice.merges
+        like = {family: choice.like}
 
         def choose(ratio: float) -> tuple[float, Merges]:
-            merges = rung.schedules(ratio).get(family) or choice.merges
+            merges = rung.schedules(ratio, like).get(family) or choice.merges
             return rung.predicted(family, merges), merges
 
         reading: Reading | None = None
         if self.pruner.aim.clock is not None:
-            aim = Aim(self.pruner.aim.clock, rung.least(family))
+            aim = Aim(self.pruner.aim.clock, rung.predicted(family, choice.like(*shape_of(rung.model), 1.0)))
             merges, reading = aim.hit(target, choose, lambda merges: self._with(rung, merges))
         model, predicted = self._with(rung, merges), rung.predicted(family, merges)
         tokens = counts(adapters.of(model).tokens(model), merges)
-        row: dict[str, Any] = {"schedule": family, "widths_ratio": rung.ratio, "distance": choice.distance}
+        row: dict[str, Any] = {"schedule": choice.schedule, "widths_ratio": rung.ratio, "distance": choice.distance}
         head = {"step": self.pruner.steps, "predicted_ratio": predicted, "target": target}
         self.pruner.history.append(head | row | measured(reading))
         return Pruned(target, model, predicted, row | {"tokens": tokens}, reading)

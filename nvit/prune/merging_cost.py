@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from .. import adapters
-from ..selection.schedules import Merges
+from ..selection.schedules import FAMILIES, Family, Merges
 from .timing import Ratios
 from .tokens import schedules, work_of
 
@@ -80,10 +80,6 @@ class Rung:
         extra = self.cost.of(family, self.dense_work(merges) / self.dense_whole)
         return self.ratio * self.work(merges) / self.whole + extra
 
-    def schedules(self, target: float) -> dict[str, Merges]:
+    def schedules(self, target: float, families: Mapping[str, Family] = FAMILIES) -> dict[str, Merges]:
         """By family, the schedule that merges least and is predicted to meet a target."""
-        return schedules(self.model, lambda family, merges: self.predicted(family, merges) <= target)
-
-    def least(self, family: str) -> float:
-        """What the strongest schedule of a family is predicted to take."""
-        return self.predicted(family, schedules(self.model, None)[family])
+        return schedules(self.model, lambda family, merges: self.predicted(family, merges) <= target, families)

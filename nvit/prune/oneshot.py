@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..calibration.capture import Place
+from ..calibration.coarse import coarser
 from ..calibration.statistics import SiteStatistics, gather_statistics
 from ..refit.costs import measure_costs
 from ..refit.judge import Judge
@@ -124,7 +125,10 @@ class Refitter:
         """Refit what the last decision left, and return time and memory of it for the history."""
         start = time.monotonic()
         model, groups = self.pruner.model, self.pruner.groups
-        rows = refit_(model, self.dense, groups, self._images(), statistics=self.statistics, progress=self.progress)
+        config, images = self.pruner.config, self._images()
+        if config.coarse:
+            images = coarser(images, config.coarse, config.seed)
+        rows = refit_(model, self.dense, groups, images, statistics=self.statistics, progress=self.progress)
         before = sum(row["before"] for row in rows)
         after = sum(row["after"] for row in rows)
         return {

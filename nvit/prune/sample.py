@@ -42,6 +42,17 @@ def fitted(loader, config: PruneConfig, count: int) -> Iterator[Any]:
     yield from islice(sampled(loader, config), count)
 
 
+def fitted_images(loader, config: PruneConfig, count: int, images: int) -> list[Tensor]:
+    """The first images of `fitted`, at most so many, by batch."""
+    found: list[Tensor] = []
+    for x in images_of(fitted(loader, config, count)):
+        found.append(x[:images])
+        images -= len(x)
+        if images <= 0:
+            break
+    return found
+
+
 def held_back(loader, config: PruneConfig, count: int) -> list[Tensor]:
     """The images behind them: they choose a refit's ridge, no weight is fitted to them."""
     return list(islice(images_of(sampled(loader, config)), count, None))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from torch import nn
 
 from .. import adapters
 from ..config import PruneConfig
-from ..selection.schedules import FAMILIES, Merges, weakest
+from ..selection.schedules import FAMILIES, Family, Merges, weakest
 from ..structure.compact import meta_copy
 from ..structure.masks import full_masks, widths
 
@@ -57,12 +57,19 @@ def least_share(model: nn.Module, config: PruneConfig) -> float:
     return min(map(work, schedules(model, None).values())) / work(())
 
 
-def schedules(model: nn.Module, enough: Callable[[str, Merges], bool] | None) -> dict[str, Merges]:
+def schedules(
+    model: nn.Module, enough: Callable[[str, Merges], bool] | None, families: Mapping[str, Family] = FAMILIES
+) -> dict[str, Merges]:
     """By family, the schedule that merges least and is `enough`; families without one are absent. Without `enough` the
     strongest."""
-    adapter = adapters.find(model)
-    given = (adapter.tokens(model), adapter.prefix(model), len(adapter.blocks(model)))
+    given = shape_of(model)
     if enough is None:
-        return {name: family(*given, 1.0) for name, family in FAMILIES.items()}
-    found = {name: weakest(family, *given, partial(enough, name)) for name, family in FAMILIES.items()}
+        return {name: family(*given, 1.0) for name, family in families.items()}
+    found = {name: weakest(family, *given, partial(enough, name)) for name, family in families.items()}
     return {name: merges for name, merges in found.items() if merges is not None}
+
+
+def shape_of(model: nn.Module) -> tuple[int, int, int]:
+    """Tokens that enter the first block, how many of them never merge, and blocks."""
+    adapter = adapters.find(model)
+    return adapter.tokens(model), adapter.prefix(model), len(adapter.blocks(model))

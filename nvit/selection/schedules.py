@@ -43,6 +43,29 @@ def sloped(slope: float) -> Family:
     return family
 
 
+def proportional(merges: Merges) -> Family:
+    """Every block merges as large a share of all that merge as in a schedule, which is one of the family."""
+
+    def family(tokens: int, prefix: int, depth: int, strength: float) -> Merges:
+        """At strength 1 together twice what may merge; always at most half of those that are left to a block."""
+        times, found = strength * 2 * (tokens - prefix) / sum(merges), []
+        for r in merges:
+            found.append(min(round(times * r), max(0, tokens - prefix - sum(found)) // 2))
+        return tuple(found)
+
+    return family
+
+
+def valid(merges: Merges, tokens: int, prefix: int) -> bool:
+    """Whether no block merges more than half of the tokens that may and are left."""
+    left = tokens - prefix
+    for r in merges:
+        if not 0 <= r <= left // 2:
+            return False
+        left -= r
+    return True
+
+
 FAMILIES: dict[str, Family] = {
     "constant": constant_share,
     "falling": sloped(0.5),

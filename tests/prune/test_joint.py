@@ -141,6 +141,12 @@ def test_what_forbids_it_is_said(more, says):
         run(**more)
 
 
+def test_a_refit_sees_coarser_images_where_that_is_asked_for():
+    only, x = ("mlp",), batches()[0]
+    sharp, coarse, again = (logits(run(only=only, latency_target=0.7, coarse=c).model, x) for c in (0.0, 0.9, 0.9))
+    assert torch.equal(coarse, again) and (sharp - coarse).abs().max() > 1e-3
+
+
 def test_frozen_tokens_are_as_if_nobody_had_named_them():
     config = PruneConfig(**ONE_SHOT | {"freeze": ("tokens",)})
     assert not config.merges_tokens and config.width_kinds == ("emb", "heads", "qk_dim", "v_dim", "mlp")

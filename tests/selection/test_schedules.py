@@ -3,7 +3,7 @@
 import pytest
 
 from nvit.layers.merging import check_merges, counts
-from nvit.selection.schedules import FAMILIES, constant_share, sloped, weakest
+from nvit.selection.schedules import FAMILIES, constant_share, proportional, sloped, valid, weakest
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -37,3 +37,20 @@ def test_the_weakest_that_is_enough(family):
     assert 0.57 * 12 * 197 < work(merges) <= 0.6 * 12 * 197
     assert weakest(family, 197, 1, 12, lambda m: True) == (0,) * 12
     assert weakest(family, 197, 1, 12, lambda m: work(m) < 12) is None
+
+
+@pytest.mark.parametrize("merges", [(16, 1, 10, 20), (0, 98, 0, 49), (1, 0, 0, 0), (3, 2, 1, 0)])
+def test_of_the_schedules_like_one_it_is_the_weakest_that_merges_as_many(merges):
+    """A search ends on a schedule; what corrects its latency has to begin there."""
+    like = proportional(merges)
+    assert valid(merges, 197, 1)
+    assert weakest(like, 197, 1, 4, lambda m: sum(m) >= sum(merges)) == merges
+    strongest = like(197, 1, 4, 1.0)
+    check_merges(strongest, 4, 197, 1)
+    assert sum(strongest) > sum(merges) or sum(merges) > 140, strongest
+    assert all(r == 0 for r, asked in zip(strongest, merges, strict=True) if not asked)
+
+
+def test_valid_is_what_a_model_takes():
+    assert valid((98, 49, 24), 197, 1) and not valid((99, 0, 0), 197, 1) and not valid((98, 50, 0), 197, 1)
+    assert not valid((5, -1, 0), 197, 1)
