@@ -26,9 +26,9 @@ from nvit.utils.report import write_csv
 
 MODELS = (MODEL, "vit_tiny_patch16_224")
 LATENCY_BATCH, LATENCY_SECONDS = 8, 8.0
-ONLY = {"joint": ("widths", "tokens"), "ToMe": ("tokens",), "widths": ("widths",)}
-POLISH, AIMED = 200, 3
-"""Steps; times that the aim at a latency is taken."""
+ONLY = {"joint": ("widths", "tokens"), "coarse": ("widths", "tokens"), "ToMe": ("tokens",), "widths": ("widths",)}
+POLISH, AIMED, COARSE = 200, 3, 0.5
+"""Steps; times that the aim at a latency is taken; share of images that `coarse` has a refit see through fewer pixels."""
 
 
 class TokenBench:
@@ -73,7 +73,8 @@ class TokenBench:
             return self.polish(targets)
         if method == "Torch-Pruning":
             return None
-        config, model = self.config(only=ONLY[method], latency_target=tuple(targets)), self.open()
+        coarse = COARSE if method == "coarse" else 0.0
+        config, model = self.config(only=ONLY[method], latency_target=tuple(targets), coarse=coarse), self.open()
         loader = self.calibration(config)
         told = lambda done, total, text: print(f"{text} {done}/{total}", file=sys.stderr)  # noqa: E731
         run = nvit.prune(model, loader, config, self.table(), out=self.work / method, resume=True, progress=told)

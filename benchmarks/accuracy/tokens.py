@@ -3,7 +3,8 @@
     NVIT_DATA=FOLDER python -m benchmarks.accuracy.tokens --work FOLDER [macs latency] [--models NAME …]
 
 At each target, of multiply-accumulates (`macs`) or of latency measured on one CPU thread (`latency`):
-`joint`, what `nvit prune --no-train --refit --only widths tokens` leaves; `polished`, the same after `--polish 200`;
+`joint`, what `nvit prune --no-train --refit --only widths tokens` leaves; `coarse`, the same with `--coarse 0.5`;
+`polished`, `joint` after `--polish 200`;
 `ToMe`, as many tokens merged in every block, with our op; `widths`, what it leaves without `tokens`; `Torch-Pruning`,
 its models of as many multiply-accumulates by Taylor importance, which reads labels (needs `pip install torch-pruning`;
 a target of latency is one of multiply-accumulates to it, and what it takes is measured).
@@ -39,7 +40,7 @@ from nvit.structure.skeleton import tokens_by_block
 from nvit.utils.report import write_csv
 
 TARGETS = (0.8, 0.65, 0.5, 0.4)
-METHODS = ("joint", "polished", "ToMe", "widths", "Torch-Pruning")
+METHODS = ("joint", "coarse", "polished", "ToMe", "widths", "Torch-Pruning")
 OURS = ("joint", "polished")
 """The last of them that is there is compared with the others."""
 
@@ -62,7 +63,7 @@ def measure(bench: TokenBench, methods: Sequence[str], targets: Sequence[float],
                 continue
             right = bench.right(f"{method}-{target:g}", lambda model=model: model)
             row = {"model": bench.name, "of": bench.of, "target": target, "method": method}
-            row |= {"cost": bench.cost if method in (*OURS, "widths") else ""}
+            row |= {"cost": bench.cost if method in (*OURS, "coarse", "widths") else ""}
             row |= {"macs": size(model)["macs"] / size(bench.plain)["macs"]} | bench.latency(model)
             row |= {key: metrics.get(key, "") for key in ("predicted_ratio", "widths_ratio", "schedule", "distance")}
             row |= {
@@ -73,7 +74,7 @@ def measure(bench: TokenBench, methods: Sequence[str], targets: Sequence[float],
             row |= points("lost", dense, right)
             row |= {f"lost_{half}": 100 * float((dense - right)[i::2].mean()) for i, half in enumerate(("even", "odd"))}
             joint = right if method in OURS else joint
-            row |= points("ahead", joint, right) if joint is not None and method not in OURS else {}
+            row |= points("ahead", joint, right) if joint is not None and method not in (*OURS, "coarse") else {}
             records.add(**row, images=len(right), calibration=bench.images)
             save(records)
 
@@ -114,7 +115,7 @@ def main() -> int:
     parser.add_argument("of", nargs="*", choices=("macs", "latency"), default=["macs", "latency"])
     parser.add_argument("--work", type=Path, required=True, help="folder for models and answers")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS[:-1])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=("joint", "ToMe", "widths"))
     parser.add_argument("--cost", default="auto", help="what units of a group cost, as nvit prune --cost")
     parser.add_argument("--targets", nargs="+", type=float, default=TARGETS)
     parser.add_argument("--images", type=int, default=1000, help="calibration images")

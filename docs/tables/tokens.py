@@ -8,7 +8,8 @@ from docs.tables.base import rows, table
 
 METHODS = {
     "joint": "widths and tokens",
-    "polished": "the same, polished",
+    "coarse": "widths and tokens, refitted on coarser images too",
+    "polished": "widths and tokens, polished",
     "ToMe": "as many tokens in every block",
     "widths": "widths alone",
     "Torch-Pruning": "Torch-Pruning",
