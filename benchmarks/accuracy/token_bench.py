@@ -28,7 +28,7 @@ MODELS = (MODEL, "vit_tiny_patch16_224")
 LATENCY_BATCH, LATENCY_SECONDS = 8, 8.0
 ONLY = {"joint": ("widths", "tokens"), "coarse": ("widths", "tokens"), "ToMe": ("tokens",), "widths": ("widths",)}
 POLISH, AIMED, COARSE = 200, 3, 0.5
-"""Steps; times that the aim at a latency is taken; share of images that `coarse` has a refit see through fewer pixels."""
+"""Steps; times that the aim at a latency is taken; share of images that `coarse` blurs for a refit."""
 
 
 class TokenBench:
