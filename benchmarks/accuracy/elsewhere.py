@@ -12,53 +12,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import torch
-from timm.data import resolve_data_config
-from torch import Tensor, nn
-from torchvision.datasets import ImageFolder
-
 import nvit
-from benchmarks.accuracy.library import BATCH, data_folder
+from benchmarks.accuracy.library import data_folder
+from benchmarks.accuracy.paired import ratio_bootstrap
 from benchmarks.accuracy.rows import Resumed
 from benchmarks.accuracy.token_bench import MODELS, TokenBench
+from benchmarks.accuracy.upscaled import Tiny
 from nvit.analysis.evaluate import macs
-
-EVERY = 5
-DRAWS = 10_000
-
-
-class Tiny:
-    """Tiny-ImageNet's validation images, and which outputs of an ImageNet classifier stand for its classes."""
-
-    def __init__(self, data: Path) -> None:
-        self.files = ImageFolder(str(data / "tiny_imagenet200" / "val"))
-        synsets = (data / "imagenet_synsets.txt").read_text().split()
-        self.outputs = torch.tensor([synsets.index(name) for name in self.files.classes])
-
-    def batches(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        transform = nvit.data.transform(resolve_data_config(model=model))
-        chosen = range(0, len(self.files), EVERY)
-        for start in range(0, len(chosen), BATCH):
-            pairs = [self.files[i] for i in chosen[start : start + BATCH]]
-            yield torch.stack([transform(image) for image, _ in pairs]), torch.tensor([label for _, label in pairs])
-
-    @torch.inference_mode()
-    def right(self, model: nn.Module) -> Tensor:
-        """Right or wrong by image, float `(images,)`."""
-        model.eval()
-        return torch.cat([(model(x)[:, self.outputs].argmax(-1) == y).float() for x, y in self.batches(model)])
-
-
-def kept(right: Tensor, dense: Tensor) -> tuple[float, float, float]:
-    """Percent of the dense top-1, and its 95 % interval over images drawn anew."""
-    a, b = right.numpy(), dense.numpy()
-    drawn = np.random.default_rng(0).integers(0, len(a), (DRAWS, len(a)))
-    low, high = np.quantile(100 * a[drawn].mean(1) / b[drawn].mean(1), (0.025, 0.975))
-    return float(100 * a.mean() / b.mean()), float(low), float(high)
 
 
 def main() -> int:
@@ -83,7 +45,7 @@ def main() -> int:
                     )
                 model = nvit.load(path)
                 right = bench.kept(f"tiny-{method}-{target:g}", lambda model=model: tiny.right(model))
-                share, low, high = kept(right, dense)
+                share, low, high = (100 * v for v in ratio_bootstrap(right.tolist(), dense.tolist()))
                 row = {"model": name, "of": args.of, "target": target, "method": method}
                 row |= {"macs": macs(model, nvit.adapters.preprocess(model)["input_size"]) / whole}
                 row |= {"top1": 100 * float(right.mean()), "dense": 100 * float(dense.mean())}

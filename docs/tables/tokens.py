@@ -44,9 +44,12 @@ def candidates() -> str:
     for (model, target), mine in found.items():
         alone = [r for r in mine if float(r["widths_ratio"]) == 1]
         least = min(float(r["distance"]) for r in mine)
-        narrow = {r["widths_ratio"]: r for r in mine if float(r["widths_ratio"]) < 1}.values()
+        narrow: dict[str, dict[str, str]] = {}
+        for r in sorted(mine, key=lambda r: -float(r["distance"])):
+            if float(r["widths_ratio"]) < 1:
+                narrow[r["widths_ratio"]] = r  # the nearest schedule comes last
         told = [_told(min(alone, key=lambda r: float(r["distance"])), least)] if alone else ["–"]
-        told.append("; ".join(f"{float(r['widths_ratio']):.2f}: {_told(r, least)}" for r in narrow) or "–")
+        told.append("; ".join(f"{float(r['widths_ratio']):.2f}: {_told(r, least)}" for r in narrow.values()) or "–")
         lines.append([MODELS[model], target, *told])
     return table(["model", "MACs", "tokens alone, nearest schedule", "widths to, then tokens"], lines)
 
