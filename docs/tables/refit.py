@@ -10,6 +10,7 @@ REFITS = ("none", "logits, 1 turn", "logits, 3 turns", "logits, 10 turns", "laye
 PEERS = ("Torch-Pruning, Taylor", "Torch-Pruning, magnitude", "Torch-Pruning, isomorphic Taylor")
 OURS = ("ours", "ours, refitted")
 KINDS = {"emb": "EMB", "heads": "H (one of three)", "qk_dim": "QK", "v_dim": "V", "mlp": "MLP"}
+MODELS = {"deit_tiny_patch16_224": "DeiT-Ti", "vit_tiny_patch16_224": "ViT-Ti"}
 LABELS = {"none": "none", "true": "true", "sampled": "drawn from the model", "argmax": "the model's answer"}
 
 
@@ -99,7 +100,36 @@ def labels() -> str:
     return table(["criterion", "labels", "no refit", "refit"], lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"measured": measured, "peers": peers, "images": images}
+def costs() -> str:
+    """Points lost by prices, at each target of both models, and what measuring gains over predicting."""
+    lines = []
+    for r in (r for r in rows("refit_costs_cpu") if r["cost"] != "both" and r["right"]):
+        gained = gain(r, "gain", "low", "high") if r["gain"] else ""
+        name = MODELS[r["model"]]
+        distance = f"{float(r['distance']):.3f}" if r["distance"] else ""
+        lines.append([name, r["target"], r["cost"], f"{float(r['lost']):.1f}", r["lost_odd"][:4], gained, distance])
+    head = ["model", "MACs", "groups priced", "points lost", "on every second image", "gain over predicted"]
+    return table([*head, "KL when chosen"], lines)
+
+
+def coarse() -> str:
+    """What a refit on coarser images gives on images as they calibrate, and on upscaled ones."""
+    lines = []
+    for r in rows("refit_coarse_cpu"):
+        gained = gain(r, "gain", "gain_low", "gain_high") if r["gain"] else ""
+        kept = "{:.1f} ({:.1f} to {:.1f})".format(*(float(r[k]) for k in ("kept", "kept_low", "kept_high")))
+        lines.append([MODELS[r["model"]], r["target"], r["coarse"], f"{float(r['lost']):.1f}", gained, kept])
+    head = ["model", "MACs", "`--coarse`", "points lost", "gain over 0"]
+    return table([*head, "Tiny-ImageNet: % of dense kept"], lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "measured": measured,
+    "peers": peers,
+    "images": images,
+    "costs": costs,
+    "coarse": coarse,
+}
 """What it gives."""
 
 METHOD: dict[str, Callable[[], str]] = {"logits": logits, "kinds": kinds, "labels": labels}
