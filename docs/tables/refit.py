@@ -107,7 +107,9 @@ def costs() -> str:
         gained = gain(r, "gain", "low", "high") if r["gain"] else ""
         name = MODELS[r["model"]]
         distance = f"{float(r['distance']):.3f}" if r["distance"] else ""
-        lines.append([name, r["target"], r["cost"], f"{float(r['lost']):.1f}", r["lost_odd"][:4], gained, distance])
+        lines.append(
+            [name, r["target"], r["cost"], f"{float(r['lost']):.1f}", f"{float(r['lost_odd']):.1f}", gained, distance]
+        )
     head = ["model", "MACs", "groups priced", "points lost", "on every second image", "gain over predicted"]
     return table([*head, "KL when chosen"], lines)
 
