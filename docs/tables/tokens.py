@@ -78,6 +78,7 @@ def elsewhere() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": lambda: lost("macs"),
+    "latency": lambda: lost("latency"),
     "candidates": candidates,
     "elsewhere": elsewhere,
 }
