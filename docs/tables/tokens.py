@@ -49,7 +49,8 @@ def candidates() -> str:
             if float(r["widths_ratio"]) < 1:
                 narrow[r["widths_ratio"]] = r  # the nearest schedule comes last
         told = [_told(min(alone, key=lambda r: float(r["distance"])), least)] if alone else ["–"]
-        told.append("; ".join(f"{float(r['widths_ratio']):.2f}: {_told(r, least)}" for r in narrow.values()) or "–")
+        wide_first = sorted(narrow.values(), key=lambda r: -float(r["widths_ratio"]))
+        told.append("; ".join(f"{float(r['widths_ratio']):.2f}: {_told(r, least)}" for r in wide_first) or "–")
         lines.append([MODELS[model], target, *told])
     return table(["model", "MACs", "tokens alone, nearest schedule", "widths to, then tokens"], lines)
 
