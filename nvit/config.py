@@ -218,30 +218,18 @@ class PruneConfig(TrainingConfig):
             raise ValueError(f"sweep scores units once, so rounds {self.rounds} would change nothing; give one of them")
         if self.refit and self.train:
             raise ValueError("refit is for pruning without training; add --no-train (train = false)")
-        if self.depth and not self.refit:
-            raise ValueError(
-                "depth leaves the mean output of what has left, which a refit finds; add --refit with --no-train "
-                "(refit = true), or leave it out"
-            )
         if self.depth and self.cost == "predicted":
             raise ValueError("depth is priced by what was measured; leave out --cost predicted")
         if not 0 <= self.coarse <= 1:
             raise ValueError(f"coarse is {self.coarse:g}; it is a share of the calibration images, in [0, 1]")
-        if self.coarse and not self.refit:
-            raise ValueError(
-                f"coarse {self.coarse:g} is of the images that a refit sees; add --refit with --no-train (refit = "
-                "true), or leave it out"
-            )
-        if self.polish and not self.refit:
-            raise ValueError(
-                f"polish {self.polish} follows a refit; add --refit with --no-train (refit = true), or finetune the "
-                "snapshot (--finetune-epochs)"
-            )
-        if self.cost in ("measured", "both") and not self.refit:
-            raise ValueError(
-                f"cost {self.cost} is that of a refitted model; add --refit with --no-train (refit = true), or leave "
-                "it out"
-            )
+        for asked, why, instead in (
+            (self.depth, "depth leaves the mean output of what has left, which a refit finds", "leave it out"),
+            (self.coarse, f"coarse {self.coarse:g} is of the images that a refit sees", "leave it out"),
+            (self.polish, f"polish {self.polish} follows a refit", "finetune the snapshot (--finetune-epochs)"),
+            (self.cost in ("measured", "both"), f"cost {self.cost} is that of a refitted model", "leave it out"),
+        ):
+            if asked and not self.refit:
+                raise ValueError(f"{why}; add --refit with --no-train (refit = true), or {instead}")
         if self.budget and self.refit:
             raise ValueError(
                 f"budget {self.budget} does not bound a refit, which holds activations of all blocks in turn; "
