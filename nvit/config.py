@@ -162,7 +162,7 @@ class PruneConfig(TrainingConfig):
     coarse: Annotated[
         float,
         _help(
-            "with --refit: this share of the calibration images is seen through fewer pixels, down to a third a side, "
+            "with --refit: this share of the calibration images is seen through fewer pixels, down to 2 of 7 a side, "
             "so that what is left also answers images less sharp than they are; 0 for none"
         ),
     ] = 0.0
