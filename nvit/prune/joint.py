@@ -1,7 +1,7 @@
 """Widths and tokens together, without training: for every target, tokens merge to a latency above it, and of the widths
 leaves what costs least where tokens are still there. Several such latencies are tried; what keeps answers nearest to
-the dense model's wins. Its blocks then hand merges on to each other for as long as that brings answers nearer, and what
-it takes is measured and corrected.
+the dense model's wins, on images as they are and on the same seen through fewer pixels. Its blocks then hand merges on
+to each other for as long as that brings answers nearer, and what it takes is measured and corrected.
 
 Costs of merging do not add up over blocks, nor with those of widths, so that whole candidates are compared, and few of
 them: going on to fewer merges ends where it helps no more. The refit sees all tokens: refitted on merged ones, models
@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import adapters
+from ..calibration.coarse import coarser
 from ..layers.merging import counts
 from ..selection.exchange import exchange
 from ..selection.lagrangian import drop_to_target
@@ -147,7 +148,9 @@ class Walk:
         pruner.stop_recording()
         pruner.model.eval()
         fitted = fitted_count(loader, pruner.config)
-        self.near = Nearness(pruner.task, pruner.model, held_back(loader, pruner.config, fitted))
+        held = held_back(loader, pruner.config, fitted)
+        # What merging alone loses hardly depends on how sharp images are, what a refitted model does, much.
+        self.near = Nearness(pruner.task, pruner.model, [*held, *coarser(held, 1.0)])
         self.near_too = Nearness(pruner.task, pruner.model, fitted_images(loader, pruner.config, fitted, SEEN))
         if self.near.dense[0].cls.dim() > 2:
             raise ValueError(

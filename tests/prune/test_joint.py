@@ -10,14 +10,17 @@ import nvit
 from nvit import PruneConfig, adapters, tasks
 from nvit.analysis.compare import predicted_ratio
 from nvit.analysis.evaluate import macs
+from nvit.calibration.coarse import coarser
 from nvit.cli import main as cli
 from nvit.latency.clock import current_setting
 from nvit.latency.table import LatencyTable
 from nvit.prune import joint, oneshot
+from nvit.prune.sample import fitted_count, held_back
 from nvit.report.read import read
 from nvit.selection.schedules import FAMILIES
 from nvit.structure import snapshot
 from nvit.structure.masks import full_masks
+from nvit.tasks.nearness import Nearness
 from tests.families import HOSTS
 from tests.hosts import make
 
@@ -65,6 +68,17 @@ def test_both_targets_are_met_by_the_nearest_candidates(tmp_path):
     last = result.snapshots[-1].model
     assert any(adapters.merges(last)) and adapters.merges(model) == adapters.merges(last)
     torch.testing.assert_close(logits(model, x), logits(last, x), rtol=0, atol=1e-5)
+
+
+def test_candidates_are_judged_on_sharp_images_and_on_coarse_ones():
+    """A distance is the mean over both."""
+    model, config = host(), PruneConfig(**ONE_SHOT)
+    (pruned,) = run(latency_target=0.6).snapshots
+    held = held_back(batches(), config, fitted_count(batches(), config))
+    sharp, coarse = (
+        Nearness(tasks.of("auto", model), model, images).of(pruned.model) for images in (held, [*coarser(held, 1.0)])
+    )
+    assert pruned.metrics["distance"] == pytest.approx((sharp + coarse) / 2, rel=1e-4) and sharp != coarse
 
 
 def test_tokens_alone_leave_every_weight_as_it_was():
