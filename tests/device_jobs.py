@@ -18,15 +18,17 @@ from nvit.calibration.replay import Replay
 from nvit.calibration.statistics import StatisticsRecorder, gather_statistics
 from nvit.layers import prunable_layers
 from nvit.prune.pruner import Pruner
+from nvit.prune.tokens import shape_of
 from nvit.refit.costs import measure_costs
 from nvit.refit.entries import entries, refittable
 from nvit.refit.gather import Pair, moments_at, row_weights
 from nvit.refit.judge import Judge
 from nvit.refit.refit import refit_
 from nvit.refit.rotation import rotate_
+from nvit.selection.schedules import FAMILIES
 from nvit.structure import snapshot
 from nvit.structure.compact import compact
-from nvit.structure.masks import apply_
+from nvit.structure.masks import apply_, full_masks
 from nvit.training.distill import Objective, frozen
 from nvit.training.optimizer import decay_groups, fused_adamw
 from nvit.training.step import Step
@@ -103,6 +105,28 @@ def compacted(place: Place) -> Found:
     return place.logits(small, place.images())
 
 
+def merged(place: Place) -> Found:
+    """Tokens merge, where the family lets them: at dense widths, masked, and compact."""
+    if place.adapter.merge_refusal(place.model) is not None:
+        return {}
+    tokens, prefix, blocks = shape_of(place.model)
+    adapters.merge_(place.model, FAMILIES["uniform"](tokens, prefix, blocks, 0.5))
+    assert any(adapters.merges(place.model))
+    found = {f"dense {name}": t for name, t in place.logits(place.model, place.images()).items()}
+    return found | {f"masked {name}": t for name, t in masked(place, "every").items()} | compacted(place)
+
+
+def shortened(place: Place) -> Found:
+    """The first block without attention, the last without MLP, where the family lets them leave."""
+    leaving = [g for g in place.groups if g.ends is not None]
+    masks = full_masks(place.groups)
+    for group in leaving[:1] + leaving[-1:]:
+        for name in (group.name, *group.ends):
+            masks[name] = torch.zeros_like(masks[name])
+    small = compact(place.model, place.groups, masks).eval()
+    return place.logits(small, place.images())
+
+
 def loaded(place: Place) -> Found:
     """A snapshot made on the CPU, read there or on the device, and moved."""
     there = Place(place.host, torch.device("cpu"))
@@ -162,9 +186,9 @@ def trained(place: Place, criterion: str) -> Found:
     return found | {"losses": torch.tensor(losses)}
 
 
-def one_shot(place: Place, refit: bool) -> Found:
+def one_shot(place: Place, **how) -> Found:
     batches = [(place.images(b), place.labels(b)) for b in range(3)]
-    settings = config(latency_target=(0.8,), train=False, refit=refit, criterion="auto")
+    settings = config(latency_target=(0.8,), train=False, criterion="auto", **how)
     result = nvit.prune(place.model, batches, settings, table(place.model, settings))
     (small,) = result.snapshots
     assert result.history[-1]["predicted_ratio"] <= 0.8
@@ -236,4 +260,13 @@ JOBS |= {f"scores {c}": partial(scored, criterion=c) for c in ("hessian", "nvit"
 JOBS |= {f"scores {c}": partial(scored, criterion=c) for c in ("curvature", "remaining", "magnitude", "random")}
 JOBS |= {"decision": decided} | {f"training {c}": partial(trained, criterion=c) for c in ("hessian", "nvit", "abs")}
 JOBS |= {"capture": captured, "refit": refitted, "costs": costs}
-JOBS |= {f"one shot{' refitted' * r}": partial(one_shot, refit=r) for r in (False, True)}
+JOBS |= {"merged": merged, "shortened": shortened, "one shot": one_shot}
+JOBS |= {
+    f"one shot {name}": partial(one_shot, refit=True, **how)
+    for name, how in {
+        "refitted": {},
+        "polished": {"polish": 2, "coarse": 0.5},
+        "shortened": {"depth": True},
+        "merged": {"only": ("widths", "tokens")},
+    }.items()
+}

@@ -16,7 +16,7 @@ from tests.fake_device import FAKE, FakeDevice
 from tests.families import HOSTS, ONE_OF_EACH
 
 EVERYWHERE = [
-    *("dense", "compact", "snapshot", "decision", "capture", "one shot refitted"),
+    *("dense", "compact", "snapshot", "merged", "shortened", "decision", "capture", "one shot refitted"),
     *(job for job in JOBS if job.startswith("masked ")),
     *("scores hessian", "scores fisher", "scores curvature", "training hessian"),
 ]
@@ -61,7 +61,11 @@ def test_on_a_gpu(host, job, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "job", ["masked every", "scores hessian", "scores nvit", "training hessian", "one shot refitted"]
+    "job",
+    [
+        *("masked every", "merged", "shortened", "scores hessian", "scores nvit", "training hessian"),
+        *("one shot refitted", "one shot merged"),
+    ],
 )
 def test_on_a_gpu_with_kernels(job, tmp_path):
     """Where a kernel is met first, its choice is measured, which waits."""
