@@ -111,6 +111,7 @@ def stages() -> list[Stage]:
         Stage("step", 60, [module(step, "--out", "OUT")], engine),
         Stage("loop", 50, [module("benchmarks.engine.pruning_loop", "--out", "OUT")], engine),
         Stage("latency", 60, [module("benchmarks.engine.pruned_deit", "--out", "OUT")], engine),
+        Stage("tokens", 60, [module("benchmarks.engine.merged_deit", "--out", "OUT")], engine),
         Stage(
             "sparse24", 30, [module("benchmarks.kernels.sparse24", "--only", "gpu", "--seconds", "1", "--out", "OUT")]
         ),

@@ -81,6 +81,8 @@ def report(outcomes: Sequence, out: Path, since: float) -> str:
         "pruning_loop": ("case", "ratio", "images_per_s", "settled_images_per_s", "times_timm", "note"),
         "pruned_deit": ("case", "parameters", "measured_ms", "images_per_s", "speed_up", "predicted_ratio",
                         "measured_ratio", "ratio_error", "table_s", "note"),
+        "merged_deit": ("case", "macs", "merged_a_block", "measured_ms", "plain_ms", "images_per_s", "ratio",
+                        "predicted_ratio", "ratio_error", "note"),
         "sparse24": ("case", "provider", "median_ms", "host_ms", "times_peer", "gbps"),
     }  # fmt: skip
     for name, columns in others.items():

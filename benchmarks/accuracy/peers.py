@@ -17,9 +17,9 @@ POINTS = (("mlp", 0.722), ("all", 0.846), ("all", 0.65), ("mlp", 0.833), ("all",
 """Case and share of dense MACs."""
 
 
-def with_gradients(checkpoint: str, batches) -> nn.Module:
-    """timm's own DeiT-Ti, with the gradients of cross entropy at true labels, mean over batches of the same size."""
-    model = timm.create_model(MODEL, checkpoint_path=checkpoint).eval()
+def with_gradients(checkpoint: str, batches, name: str = MODEL) -> nn.Module:
+    """timm's own model, with the gradients of cross entropy at true labels, mean over batches of the same size."""
+    model = timm.create_model(name, checkpoint_path=checkpoint).eval()
     for x, y in batches:
         (F.cross_entropy(model(x), y) / len(batches)).backward()
     return model

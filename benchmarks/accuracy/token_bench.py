@@ -8,16 +8,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 import nvit
 from benchmarks.accuracy.library import BATCH, INPUT, MODEL, answers, data_folder
+from benchmarks.accuracy.peers import with_gradients
 from benchmarks.engine.torch_pruning_vit import narrowed
 from nvit import adapters
 from nvit.analysis.compare import measured
 from nvit.cli.flags import DataFlags, ModelFlags
 from nvit.cli.inputs import open_evaluation_data, open_images
 from nvit.cli.models import open_model
+from nvit.latency.clock import as_deployed
 from nvit.latency.measure import sample_images
 from nvit.latency.table import LatencyTable
 from nvit.prune.polish import polish_
@@ -25,7 +26,8 @@ from nvit.prune.tokens import schedules, work_of
 from nvit.utils.report import write_csv
 
 MODELS = (MODEL, "vit_tiny_patch16_224")
-LATENCY_BATCH, LATENCY_SECONDS = 8, 8.0
+LATENCY_BATCH, LATENCY_SECONDS, TABLE_SECONDS = (8, 256), (8.0, 1.0), (40.0, 15.0)
+"""Images, and seconds of a measurement and of a table: on a CPU, on a GPU."""
 ONLY = {"joint": ("widths", "tokens"), "coarse": ("widths", "tokens"), "ToMe": ("tokens",), "widths": ("widths",)}
 POLISH, AIMED, COARSE = 200, 3, 0.5
 """Steps; times that the aim at a latency is taken; share of images that `coarse` blurs for a refit."""
@@ -34,8 +36,15 @@ POLISH, AIMED, COARSE = 200, 3, 0.5
 class TokenBench:
     """One model, its images, and the folder where what was made of it stays."""
 
-    def __init__(self, name: str, of: str, images: int, work: Path, cost: str = "auto") -> None:
-        data, self.cost = data_folder(), cost
+    def __init__(
+        self, name: str, of: str, images: int, work: Path, cost: str = "auto", device: str | torch.device = "cpu"
+    ) -> None:
+        data, self.cost, self.device = data_folder(), cost, torch.device(device)
+        on_gpu = self.device.type == "cuda"
+        self.batch, self.seconds, self.table_seconds = (
+            pair[on_gpu] for pair in (LATENCY_BATCH, LATENCY_SECONDS, TABLE_SECONDS)
+        )
+        self.mode, self.dtype = as_deployed(self.device)
         self.name, self.of, self.images, self.work = name, of, images, work / f"{name}-{of}-{images}"
         self.where = DataFlags(
             data=f"{data}/imagenet_sample1000/val",
@@ -50,14 +59,14 @@ class TokenBench:
         self.peer: nn.Module | None = None
 
     def open(self) -> nn.Module:
-        return open_model(self.name, ModelFlags(checkpoint=self.checkpoint), torch.device("cpu"))
+        return open_model(self.name, ModelFlags(checkpoint=self.checkpoint), self.device)
 
     def table(self) -> LatencyTable:
         if self.of == "macs":
             return LatencyTable.analytic(self.plain)
         file = self.work / "latency_table.json"
         if not file.exists():
-            LatencyTable.measure(self.plain, LATENCY_BATCH).save(file)
+            LatencyTable.measure(self.plain, self.batch, self.device, seconds=self.table_seconds).save(file)
         return LatencyTable.load(file)
 
     def folder(self, method: str, target: float) -> Path:
@@ -117,10 +126,7 @@ class TokenBench:
     def narrowed(self, target: float) -> nn.Module:
         """Torch-Pruning's model of a share of the multiply-accumulates."""
         if self.peer is None:
-            self.peer = self.open().eval()
-            batches = list(self.calibration(self.config()))
-            for x, y in batches:
-                (functional.cross_entropy(self.peer(x), y) / len(batches)).backward()
+            self.peer = with_gradients(self.checkpoint, list(self.calibration(self.config())), self.name)
         return narrowed(self.peer, target, None, input_size=INPUT)[0]
 
     def kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
@@ -136,12 +142,16 @@ class TokenBench:
 
         def make() -> Tensor:
             if self.evaluation is None:
-                self.evaluation = list(open_evaluation_data(self.plain, self.where, BATCH))
-            return answers(model().eval(), self.evaluation)
+                batches = open_evaluation_data(self.plain, self.where, BATCH)
+                self.evaluation = [(x.to(self.device), y.to(self.device)) for x, y in batches]
+            return answers(model().eval().to(self.device), self.evaluation).cpu()
 
         return self.kept(name, make)
 
     def latency(self, model: nn.Module) -> dict[str, float]:
         """As a fraction of the dense model's."""
-        _, found = measured([self.plain, model], sample_images(self.plain, LATENCY_BATCH), LATENCY_SECONDS)
-        return {"latency": found["measured_ratio"], "latency_spread": found["measured_spread"]}
+        images = sample_images(self.plain, self.batch).to(self.dtype)
+        dense, found = measured([self.plain, model.to(self.device)], images, self.seconds, self.mode)
+        row = {"latency": found["measured_ratio"], "latency_spread": found["measured_spread"]}
+        speeds = {"images_per_s": found["images_per_s"], "dense_images_per_s": dense["images_per_s"]}
+        return row | (speeds if self.device.type == "cuda" else {})

@@ -2,7 +2,8 @@
 
     NVIT_DATA=FOLDER python -m benchmarks.accuracy.tokens --work FOLDER [macs latency] [--models NAME …]
 
-At each target, of multiply-accumulates (`macs`) or of latency measured on one CPU thread (`latency`):
+At each target, of multiply-accumulates (`macs`) or of measured latency (`latency`: on one CPU thread, eager, in
+float32; with `--device cuda` graph replays in bfloat16):
 `joint`, what `nvit prune --no-train --refit --only widths tokens` leaves; `coarse`, the same with `--coarse 0.5`;
 `polished`, `joint` after `--polish 200`;
 `ToMe`, as many tokens merged in every block, with our op; `widths`, what it leaves without `tokens`; `Torch-Pruning`,
@@ -15,7 +16,7 @@ images), of all, of the even places and of the odd ones; `ahead` is how much les
 loses than that method, likewise. `latency` is measured in turn with the dense model.
 
 Every model and every answer is kept in --work, so that a run that was stopped goes on. Rows go into tokens_cpu.csv in
-benchmarks/results, all candidates that were judged into tokens_candidates_cpu.csv.
+benchmarks/results, all candidates that were judged into tokens_candidates_cpu.csv; a GPU's into <GPU>_tokens.csv.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def measure(bench: TokenBench, methods: Sequence[str], targets: Sequence[float],
             if method == "Torch-Pruning":
                 model = bench.narrowed(target)
             elif path.exists():
-                model, metrics = nvit.load(path), nvit.snapshot.load_metrics(path)
+                model, metrics = nvit.load(path, device=bench.device), nvit.snapshot.load_metrics(path)
                 tokens = tokens_by_block(nvit.snapshot.load_spec(path))
             else:
                 continue
@@ -119,16 +120,19 @@ def main() -> int:
     parser.add_argument("--cost", default="auto", help="what units of a group cost, as nvit prune --cost")
     parser.add_argument("--targets", nargs="+", type=float, default=TARGETS)
     parser.add_argument("--images", type=int, default=1000, help="calibration images")
+    parser.add_argument("--device", default="cpu", help="where models are pruned, timed and asked, as cuda")
+    parser.add_argument("--out", type=Path, help="folder of the CSV; benchmarks/results by default")
     parser.add_argument("--only-prune", action="store_true", help="make the models, evaluate nothing yet")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    records = harness.Records("tokens")
+    records = harness.Records("tokens", args.device, args.out)
     for name in args.models:
         for of in args.of:
-            bench = TokenBench(name, of, args.images, args.work, args.cost)
+            bench = TokenBench(name, of, args.images, args.work, args.cost, args.device)
             for method in args.methods:
                 bench.prune(method, args.targets)
-            candidates(args.work)
+            if args.device == "cpu":
+                candidates(args.work)
             if not args.only_prune:
                 measure(bench, args.methods, args.targets, records)
     return 0

@@ -1,4 +1,4 @@
-"""What the engine's benchmarks share: the model they run on, masks at half of every width, kernels on or off."""
+"""What the engine's benchmarks share: the model they run on, widths like NViT's, masks at half of every width."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from nvit.spec import Group
+from nvit.spec import KINDS, Group
+from nvit.structure.masks import Masks, full_masks
+
+WIDTHS = {
+    "B": (496, 8, 40, 56, 1920),
+    "H": (480, 8, 40, 56, 1744),
+    "S": (400, 6, 40, 56, 1456),
+    "T": (208, 4, 32, 48, 864),
+}
+"""`emb`, `heads`, `qk_dim`, `v_dim`, `mlp` of every block."""
+TINY = {"half": (96, 2, 32, 32, 384)}
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,13 @@ def half_masks(groups: Sequence[Group], generator: torch.Generator) -> dict[str,
         masks[g.name] = torch.zeros(g.size, dtype=torch.bool)
         masks[g.name][torch.randperm(g.size, generator=generator)[:kept]] = True
     return masks
+
+
+def uniform(groups, kept: tuple[int, ...]) -> Masks:
+    """Masks that keep the first so many units of each kind in every group."""
+    by_kind = dict(zip(KINDS, kept, strict=True))
+    masks = full_masks(groups)
+    return {g.name: torch.arange(g.size, device=masks[g.name].device) < by_kind[g.kind] for g in groups}
 
 
 def first_line(error: BaseException) -> str:

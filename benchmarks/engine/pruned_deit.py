@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.engine.library import Setting, first_line
+from benchmarks.engine.library import TINY, WIDTHS, Setting, first_line, uniform
 from benchmarks.harness import Records, relative_error
 from benchmarks.timing import timings
 from nvit import adapters
@@ -27,22 +27,6 @@ from nvit.latency.table import LatencyTable
 from nvit.spec import KINDS
 from nvit.structure.compact import compact
 from nvit.structure.masks import Masks, apply_, full_masks, widths
-
-WIDTHS = {
-    "B": (496, 8, 40, 56, 1920),
-    "H": (480, 8, 40, 56, 1744),
-    "S": (400, 6, 40, 56, 1456),
-    "T": (208, 4, 32, 48, 864),
-}
-"""`emb`, `heads`, `qk_dim`, `v_dim`, `mlp` of every block."""
-TINY = {"half": (96, 2, 32, 32, 384)}
-
-
-def uniform(groups, kept: tuple[int, ...]) -> Masks:
-    """Masks that keep the first so many units of each kind in every group."""
-    by_kind = dict(zip(KINDS, kept, strict=True))
-    masks = full_masks(groups)
-    return {g.name: torch.arange(g.size, device=masks[g.name].device) < by_kind[g.kind] for g in groups}
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from benchmarks.engine import pruned_deit, pruning_loop, training_step
+from benchmarks.engine import merged_deit, pruned_deit, pruning_loop, training_step
 from nvit import adapters
 from nvit.analysis.evaluate import parameters
 from nvit.structure.compact import compact
@@ -108,6 +108,17 @@ def test_pruned_latencies(rows):
     by = {r["case"]: r for r in found}
     assert code == 0 and list(by) == ["timm dense", "dense", "half"]
     assert float(by["half"]["predicted_ratio"]) < 1 and float(by["half"]["speed_up"]) > 0 and by["half"]["ratio_error"]
+
+
+def test_merged_latencies(rows, monkeypatch):
+    code, found = rows(merged_deit, "--table-seconds", "0.5", "--seconds", "0.2")
+    assert code == 0 and [(r["case"], r["macs"]) for r in found][:2] == [("dense", "1.0"), ("dense", "0.65")]
+    whole, merged = found[:2]
+    assert int(whole["tokens_left"]) == 5 > int(merged["tokens_left"]) and float(merged["plain_ms"]) > 0
+    assert float(merged["ratio"]) == pytest.approx(float(merged["measured_ms"]) / float(whole["measured_ms"]), rel=1e-3)
+    monkeypatch.setattr(merged_deit, "wrong", lambda *a: 0.5)
+    code, found = rows(merged_deit, "--table-seconds", "0.1", "--seconds", "0.1")
+    assert code == 1 and not any(r.get("measured_ms") for r in found)
 
 
 def test_a_model_of_other_widths_is_not_timed(rows, monkeypatch, capsys):
