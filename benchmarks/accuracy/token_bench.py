@@ -28,9 +28,15 @@ from nvit.utils.report import write_csv
 MODELS = (MODEL, "vit_tiny_patch16_224")
 LATENCY_BATCH, LATENCY_SECONDS, TABLE_SECONDS = (8, 256), (8.0, 1.0), (40.0, 15.0)
 """Images, and seconds of a measurement and of a table: on a CPU, on a GPU."""
-ONLY = {"joint": ("widths", "tokens"), "coarse": ("widths", "tokens"), "ToMe": ("tokens",), "widths": ("widths",)}
-POLISH, AIMED, COARSE = 200, 3, 0.5
-"""Steps; times that the aim at a latency is taken; share of images that `coarse` blurs for a refit."""
+POLISH, AIMED = 200, 3
+"""Steps; times that the aim at a latency is taken."""
+RECIPES = {
+    "joint": {"only": ("widths", "tokens")},
+    "coarse": {"only": ("widths", "tokens"), "coarse": 0.5},
+    "widths": {"only": ("widths",)},
+    "depth": {"only": ("widths",), "depth": True},
+}
+"""Of the methods that are one run of the library."""
 
 
 class TokenBench:
@@ -82,8 +88,7 @@ class TokenBench:
             return self.polish(targets)
         if method == "Torch-Pruning":
             return None
-        coarse = COARSE if method == "coarse" else 0.0
-        config, model = self.config(only=ONLY[method], latency_target=tuple(targets), coarse=coarse), self.open()
+        config, model = self.config(latency_target=tuple(targets), **RECIPES[method]), self.open()
         loader = self.calibration(config)
         told = lambda done, total, text: print(f"{text} {done}/{total}", file=sys.stderr)  # noqa: E731
         run = nvit.prune(model, loader, config, self.table(), out=self.work / method, resume=True, progress=told)

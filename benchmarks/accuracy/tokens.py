@@ -6,8 +6,8 @@ At each target, of multiply-accumulates (`macs`) or of measured latency (`latenc
 float32; with `--device cuda` graph replays in bfloat16):
 `joint`, what `nvit prune --no-train --refit --only widths tokens` leaves; `coarse`, the same with `--coarse 0.5`;
 `polished`, `joint` after `--polish 200`;
-`ToMe`, as many tokens merged in every block, with our op; `widths`, what it leaves without `tokens`; `Torch-Pruning`,
-its models of as many multiply-accumulates by Taylor importance, which reads labels (needs `pip install torch-pruning`;
+`ToMe`, as many tokens merged in every block, with our op; `widths`, what it leaves without `tokens`; `depth`,
+the same with `--depth`; `Torch-Pruning`, its models of as many multiply-accumulates by Taylor importance, which reads labels (needs `pip install torch-pruning`;
 a target of latency is one of multiply-accumulates to it, and what it takes is measured).
 
 Calibration on images of imagenet_sample1000, labels unread; all of imagenet_val1300 is evaluated, cropped without
@@ -34,14 +34,14 @@ from torch import Tensor
 import nvit
 from benchmarks import harness
 from benchmarks.accuracy.paired import paired_bootstrap
-from benchmarks.accuracy.token_bench import MODELS, TokenBench
+from benchmarks.accuracy.token_bench import MODELS, RECIPES, TokenBench
 from nvit import adapters
 from nvit.analysis.compare import size
 from nvit.structure.skeleton import tokens_by_block
 from nvit.utils.report import write_csv
 
 TARGETS = (0.8, 0.65, 0.5, 0.4)
-METHODS = ("joint", "coarse", "polished", "ToMe", "widths", "Torch-Pruning")
+METHODS = ("joint", "coarse", "polished", "ToMe", "widths", "depth", "Torch-Pruning")
 OURS = ("joint", "polished")
 """The last of them that is there is compared with the others."""
 
@@ -64,7 +64,7 @@ def measure(bench: TokenBench, methods: Sequence[str], targets: Sequence[float],
                 continue
             right = bench.right(f"{method}-{target:g}", lambda model=model: model)
             row = {"model": bench.name, "of": bench.of, "target": target, "method": method}
-            row |= {"cost": bench.cost if method in (*OURS, "coarse", "widths") else ""}
+            row |= {"cost": bench.cost if method in ("polished", *RECIPES) else ""}
             row |= {"macs": size(model)["macs"] / size(bench.plain)["macs"]} | bench.latency(model)
             row |= {key: metrics.get(key, "") for key in ("predicted_ratio", "widths_ratio", "schedule", "distance")}
             row |= {
