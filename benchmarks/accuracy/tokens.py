@@ -6,8 +6,8 @@ At each target, of multiply-accumulates (`macs`) or of measured latency (`latenc
 float32; with `--device cuda` graph replays in bfloat16):
 `joint`, what `nvit prune --no-train --refit --only widths tokens` leaves; `coarse`, the same with `--coarse 0.5`;
 `polished`, `joint` after `--polish 200`; `ToMe`, as many tokens merged in every block, with our op; `widths`, what it
-leaves without `tokens`; `depth`, the same with `--depth`; `Torch-Pruning`, its models of as many multiply-accumulates by
-Taylor importance, which reads labels (needs `pip install torch-pruning`; a target of latency is one of
+leaves without `tokens`; `depth`, the same with `--depth`; `Torch-Pruning`, its models of as many multiply-accumulates
+by Taylor importance, which reads labels (needs `pip install torch-pruning`; a target of latency is one of
 multiply-accumulates to it, and what it takes is measured).
 
 Calibration on images of imagenet_sample1000, labels unread; all of imagenet_val1300 is evaluated, cropped without
