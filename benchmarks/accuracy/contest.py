@@ -8,6 +8,7 @@ account. Latency is measured in turn with the dense model.
 from __future__ import annotations
 
 import copy
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -83,6 +84,14 @@ class Scale:
         }
 
 
+_BEGAN = time.monotonic()
+
+
+def say(line: str) -> None:
+    """A line of progress, with the seconds since the program began."""
+    print(f"{time.monotonic() - _BEGAN:6.1f} s  {line}", file=sys.stderr, flush=True)
+
+
 Made = dict[float, tuple[nn.Module, int]]
 """By target, a compact model and the images that it has been trained on."""
 
@@ -121,16 +130,29 @@ class Contest:
             model = self.host().to(self.device)
             nvit.snapshot.save(path, self.trained(model, self.scale.dense_images, self.scale.rates[-1], None))
         model = nvit.load(path, device=str(self.device))
-        if self.rows.find(target=1.0, method="dense") is None:
+        if self.row(1.0, "dense") is None:
             self._add(1.0, "dense", model, self.scale.dense_images, 0.0, self.right(model))
         return model
+
+    def row(self, target: float, method: str) -> dict[str, Any] | None:
+        """The row of a model; None where there is none, or one that says why there is no model."""
+        row = self.rows.find(target=target, method=method)
+        return None if row is None or row.get("failed") else row
+
+    def failed(self, method: str, why: Exception) -> None:
+        """Say so in the rows of a method that has none yet."""
+        line = (str(why).strip().splitlines() or [""])[0][:200]
+        for target in self.missing(method):
+            self.rows.add(target=target, method=method, failed=f"{type(why).__name__}: {line}")
 
     def _table(self) -> nvit.LatencyTable:
         file = self.work / "latency_table.json"
         if not file.exists():
             batch, seconds = self.scale.latency_batch, self.scale.table_seconds
             nvit.LatencyTable.measure(self.dense, batch, self.device, seconds=seconds).save(file)
-        return nvit.LatencyTable.load(file)
+        table = nvit.LatencyTable.load(file)
+        say(f"{table}")
+        return table
 
     def loader(self) -> Batches:
         """Training images, shuffled and augmented."""
@@ -154,14 +176,17 @@ class Contest:
     @torch.inference_mode()
     def right(self, model: nn.Module, images: Images | None = None) -> Tensor:
         """Right or wrong by evaluation image."""
-        batches = Batches(images or self.val, self.scale.size, 100, training=False)
+        batches = Batches(images or self.val, self.scale.size, max(100, self.scale.batch_size), training=False)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.scale.amp == "bf16"):
             return answers(model.eval(), batches).cpu()
 
+    def missing(self, method: str) -> tuple[float, ...]:
+        """Targets at which a method has no row of a model."""
+        return tuple(t for t in self.scale.targets if self.row(t, method) is None)
+
     def run(self, method: str) -> None:
         """Rows of a method at every target, unless they are there."""
-        missing = tuple(t for t in self.scale.targets if not self.rows.find(target=t, method=method))
-        for target, path in self.made(method, missing).items():
+        for target, path in self.made(method).items():
             known, model = nvit.snapshot.load_metrics(path), nvit.load(path, device=str(self.device))
             before = self.right(model, self.val.some(len(self.val) // 5))
             lr, small = self.best(model, self.scale.images - known["seen"])
@@ -169,17 +194,22 @@ class Contest:
             images, right = max(known["seen"], self.scale.images), self.right(small)
             self._add(target, method, small, images, known["prune_s"], right, before, lr=lr)
 
-    def made(self, method: str, targets: tuple[float, ...]) -> dict[float, Path]:
-        """Snapshots of a method's models, as pruning leaves them, made unless they are there."""
-        paths = {t: self.work / f"{method}-{t:g}-untrained" for t in targets}
+    def made(self, method: str) -> dict[float, Path]:
+        """Snapshots of a method's models that have no row yet, as pruning leaves them, made unless they are there."""
+        paths = {t: self.work / f"{method}-{t:g}-untrained" for t in self.missing(method)}
         if new := tuple(t for t, path in paths.items() if not path.exists()):
-            start, scale = time.process_time(), self.scale
+            # A CPU may be shared with others; on a GPU it is the device that takes the time.
+            clock = time.process_time if self.device.type == "cpu" else time.perf_counter
+            start, scale = clock(), self.scale
             self.scale = replace(scale, targets=new)
-            found = METHODS[method](self)
-            self.scale = scale
-            seconds = (time.process_time() - start) / len(found)
+            try:
+                found = METHODS[method](self)
+            finally:
+                self.scale = scale
+            seconds = (clock() - start) / len(found)
             for t, (model, seen) in found.items():
                 nvit.snapshot.save(paths[t], model, {"seen": seen, "prune_s": seconds})
+            say(f"{method}: pruned in {seconds * len(found):.1f} s")
         return paths
 
     def best(self, model: nn.Module, images: int) -> tuple[float, nn.Module]:
@@ -200,6 +230,10 @@ class Contest:
         row |= {"size": self.scale.size, "trained_on": images, "lr": lr or self.scale.rates[-1]}
         row |= {"evaluated": len(right), "prune_s": seconds}
         self.rows.add(**row, right=bits(right))
+        shown = ("top1", "untrained", "measured_ratio", "trained_on", "lr")
+        say(
+            f"{method}: " + ", ".join(f"{key} {row[key]:.4g}" for key in shown if isinstance(row.get(key), float | int))
+        )
 
     def latency(self, model: nn.Module) -> dict[str, float]:
         """As a share of dense, with its spread, as models are served on this device."""
@@ -272,8 +306,7 @@ def shaped(contest: Contest, of: str) -> Made:
 def torch_pruning(contest: Contest, **options: Any) -> Made:
     theirs = contest.host()
     theirs.load_state_dict(contest.dense.state_dict())
-    batches = [(x.cpu(), y.cpu()) for x, y in contest.calibration()]
-    theirs = shapes.with_gradients(theirs.cpu().eval(), batches)
+    theirs = shapes.with_gradients(theirs.to(contest.device).eval(), list(contest.calibration())).cpu()
     size = contest.scale.size
     return {
         t: (shapes.by_torch_pruning(contest.dense, theirs, contest.clock, t, size, **options), 0)
@@ -302,8 +335,9 @@ def needed(methods: Iterable[str]) -> str:
 
 def compare(rows: Resumed) -> None:
     """Say in our rows how many points they are ahead of the best peer at that target, with the 95 % interval."""
-    for row in [r for r in rows.rows if r["method"] in OURS]:
-        beside = [r for r in rows.rows if r["method"] in PEERS and str(r["target"]) == str(row["target"])]
+    there = [r for r in rows.rows if not r.get("failed")]
+    for row in [r for r in there if r["method"] in OURS]:
+        beside = [r for r in there if r["method"] in PEERS and str(r["target"]) == str(row["target"])]
         if not beside:
             continue
         best = max(beside, key=lambda r: float(r["top1"]))

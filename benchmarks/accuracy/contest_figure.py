@@ -19,7 +19,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str, pixels: int 
     images, top = int(dense["evaluated"]), float(dense["top1"])
     lines: dict[str, list[dict[str, Any]]] = {}
     for method in (*OURS, *PEERS):
-        mine = [r for r in rows if r["method"] == method]
+        mine = [r for r in rows if r["method"] == method and not r.get("failed")]
         if not mine:
             continue
         points = [{key: float(r[key]) for key in ("measured_ratio", "top1")} for r in mine]

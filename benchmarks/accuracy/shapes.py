@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,6 +26,9 @@ Clock = Callable[[nn.Module], Ratio] | None
 STEP = {"emb": 8, "heads": 1, "qk_dim": 4, "v_dim": 4, "mlp": 16}
 """What uniform widths are rounded to; none is narrower than one of nvit's bundles, where the latency table begins."""
 
+ALIGNED = 8
+"""What all widths are multiples of on a GPU: 16-bit products of others are slow, and a peer should not pay for that."""
+
 
 def kept(groups: Sequence[Group], scores: Mapping[str, Tensor], blocks: Sequence[BlockWidths]) -> Masks:
     """Masks that leave these widths, the units with the highest scores of every group; a width above the model's own
@@ -36,13 +40,12 @@ def kept(groups: Sequence[Group], scores: Mapping[str, Tensor], blocks: Sequence
     return masks
 
 
-def uniform(dense: Sequence[BlockWidths], share: float) -> tuple[BlockWidths, ...]:
-    """As large a share of every width; heads stay, of which DeiT-Ti has three."""
+def uniform(dense: Sequence[BlockWidths], share: float, aligned: int = 1) -> tuple[BlockWidths, ...]:
+    """As large a share of every width, a multiple of `aligned`; heads stay, of which DeiT-Ti has three."""
 
     def part(kind: str, width: int) -> int:
-        if kind == "heads":
-            return width
-        return min(width, max(BUNDLE_SIZES[kind], round(share * width / STEP[kind]) * STEP[kind]))
+        step = max(STEP[kind], aligned)
+        return width if kind == "heads" else min(width, max(BUNDLE_SIZES[kind], round(share * width / step) * step))
 
     return tuple(BlockWidths(**{kind: part(kind, getattr(b, kind)) for kind in STEP}) for b in dense)
 
@@ -56,11 +59,16 @@ def ruled(dense: Sequence[BlockWidths], emb: int, rule: Rule = REVIT) -> tuple[B
     )
 
 
-def family(of: str, dense: Sequence[BlockWidths]) -> list[tuple[BlockWidths, ...]]:
-    """Widths from wide to narrow, `uniform` or `revit`."""
+def family(of: str, dense: Sequence[BlockWidths], aligned: int = 1) -> list[tuple[BlockWidths, ...]]:
+    """Widths from wide to narrow, `uniform` or `revit`; the latter's are multiples of 8 as they are."""
     if of == "uniform":
-        return [uniform(dense, share / 100) for share in range(100, 9, -1)]
+        return [uniform(dense, share / 100, aligned) for share in range(100, 9, -1)]
     return [ruled(dense, emb) for emb in range(dense[0].emb, 15, -STEP["emb"])]
+
+
+def aligned_on(device: torch.device) -> int:
+    """What widths should be multiples of on a device."""
+    return ALIGNED if device.type == "cuda" else 1
 
 
 def shaped(
@@ -73,7 +81,7 @@ def shaped(
 ) -> nn.Module:
     """The dense model, prepared and left as it is, cut to the widths of a family that come nearest to a latency."""
     groups = adapters.find(model).groups(model)
-    every = family(of, widths(groups, full_masks(groups)))
+    every = family(of, widths(groups, full_masks(groups)), aligned_on(next(model.parameters()).device))
     ratios = [table.ratio(widths(groups, kept(groups, scores, blocks))) for blocks in every]
 
     def choose(ratio: float) -> tuple[float, Masks]:
@@ -108,11 +116,13 @@ def by_torch_pruning(
     """
     import torch_pruning as tp
 
-    device = next(dense.parameters()).device
+    device, known = next(dense.parameters()).device, {}
+    options |= {"input_size": (3, size, size), "bisections": 7, "known": known}
+    if (aligned := aligned_on(device)) > 1:
+        options |= {"round_to": aligned}
 
     def choose(ratio: float) -> tuple[float, nn.Module]:
-        importance = tp.importance.GroupTaylorImportance()
-        small, share = narrowed(theirs, ratio, importance, input_size=(3, size, size), bisections=7, **options)
+        small, share = narrowed(theirs, ratio, tp.importance.GroupTaylorImportance(), **options)
         return share, adopted(small, dense).to(device)
 
     return Aim(clock).hit(target, choose, lambda small: small)[0]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import itertools
+import multiprocessing
+import os
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks.accuracy.ablation_data import imagenet_model, imagenet_rows
 from benchmarks.accuracy.library import MODEL
+from nvit.utils.devices import sent
 
 PACK, WEIGHTS, SYNSETS = "tiny_imagenet200.npz", f"{MODEL}.safetensors", "imagenet_synsets.txt"
 MOST = 60 << 20
@@ -82,16 +86,21 @@ def pack(folder: Path, path: Path) -> None:
 
 
 def read(path: Path) -> dict[str, Images]:
-    """Both splits of such a file, decoded."""
+    """Both splits of such a file, decoded by all processors; to be called before CUDA starts, since they are forks."""
     held = np.load(path)
     classes = tuple(str(name) for name in held["wnids"])
     found = {}
     for split in SPLITS:
         raw, at = held[f"{split}_jpeg"].tobytes(), held[f"{split}_off"]
-        decoded = [Image.open(io.BytesIO(raw[a:b])).convert("RGB") for a, b in itertools.pairwise(at)]
-        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in decoded])).permute(0, 3, 1, 2)
+        with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+            jpegs = (raw[a:b] for a, b in itertools.pairwise(at))
+            pixels = torch.from_numpy(np.stack(list(pool.map(_decoded, jpegs, chunksize=500)))).permute(0, 3, 1, 2)
         found[split] = Images(pixels.contiguous(), torch.from_numpy(held[f"{split}_y"].astype(np.int64)), classes)
     return found
+
+
+def _decoded(jpeg: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
 
 
 def packed(root: Path, work: Path) -> Path:
@@ -123,7 +132,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         n, device = len(self.images), self.images.pixels.device
-        order = (torch.randperm(n) if self.training else torch.arange(n)).to(device)
+        order = sent(torch.randperm(n) if self.training else torch.arange(n), device)
         for b in range(len(self)):
             chosen = order[b * self.batch_size : (b + 1) * self.batch_size]
             x = self.images.pixels[chosen]
@@ -138,8 +147,9 @@ class Batches:
         """Each image moved by up to `PAD` pixels, the edge repeated, and half of them mirrored."""
         n, side, device = len(pixels), pixels.shape[-1], pixels.device
         at = torch.arange(side, device=device)
-        rows, columns = ((torch.randint(-PAD, PAD + 1, (n, 1)).to(device) + at).clamp(0, side - 1) for _ in range(2))
-        mirrored = (torch.rand(n, 1) < 0.5).to(device)
+        off = (sent(torch.randint(-PAD, PAD + 1, (n, 1)), device) for _ in range(2))  # while the last step still runs
+        rows, columns = ((o + at).clamp(0, side - 1) for o in off)
+        mirrored = sent(torch.rand(n, 1) < 0.5, device)
         columns = torch.where(mirrored, columns.flip(1), columns)
         which = torch.arange(n, device=device).view(n, 1, 1)
         return pixels.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

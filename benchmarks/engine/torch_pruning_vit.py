@@ -95,25 +95,32 @@ def narrowed(
     mlp_only: bool = False,
     input_size: tuple[int, ...] = (3, 224, 224),
     bisections: int = 13,
+    known: dict[float, tuple[nn.Module, float]] | None = None,
     **options,
 ) -> tuple[nn.Module, float]:
     """The narrowest model that Torch-Pruning makes of a copy of `model` with at least `share` of its MACs.
 
     Bisection on the pruning ratio, each time from the dense model in one step.
 
+    Args:
+        known: what earlier calls for other shares made by pruning ratio, to begin with; a second or two each.
+
     Returns:
         The model, and the share of MACs it has.
     """
     dense = macs(model, input_size)
+    known = {} if known is None else known
     found, kept = model, 1.0
     low, high = 0.0, 1.0
     for _ in range(bisections):
         middle = (low + high) / 2
-        small = twin_of(model)
-        ignored = all_but_hidden(small) if mlp_only else ()
-        pruner = pruner_of(small, middle, importance, input_size=input_size, ignored=ignored, **options)
-        pruner.step()
-        now = macs(finish(small, pruner), input_size) / dense
+        if middle not in known:
+            small = twin_of(model)
+            ignored = all_but_hidden(small) if mlp_only else ()
+            pruner = pruner_of(small, middle, importance, input_size=input_size, ignored=ignored, **options)
+            pruner.step()
+            known[middle] = small, macs(finish(small, pruner), input_size) / dense
+        small, now = known[middle]
         if now >= share:
             found, kept, low = small, now, middle
         else:

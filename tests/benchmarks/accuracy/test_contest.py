@@ -1,6 +1,9 @@
 """Every method of the contest at toy size: to its latency, trained alike, kept; and images that are augmented on the
 device."""
 
+import dataclasses
+import time
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -57,9 +60,11 @@ def toy(images, tmp_path_factory):
     chosen = tuple(m for m in gpu_evidence.CHOSEN if m in METHODS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_evidence, "rate", lambda mine: 0.01)  # images a second, so that the least are trained on
-        mine = gpu_evidence.evidence(
-            lambda scale: contest.Contest(scale, host, images, images, images, work, rows), TOY, 1000.0, chosen
+        scale = dataclasses.replace(TOY, images=0)  # as the seconds say
+        mine, well = gpu_evidence.evidence(
+            lambda scale: contest.Contest(scale, host, images, images, images, work, rows), scale, 1000.0, chosen
         )
+    assert well
     for method in METHODS:
         mine.run(method)
     contest.compare(rows)
@@ -106,9 +111,26 @@ def test_seconds_say_how_many_images_and_late_methods_are_left_out(toy, monkeypa
     assert gpu_evidence.allotted(toy, 1e6, 5) == 16, "what a run was given stays"
     (toy.work / "images.txt").unlink()
     spent = 5 * gpu_evidence.APART + toy.scale.decisions * gpu_evidence.DECISION
-    assert gpu_evidence.allotted(toy, spent + 100, 5) == 48  # 5 images/s for 10 s with each of two rates, in batches
-    gpu_evidence.evidence(lambda scale: toy, TOY, -1.0, ("uniform", "random"))
-    assert "random: left out" in capsys.readouterr().err
+    end = time.monotonic() + (spent + 101) / gpu_evidence.MARGIN
+    assert gpu_evidence.allotted(toy, end, 5) == 48  # 5 images/s for 10 s with each of two rates, in batches
+    assert gpu_evidence.evidence(lambda scale: toy, TOY, -1.0, ("uniform", "magnitude"))[1]
+    assert "magnitude: left out" in capsys.readouterr().err
+
+
+def test_a_method_that_fails_says_so_in_its_row_and_others_go_on(toy, monkeypatch, capsys):
+    toy.rows.rows = [r for r in toy.rows.rows if r["method"] != "random"]
+    broken = monkeypatch.context
+    with broken() as patch:
+        patch.setitem(contest.METHODS, "random", lambda mine: 1 / 0)
+        assert not gpu_evidence.evidence(lambda scale: toy, toy.scale, 1000.0, ("random", "magnitude"))[1]
+    (row,) = (r for r in rows_of(toy.work / "curve_cpu.csv") if r["method"] == "random")
+    assert row["failed"] == "ZeroDivisionError: division by zero" and not row["top1"]
+    assert "random: failed" in capsys.readouterr().err and toy.rows.find(target=0.7, method="magnitude")["top1"]
+    contest_figure.plot(toy.rows.rows, toy.work / "without.png", "toy")
+    with broken() as patch:  # and is tried again
+        patch.setattr(contest.Contest, "run", contest.Contest.made)
+        assert gpu_evidence.evidence(lambda scale: toy, toy.scale, 1000.0, ("random",))[1]
+    toy.rows.rows = [r for r in toy.rows.rows if r["method"] != "random"]
 
 
 def test_a_peer_that_is_missing_is_named_first(monkeypatch):
@@ -122,6 +144,7 @@ def test_widths_of_a_family_shrink_from_the_dense_model_on():
     every = shapes.family("uniform", dense)
     assert every[0] == dense and every[40][0] == BlockWidths(112, 3, 40, 40, 464)
     first, middle = shapes.ruled(dense, 128)[:2]
+    assert shapes.uniform(dense, 0.7)[0].qk_dim == 44 and shapes.uniform(dense, 0.7, shapes.ALIGNED)[0].qk_dim == 48
     # Half of the heads, query/key dims and hidden units outside of the middle; never wider than the model.
     assert (first, middle) == (BlockWidths(128, 2, 8, 64, 384), BlockWidths(128, 2, 16, 64, 768))
     assert shapes.ruled(dense, 192)[1] == BlockWidths(192, 3, 16, 64, 768)
