@@ -1,11 +1,13 @@
 """Whole runs: snapshots at their targets, criteria, limits, tables, and what is refused."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import nvit
-from nvit import LatencyTable, PruneConfig, Pruner
+from nvit import LatencyTable, PruneConfig, Pruner, adapters
 from nvit.criteria.registry import CRITERIA
 from nvit.latency import clock, measure
 from nvit.structure import snapshot
@@ -164,6 +166,15 @@ def test_a_table_of_another_machine_is_refused():
     table.setting = clock.Setting("another CPU", "float32", 8, 5, 1, "torch")
     with pytest.raises(ValueError, match="latency table was measured with device another CPU"):
         nvit.prune(model, data, settings, table)
+
+
+def test_a_table_of_this_machine_is_taken_in_the_mode_that_it_was_measured_in():
+    """On a GPU that is graph replays, which no CPU has."""
+    model, data, settings, table = arguments()
+    here = clock.current_setting("cpu", torch.float32, 8, adapters.find(model).tokens(model))
+    table.setting = dataclasses.replace(here, mode="graph")
+    result = nvit.prune(model, data, dataclasses.replace(settings, measure_seconds=0.0), table)
+    assert result.table.setting.mode == "graph"
 
 
 def test_without_a_table_one_is_measured(monkeypatch):

@@ -1,6 +1,7 @@
 """Every method of the contest at toy size: to its latency, trained alike, kept; and images that are augmented on the
 device."""
 
+import copy
 import dataclasses
 import time
 
@@ -9,6 +10,7 @@ import PIL.Image
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save_file
 
 import nvit
@@ -16,6 +18,7 @@ from benchmarks.accuracy import contest, contest_figure, gpu_evidence, shapes, t
 from benchmarks.accuracy.rows import Resumed, rows_of
 from benchmarks.accuracy.tiny_imagenet import Batches, Images
 from nvit.spec import BlockWidths
+from tests.fake_device import FAKE, FakeDevice, known_to_torch
 
 TOY = contest.Scale(
     size=32,
@@ -104,6 +107,23 @@ def test_a_model_that_was_pruned_is_not_pruned_again_and_takes_its_better_rate(t
     toy.held = Images(toy.val.pixels, toy.val.labels, toy.val.classes)
     toy.run("uniform")
     assert toy.rows.find(target=0.7, method="uniform")["lr"] == 3e-4
+
+
+@pytest.mark.long
+def test_nothing_of_a_contest_is_left_on_another_device(images, tmp_path, monkeypatch):
+    """Every way to narrow a model, trained and measured on a device that refuses tensors of the CPU's."""
+    known_to_torch(monkeypatch)
+    monkeypatch.setattr(Accelerator, "device", FAKE)
+    load, save = nvit.load, nvit.snapshot.save  # files know no such device
+    monkeypatch.setattr(nvit, "load", lambda path, device: load(path).to(device))
+    monkeypatch.setattr(nvit.snapshot, "save", lambda path, model, *a: save(path, copy.deepcopy(model).cpu(), *a))
+    nvit.LatencyTable.analytic(host()).save(tmp_path / "latency_table.json")
+    scale, rows = dataclasses.replace(TOY, rates=(1e-4,)), Resumed("curve", contest.KEY, folder=tmp_path)
+    with FakeDevice():
+        there = images.to(FAKE)
+        make = lambda scale: contest.Contest(scale, host, there, there, there, tmp_path, rows)  # noqa: E731
+        chosen = [m for m in METHODS if m not in ("magnitude", "ReViT-shaped")]
+        assert gpu_evidence.evidence(make, scale, 1000.0, chosen)[1], [r.get("failed") for r in rows.rows]
 
 
 def test_seconds_say_how_many_images_and_late_methods_are_left_out(toy, monkeypatch, capsys):
