@@ -22,6 +22,7 @@ seconds are too few to say anything.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import gc
 import sys
@@ -32,7 +33,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch import nn
 
+import nvit
 from benchmarks import harness
 from benchmarks.accuracy.contest import KEY, OURS, PEERS, Contest, Scale, compare, needed, say
 from benchmarks.accuracy.contest_figure import plot
@@ -41,7 +44,8 @@ from benchmarks.accuracy.rows import Resumed
 from benchmarks.accuracy.tiny_imagenet import deit_tiny, luggage, packed, read
 from nvit.layers.functional import kernels
 
-CHOSEN = (OURS[1], OURS[0], *PEERS[:1], *PEERS[2:4])
+ITERATIVE = OURS[1]
+CHOSEN = (ITERATIVE, OURS[0], *PEERS[:1], *PEERS[2:4])
 SCALE = Scale(
     size=160,
     targets=(0.5,),
@@ -60,9 +64,10 @@ SMOKE = dataclasses.replace(
     images=8192,
     pruning_images=6144,
     decisions=3,
-    calibration=1024,
-    rates=(2e-4,),
+    calibration=600,
+    rates=SCALE.rates[:1],
     seconds=0.2,
+    table_seconds=3.0,
 )
 """The same shapes, hardly trained: eight steps between decisions, of which some are captured and replayed."""
 
@@ -80,25 +85,26 @@ MARGIN = 0.9
 """Of the seconds left, what training may be meant to take."""
 
 
-def rate(mine: Contest, batches: int = 20) -> float:
-    """Images a second while the dense model is trained towards itself, what begins a run left out."""
+def rate(mine: Contest, model: nn.Module, batches: int = 20) -> float:
+    """Images a second while a model is trained towards the dense one, what begins a run left out."""
     size, took = mine.scale.batch_size, []
     for steps in (batches, 3 * batches):
         start = time.monotonic()
-        mine.trained(mine.host().to(mine.device), steps * size, mine.scale.rates[0], mine.dense)
+        mine.trained(copy.deepcopy(model), steps * size, mine.scale.rates[0], mine.dense)
         took.append(time.monotonic() - start)
     return 2 * batches * size / max(took[1] - took[0], 1e-3)
 
 
-def allotted(mine: Contest, end: float, methods: int) -> int:
+def allotted(mine: Contest, end: float, methods: Sequence[str]) -> int:
     """Images that every model is trained on, once with each learning rate, so that all are done about when
     `time.monotonic()` is `end`; what a run in this folder was given before stays."""
     file = mine.work / "images.txt"
     if not file.exists():
-        fast = rate(mine)
-        left = MARGIN * (end - time.monotonic()) - methods * APART - mine.scale.decisions * DECISION
+        small = [path for m in methods if m != ITERATIVE for path in mine.made(m).values()]
+        fast = rate(mine, nvit.load(small[0], device=str(mine.device)) if small else mine.dense)
+        left = MARGIN * (end - time.monotonic()) - len(methods) * APART - mine.scale.decisions * DECISION
         size, most = mine.scale.batch_size, EPOCHS * len(mine.train)
-        images = max(4 * size, min(most, round(fast * left / methods / len(mine.scale.rates))) // size * size)
+        images = max(4 * size, min(most, round(fast * left / len(methods) / len(mine.scale.rates))) // size * size)
         say(f"{fast:.0f} images/s; every model is trained on {images} in the {left:.0f} s left")
         file.write_text(str(images))
     return int(file.read_text())
@@ -132,9 +138,9 @@ def evidence(
     end = time.monotonic() + seconds
     mine = make(scale)
     say("the dense model is there")
-    well = [m for m in methods if m == OURS[1] or guarded(mine, m, mine.made)]  # the one that trains comes behind
+    well = [m for m in methods if m == ITERATIVE or guarded(mine, m, mine.made)]  # it trains as it prunes: behind
     if not scale.images:
-        images = allotted(mine, end, len(well))
+        images = allotted(mine, end, well)
         mine.scale = dataclasses.replace(scale, images=images, pruning_images=images // 2)
     failed = len(methods) - len(well)
     for done, method in enumerate(well):

@@ -62,7 +62,7 @@ def toy(images, tmp_path_factory):
     nvit.LatencyTable.analytic(host()).save(work / "latency_table.json")  # what is there is not measured
     chosen = tuple(m for m in gpu_evidence.CHOSEN if m in METHODS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_evidence, "rate", lambda mine: 0.01)  # images a second, so that the least are trained on
+        patch.setattr(gpu_evidence, "rate", lambda *_: 0.01)  # images a second, so that the least are trained on
         scale = dataclasses.replace(TOY, images=0)  # as the seconds say
         mine, well = gpu_evidence.evidence(
             lambda scale: contest.Contest(scale, host, images, images, images, work, rows), scale, 1000.0, chosen
@@ -127,12 +127,17 @@ def test_nothing_of_a_contest_is_left_on_another_device(images, tmp_path, monkey
 
 
 def test_seconds_say_how_many_images_and_late_methods_are_left_out(toy, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_evidence, "rate", lambda mine: 5.0)
-    assert gpu_evidence.allotted(toy, 1e6, 5) == 16, "what a run was given stays"
+    before = copy.deepcopy(toy.dense.state_dict())
+    assert gpu_evidence.rate(toy, toy.dense, batches=1) > 0
+    assert all(torch.equal(t, before[name]) for name, t in toy.dense.state_dict().items())
+    monkeypatch.setattr(gpu_evidence, "rate", lambda *_: 5.0)
+    assert gpu_evidence.allotted(toy, 1e6, gpu_evidence.CHOSEN) == 16, "what a run was given stays"
     (toy.work / "images.txt").unlink()
     spent = 5 * gpu_evidence.APART + toy.scale.decisions * gpu_evidence.DECISION
     end = time.monotonic() + (spent + 101) / gpu_evidence.MARGIN
-    assert gpu_evidence.allotted(toy, end, 5) == 48  # 5 images/s for 10 s with each of two rates, in batches
+    assert (
+        gpu_evidence.allotted(toy, end, gpu_evidence.CHOSEN) == 48
+    )  # 5 images/s for 10 s with each of two rates, in batches
     assert gpu_evidence.evidence(lambda scale: toy, TOY, -1.0, ("uniform", "magnitude"))[1]
     assert "magnitude: left out" in capsys.readouterr().err
 
