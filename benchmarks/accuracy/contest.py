@@ -66,6 +66,7 @@ class Scale:
     calibration: int = 400
     rates: tuple[float, ...] = (1e-4, 3e-4)
     amp: str = "bf16"
+    graphs: bool = True
     distill_weight: float = 10.0
     distill_tau: float = 2.0
     latency_batch: int = 8
@@ -79,6 +80,7 @@ class Scale:
             "lr": lr * 512 / self.batch_size,
             "grad_clip": 1.0,
             "amp": self.amp,
+            "graphs": self.graphs,
             "distill_weight": self.distill_weight,
             "distill_tau": self.distill_tau,
         }

@@ -159,6 +159,7 @@ def main() -> int:
     parser.add_argument("--targets", type=float, nargs="+", default=SCALE.targets, help="of latency, largest first")
     parser.add_argument("--smoke", action="store_true", help="every line once, into smoke/ of --work and --out")
     parser.add_argument("--kernels", action="store_true", help="fused kernels where they are faster")
+    parser.add_argument("--no-graphs", action="store_true", help="training steps run as they are, and slower")
     parser.add_argument("--work", type=Path, default=Path("runs/gpu_evidence"), help="folder of models")
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder of the CSV and the figure")
     args = parser.parse_args()
@@ -184,7 +185,8 @@ def main() -> int:
 
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans every shape anew, and pruned ones are many
     with kernels(args.kernels):
-        scale = dataclasses.replace(SMOKE if args.smoke else SCALE, targets=tuple(args.targets))
+        scale = SMOKE if args.smoke else SCALE
+        scale = dataclasses.replace(scale, targets=tuple(args.targets), graphs=not args.no_graphs)
         well = evidence(make, scale, args.seconds - (time.monotonic() - start))[1]
     figure = rows.path.with_suffix(".png")
     plot(rows.rows, figure, f"DeiT-Ti on Tiny-ImageNet, equal training, {rows.where['device']}")
