@@ -33,18 +33,20 @@ from nvit_kernels.ops.matmul import kernels as matmul
 from nvit_kernels.ops.matmul.op import ROWS
 from nvit_kernels.ops.merge_tokens import kernels as merge_tokens
 from nvit_kernels.ops.merge_tokens.op import FEW_ROWS as FEW_MERGED
+from nvit_kernels.ops.merge_tokens.op import KEYS_TILE as MERGED_KEYS
+from nvit_kernels.ops.merge_tokens.op import MEANS_TILE as MERGED_MEANS
 from nvit_kernels.ops.merge_tokens.op import ROWS as MERGED
-from nvit_kernels.ops.merge_tokens.op import blocks as merge_blocks
+from nvit_kernels.ops.merge_tokens.op import match_tile
 from nvit_kernels.ops.mlp import kernels as mlp_kernels
 from nvit_kernels.ops.mlp import whole as mlp
 from nvit_kernels.ops.swiglu import kernels as swiglu_kernels
 
 ARCHS = (80, 86, 89, 90, 100)
 INT64_POINTERS = {"pointers", "tiles", "reductions", "outputs", "contributions", "place"}
-INT32_POINTERS = {"index", "count", "heads", "heads_n"}
+INT32_POINTERS = {"index", "count", "heads", "heads_n", "stays", "following"}
 MASKS = {"mask", "qk_mask", "v_mask"}
 FLOAT_POINTERS = {"stats", "delta", "v_part", "qk_part", "bias_part", "part", "mean", "rstd", "workspace", "sums",
-                  "scores"}  # fmt: skip
+                  "scores", "unit"}  # fmt: skip
 FLOATS = {"scale", "scale_log2", "eps"}
 TENSORS = {"q", "k", "v", "o", "do", "dq", "dk", "dv", "bias", "window",  # attention
            "x", "w", "b", "y", "residual", "total", "dx", "dy", "dtotal",  # LayerNorm
@@ -181,18 +183,24 @@ def layer_norm_cases(width: int, kept: bool) -> Iterator[Case]:
 
 def merge_cases() -> Iterator[Case]:
     """Merging tokens behind a class token, with sizes; the gradient of the tokens, and of both."""
-    floats, in_fp32 = ("sizes", "total", "dsizes", "dtotal"), ("x", "y", "dx", "dy")
-    for tokens, exact in ((50, False), (257, False), (257, True)):
-        size = merge_blocks(tokens, 1, 64, 768, exact)
-        kinds = tuple((name, "*fp32") for name in floats + in_fp32 * exact)
-        constants = {"EXACT": exact, **{k: v for k, v in size.items() if k.startswith("BLOCK")}}
-        name = f"merge tokens {tokens}{' fp32' * exact}"
-        yield Case(name, merge_tokens.forward_kernel, constants, overrides=kinds, warps=size["num_warps"])
+    floats = tuple((name, "*fp32") for name in ("sizes", "total", "dsizes", "dtotal"))
+    for kind in ("*fp16", "*fp32"):
+        constants = MERGED_KEYS | dict(BLOCK_D=64)
+        yield Case(f"merge tokens keys{' fp32' * (kind == '*fp32')}", merge_tokens.keys_kernel, constants,
+                   overrides=(("keys", kind),))  # fmt: skip
+    for tokens in (50, 197):
+        tile = match_tile(tokens, 1, 64)
+        constants = {k: v for k, v in tile.items() if k.startswith("BLOCK")}
+        yield Case(f"merge tokens match {tokens}", merge_tokens.match_kernel, constants, overrides=floats,
+                   warps=tile["num_warps"])  # fmt: skip
     for sized in (True, False):
+        constants = MERGED_MEANS | ({} if sized else absent("sizes"))
+        yield Case(f"merge tokens means{' sizes' * sized}", merge_tokens.means_kernel, constants, overrides=floats)
         lists = {} if sized else absent("dtotal", "x", "sizes", "dsizes")
         constants = dict(BLOCK_M=FEW_MERGED if sized else MERGED, BLOCK_C=256, **lists)
-        kinds = tuple((name, "*fp32") for name in floats)
-        yield Case(f"merge tokens backward{' sizes' * sized}", merge_tokens.backward_kernel, constants, overrides=kinds)
+        yield Case(
+            f"merge tokens backward{' sizes' * sized}", merge_tokens.backward_kernel, constants, overrides=floats
+        )
 
 
 def cases() -> Iterator[Case]:

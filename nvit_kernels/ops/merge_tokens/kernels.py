@@ -1,8 +1,10 @@
-"""The kernels of merging tokens. A program has one image: similarities, ranks and means, with nothing in between.
+"""The kernels of merging tokens: keys become one a token, a program an image chooses by them, then rows are moved.
 
-Nothing is sorted: a token's rank is how many are nearer, its place is its own index less the sources before it, and
-both are sums over a tile of comparisons. A mean is a product of the sources' sizes, one row for each odd token, with
-the even tokens; even tokens that stay are copied.
+Nothing is sorted: a token's rank is how many are nearer, its place its own index less the sources before it, and both
+are sums over a tile of comparisons. What merges into a token is a chain: its first source, and after each source the
+next one. Rows are read and written once, and only those of sources a second time, by the token they merge into.
+
+Numbers of tokens are not specialised: they differ from block to block, and each would be compiled for anew.
 """
 
 from __future__ import annotations
@@ -11,121 +13,156 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
-def _mean_keys(keys, key_heads, dims, stride_h, stride_n, first, count, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Keys of every second token from `first` on, their mean over heads, at length 1: `(BLOCK_T, BLOCK_D)`."""
-    token, dim = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
-    there = (token < count)[:, None] & (dim < dims)[None, :]
-    at = keys + (first + 2 * token)[:, None] * stride_n + dim[None, :]
-    total = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    for h in range(0, key_heads):
-        total += tl.load(at + h * stride_h, mask=there, other=0.0).to(tl.float32)
-    total /= key_heads
-    length = tl.sqrt(tl.sum(total * total, 1))
-    return total / tl.maximum(length, 1e-12)[:, None]
-
-
-@triton.jit
-def forward_kernel(
-    x,  # (batch, tokens, width)
+@triton.jit(do_not_specialize=["tokens"])
+def keys_kernel(
     keys,  # (batch, heads, tokens, dims), dims side by side
-    sizes,  # (batch, tokens) float32; None: one each
-    y,  # out: (batch, tokens - r, width)
-    total,  # out: (batch, tokens - r) float32
-    place,  # out: (batch, tokens) int64
+    unit,  # out: (batch, tokens, dims) float32, their mean over heads at length 1
     tokens,
-    width,
-    r,
-    prefix,
     key_heads,
     dims,
     stride_b,  # of keys
     stride_h,
     stride_n,
-    BLOCK_T: tl.constexpr,  # holds the even tokens
+    BLOCK_M: tl.constexpr,  # tokens
     BLOCK_D: tl.constexpr,
-    BLOCK_C: tl.constexpr,  # channels at a time
-    BLOCK_O: tl.constexpr,  # odd tokens at a time
-    EXACT: tl.constexpr,  # the product's operands are float32
+    BLOCK_H: tl.constexpr,  # heads at a time
 ):
-    image = tl.program_id(0).to(tl.int64)
-    left, evens, odds = tokens - r, (tokens - prefix + 1) // 2, (tokens - prefix) // 2
-    token = tl.arange(0, BLOCK_T)
-    even_at, even = prefix + 2 * token, token < evens
+    """A program has some tokens of one image."""
+    down = tl.cdiv(tokens, BLOCK_M)
+    image = (tl.program_id(0) // down).to(tl.int64)
+    token, dim = (tl.program_id(0) % down) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    there = (token < tokens)[:, None] & (dim < dims)[None, :]
+    at = keys + image * stride_b + token[:, None] * stride_n + dim[None, :]
+    total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for some in range(0, key_heads, BLOCK_H):
+        for h in tl.static_range(BLOCK_H):  # unrolled, so that loads wait for memory together
+            head = some + h
+            total += tl.load(at + head * stride_h, mask=there & (head < key_heads), other=0.0).to(tl.float32)
+    total /= key_heads
+    length = tl.maximum(tl.sqrt(tl.sum(total * total, 1)), 1e-12)
+    tl.store(unit + image * tokens * dims + token[:, None] * dims + dim[None, :], total / length[:, None], mask=there)
 
-    keys += image * stride_b
-    mine = _mean_keys(keys, key_heads, dims, stride_h, stride_n, prefix, evens, BLOCK_T, BLOCK_D)
-    nearness = tl.full([BLOCK_T], -2.0, tl.float32)  # what a NaN never exceeds
-    partner = tl.zeros([BLOCK_T], tl.int32)
-    for start in range(0, odds, BLOCK_O):
-        other = start + tl.arange(0, BLOCK_O)
-        first = prefix + 1 + 2 * start
-        theirs = _mean_keys(keys, key_heads, dims, stride_h, stride_n, first, odds - start, BLOCK_O, BLOCK_D)
-        likeness = tl.dot(mine, tl.trans(theirs), input_precision="tf32x3")
-        likeness = tl.where((likeness == likeness) & (other < odds)[None, :], likeness, -2.0)
-        most = tl.max(likeness, 1)
-        nearest = tl.min(tl.where(likeness == most[:, None], other[None, :], 2 * BLOCK_T), 1)
-        partner = tl.where(most > nearness, nearest, partner)
-        nearness = tl.maximum(most, nearness)
+
+@triton.jit(do_not_specialize=["tokens", "r", "prefix"])
+def match_kernel(
+    unit,  # (batch, tokens, dims) float32
+    sizes,  # (batch, tokens) float32; None: one each
+    total,  # out: (batch, tokens - r) float32
+    place,  # out: (batch, tokens) int64
+    stays,  # out: (batch, tokens - r) int32, the token at each place that stays there
+    following,  # out: (batch, tokens) int32, its first source, of a source the next one; negative: none
+    tokens,
+    r,
+    prefix,
+    dims,
+    BLOCK_T: tl.constexpr,  # holds the even tokens
+    BLOCK_D: tl.constexpr,  # dims at a time
+):
+    """A program has one image."""
+    image = tl.program_id(0).to(tl.int64)
+    evens, odds = (tokens - prefix + 1) // 2, (tokens - prefix) // 2
+    token, some = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
+    even, odd = token < evens, token < odds
+
+    unit += (image * tokens + prefix) * dims
+    likeness = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)  # (even token, odd token)
+    for d in range(0, dims, BLOCK_D):
+        inside = (d + some < dims)[None, :]
+        at = unit + 2 * token[:, None] * dims + d + some[None, :]
+        mine = tl.load(at, mask=even[:, None] & inside, other=0.0)
+        theirs = tl.load(at + dims, mask=odd[:, None] & inside, other=0.0)
+        likeness += tl.dot(mine, tl.trans(theirs), input_precision="tf32x3")
+    likeness = tl.where((likeness == likeness) & odd[None, :], likeness, -2.0)  # a NaN is nobody's nearest
+    nearness = tl.max(likeness, 1)
+    partner = tl.min(tl.where(likeness == nearness[:, None], token[None, :], BLOCK_T), 1)
+
+    # Sums go down the columns of a tile: of a vector along a row a thread holds few elements, down a column many.
+    even_at, odd_at = prefix + 2 * token, prefix + 1 + 2 * token
     nearness = tl.where(even, nearness, -3.0)
-    nearer = nearness[None, :] > nearness[:, None]
-    earlier = (nearness[None, :] == nearness[:, None]) & (token[None, :] < token[:, None])
-    leaves = tl.sum((nearer | earlier).to(tl.int32), 1) < r
-    # Sources before an odd token are those up to the even one beside it.
-    gone = tl.sum(tl.where(leaves[None, :] & (token[None, :] < token[:, None]), 1, 0), 1)
-    gone_at_partner = tl.sum(tl.where(leaves[None, :] & (token[None, :] <= partner[:, None]), 1, 0), 1)
-    even_to = tl.where(leaves, prefix + 2 * partner + 1 - gone_at_partner, even_at - gone)
+    nearer = nearness[:, None] > nearness[None, :]
+    earlier = (nearness[:, None] == nearness[None, :]) & (token[:, None] < token[None, :])
+    leaves = tl.sum((nearer | earlier).to(tl.int32), 0) < r
+    remains = even & (leaves == 0)
+    # Sources before an odd token are those up to the even one beside it; before an even one that stays, the same.
+    gone = tl.sum((leaves[:, None] & (token[:, None] <= token[None, :])).to(tl.int32), 0)
+    even_to, odd_to = even_at - gone, odd_at - gone
+    target = leaves[None, :] & (token[:, None] == partner[None, :])  # (odd token, source that merges into it)
+    source_to = tl.sum(tl.where(target, odd_to[:, None], 0), 0)
+    beside = leaves[:, None] & (partner[:, None] == partner[None, :]) & (token[:, None] > token[None, :])
+    next_source = tl.min(tl.where(beside, even_at[:, None], tokens), 0)
 
     place += image * tokens
-    x += image * tokens * width
-    y += image * left * width
-    total += image * left
-    even_size = even.to(tl.float32)
+    following += image * tokens
+    total += image * (tokens - r)
+    stays += image * (tokens - r)
+    tl.store(place + even_at, tl.where(leaves, source_to, even_to).to(tl.int64), mask=even)
+    tl.store(place + odd_at, odd_to.to(tl.int64), mask=odd)
+    tl.store(stays + even_to, even_at, mask=remains)
+    tl.store(stays + odd_to, odd_at, mask=odd)
+    tl.store(following + even_at, tl.where(leaves & (next_source < tokens), next_source, -1), mask=even)
+    even_size, odd_size = even.to(tl.float32), odd.to(tl.float32)
     if sizes is not None:
         sizes += image * tokens
         even_size = tl.load(sizes + even_at, mask=even, other=0.0)
-    tl.store(place + even_at, even_to.to(tl.int64), mask=even)
-    tl.store(total + even_to, even_size, mask=even & (leaves == 0))
-    for c in range(0, width, BLOCK_C):  # even tokens that stay are copied
-        col = c + tl.arange(0, BLOCK_C)
-        inside = (even & (leaves == 0))[:, None] & (col < width)[None, :]
-        row = tl.load(x + even_at[:, None] * width + col[None, :], mask=inside, other=0.0)
-        tl.store(y + even_to[:, None] * width + col[None, :], row, mask=inside)
-    for start in range(0, prefix, BLOCK_O):  # what never merges
-        row = start + tl.arange(0, BLOCK_O)
-        tl.store(place + row, row.to(tl.int64), mask=row < prefix)
-        size = tl.full([BLOCK_O], 1.0, tl.float32)
+        odd_size = tl.load(sizes + odd_at, mask=odd, other=0.0)
+    merges = leaves[:, None] & (partner[:, None] == token[None, :])  # (source, odd token it merges into)
+    first_source = tl.min(tl.where(merges, even_at[:, None], tokens), 0)
+    tl.store(following + odd_at, tl.where(first_source < tokens, first_source, -1), mask=odd)
+    tl.store(total + even_to, even_size, mask=remains)
+    tl.store(total + odd_to, odd_size + tl.sum(tl.where(merges, even_size[:, None], 0.0), 0), mask=odd)
+    for start in range(0, prefix, BLOCK_T):  # what never merges
+        row = start + tl.arange(0, BLOCK_T)
+        size = tl.full([BLOCK_T], 1.0, tl.float32)
         if sizes is not None:
             size = tl.load(sizes + row, mask=row < prefix, other=0.0)
+        tl.store(place + row, row.to(tl.int64), mask=row < prefix)
+        tl.store(following + row, tl.full([BLOCK_T], -1, tl.int32), mask=row < prefix)
+        tl.store(stays + row, row, mask=row < prefix)
         tl.store(total + row, size, mask=row < prefix)
-        for c in range(0, width, BLOCK_C):
-            col = c + tl.arange(0, BLOCK_C)
-            inside = (row < prefix)[:, None] & (col < width)[None, :]
-            at = row[:, None] * width + col[None, :]
-            tl.store(y + at, tl.load(x + at, mask=inside, other=0.0), mask=inside)
-    for start in range(0, odds, BLOCK_O):
-        other = start + tl.arange(0, BLOCK_O)
-        odd, odd_at = other < odds, prefix + 1 + 2 * other
-        odd_to = odd_at - tl.sum(tl.where(leaves[None, :] & (token[None, :] <= other[:, None]), 1, 0), 1)
-        odd_size = odd.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["tokens", "left"])
+def means_kernel(
+    x,  # (batch, tokens, width)
+    sizes,  # (batch, tokens) float32; None: one each
+    y,  # out: (batch, left, width)
+    total,  # (batch, left) float32
+    stays,  # (batch, left) int32
+    following,  # (batch, tokens) int32
+    tokens,
+    left,
+    width,
+    BLOCK_M: tl.constexpr,  # rows of y
+    BLOCK_C: tl.constexpr,
+):
+    """A program has some rows of one image, some channels: each is the token that stays, a step towards every source.
+
+    So a token that nothing merges into, and equal tokens, come out to the bit as they were.
+    """
+    across, down = tl.cdiv(width, BLOCK_C), tl.cdiv(left, BLOCK_M)
+    tile, column = tl.program_id(0) // across, tl.program_id(0) % across
+    image = (tile // down).to(tl.int64)
+    row = (tile % down) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = column * BLOCK_C + tl.arange(0, BLOCK_C)
+    there, inside = row < left, (col < width)[None, :]
+    x += image * tokens * width
+    following += image * tokens
+    token = tl.load(stays + image * left + row, mask=there, other=0)
+    source = tl.load(following + token, mask=there, other=-1)
+    whole = tl.load(total + image * left + row, mask=there, other=1.0)
+    mine = tl.load(x + token[:, None] * width + col[None, :], mask=there[:, None] & inside, other=0.0)
+    mine = mine.to(tl.float32)
+    mean = mine
+    while tl.max(source, 0) >= 0:
+        merges = source >= 0
+        share = 1 / whole
         if sizes is not None:
-            odd_size = tl.load(sizes + odd_at, mask=odd, other=0.0)
-        from_even = tl.where(leaves[None, :] & (partner[None, :] == other[:, None]), even_size[None, :], 0.0)
-        size = odd_size + tl.sum(from_even, 1)
-        tl.store(place + odd_at, odd_to.to(tl.int64), mask=odd)
-        tl.store(total + odd_to, size, mask=odd)
-        share = tl.where(odd, odd_size / tl.maximum(size, 1e-12), 0.0)
-        if not EXACT:
-            from_even = from_even.to(x.dtype.element_ty)
-        for c in range(0, width, BLOCK_C):
-            col = c + tl.arange(0, BLOCK_C)
-            inside = (col < width)[None, :]
-            even_x = tl.load(x + even_at[:, None] * width + col[None, :], mask=even[:, None] & inside, other=0.0)
-            odd_x = tl.load(x + odd_at[:, None] * width + col[None, :], mask=odd[:, None] & inside, other=0.0)
-            mean = tl.dot(from_even, even_x, input_precision="ieee") / tl.maximum(size, 1e-12)[:, None]
-            mean += odd_x.to(tl.float32) * share[:, None]  # a token that nothing merges into stays as it is
-            at = odd_to[:, None] * width + col[None, :]
-            tl.store(y + at, mean.to(y.dtype.element_ty), mask=odd[:, None] & inside)
+            share = tl.load(sizes + image * tokens + source, mask=merges, other=0.0) / whole
+        theirs = tl.load(x + source[:, None] * width + col[None, :], mask=merges[:, None] & inside, other=0.0)
+        mean = tl.where(merges[:, None], mean + (theirs.to(tl.float32) - mine) * share[:, None], mean)
+        source = tl.load(following + source, mask=merges, other=-1)
+    at = y + image * left * width + row[:, None] * width + col[None, :]
+    tl.store(at, mean.to(y.dtype.element_ty), mask=there[:, None] & inside)
 
 
 @triton.jit

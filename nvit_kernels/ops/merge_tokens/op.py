@@ -18,7 +18,7 @@ from nvit_kernels.launch import (
     remember,
     stays_one_operator,
 )
-from nvit_kernels.ops.merge_tokens.kernels import backward_kernel, forward_kernel
+from nvit_kernels.ops.merge_tokens.kernels import backward_kernel, keys_kernel, match_kernel, means_kernel
 from nvit_kernels.ops.merge_tokens.reference import check
 from nvit_kernels.tuning import Launch
 
@@ -28,28 +28,28 @@ MOST_TOKENS, WIDEST_KEY = 256, 128
 ROWS, FEW_ROWS = (512, 512) if INTERPRET else (16, 4)
 """Tokens of a program of the backward; few where sizes have a gradient."""
 
-_plans: dict[tuple, Launch] = {}
+KEYS_TILE = dict(BLOCK_M=512, BLOCK_H=1) if INTERPRET else dict(BLOCK_M=32, BLOCK_H=4)
+"""Tokens of a program that takes keys together, and heads whose loads wait together."""
+
+MEANS_TILE = dict(BLOCK_M=256, BLOCK_C=1024) if INTERPRET else dict(BLOCK_M=32, BLOCK_C=64)
+"""Rows and channels of a program that means tokens. 64 divides the usual widths, and is a line of cache in 16 bits."""
+
+_plans: dict[tuple, tuple[Launch, ...] | Launch] = {}
 
 
-def blocks(tokens: int, prefix: int, dims: int, width: int, exact: bool) -> dict[str, int]:
-    """Tile sizes and warps of the forward kernel; smaller for float32, whose products take more registers."""
+def match_tile(tokens: int, prefix: int, dims: int) -> dict[str, int]:
+    """Tile sizes and warps of the kernel that has an image a program."""
     half = power_of_two((tokens - prefix + 1) // 2 or 1)
-    wide = INTERPRET and power_of_two(width)
-    return dict(
-        BLOCK_T=half,
-        BLOCK_D=power_of_two(dims),
-        BLOCK_C=wide or (16 if exact else 32),
-        BLOCK_O=128 if INTERPRET else 16 if exact else 32,
-        num_warps=8 if half > 32 else 4,
-    )
+    return dict(BLOCK_T=half, BLOCK_D=power_of_two(dims) if INTERPRET else 16, num_warps=8 if half > 32 else 4)
 
 
-def _plan(x: Tensor, keys: Tensor, sizes: Tensor | None, r: int, prefix: int) -> Launch:
+def _plan(x: Tensor, keys: Tensor, sizes: Tensor | None, r: int, prefix: int) -> tuple[Launch, ...]:
     key = (*describe(x, keys, sizes), r, prefix)
     return _plans.get(key) or remember(_plans, key, _new_plan(x, keys, sizes, r, prefix))
 
 
-def _new_plan(x: Tensor, keys: Tensor, sizes: Tensor | None, r: int, prefix: int) -> Launch:
+def _new_plan(x: Tensor, keys: Tensor, sizes: Tensor | None, r: int, prefix: int) -> tuple[Launch, ...]:
+    """Launches of the three kernels."""
     check(x, keys, sizes, r, prefix)
     (batch, tokens, width), (_, heads, _, dims) = x.shape, keys.shape
     if tokens - prefix > MOST_TOKENS or dims > WIDEST_KEY:
@@ -57,12 +57,17 @@ def _new_plan(x: Tensor, keys: Tensor, sizes: Tensor | None, r: int, prefix: int
             f"{tokens - prefix} tokens with keys of {dims} dims do not fit one program ({MOST_TOKENS}, {WIDEST_KEY}); "
             "use the reference instead"
         )
-    stride_b, stride_h, stride_n = keys.stride()[:3]
-    sizes_of = dict(tokens=tokens, width=width, r=r, prefix=prefix, key_heads=heads, dims=dims)
-    strides = dict(stride_b=stride_b, stride_h=stride_h, stride_n=stride_n)
-    exact = x.dtype == torch.float32
-    fixed = dict(**sizes_of, **strides, EXACT=exact, **blocks(tokens, prefix, dims, width, exact))
-    return Launch(forward_kernel, (batch,), fixed)
+    left, cdiv = tokens - r, triton.cdiv
+    strides = dict(zip(("stride_b", "stride_h", "stride_n"), keys.stride(), strict=False))
+    of_keys = dict(tokens=tokens, key_heads=heads, dims=dims, **strides, BLOCK_D=power_of_two(dims), **KEYS_TILE)
+    of_image = dict(tokens=tokens, r=r, prefix=prefix, dims=dims, **match_tile(tokens, prefix, dims))
+    of_rows = dict(tokens=tokens, left=left, width=width, **MEANS_TILE)
+    programs = cdiv(left, MEANS_TILE["BLOCK_M"]) * cdiv(width, MEANS_TILE["BLOCK_C"])
+    return (
+        Launch(keys_kernel, (batch * cdiv(tokens, KEYS_TILE["BLOCK_M"]),), of_keys),
+        Launch(match_kernel, (batch,), of_image),
+        Launch(means_kernel, (batch * programs,), of_rows),
+    )
 
 
 def launch(x: Tensor, keys: Tensor, sizes: Tensor | None, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,12 +78,16 @@ def launch(x: Tensor, keys: Tensor, sizes: Tensor | None, r: int, prefix: int) -
     """
     x, sizes = x.contiguous(), None if sizes is None else sizes.float().contiguous()
     keys = keys if keys.stride(-1) == 1 else keys.contiguous()
-    run = _plan(x, keys, sizes, r, prefix)
+    take_keys, match, means = _plan(x, keys, sizes, r, prefix)
     batch, tokens, width = x.shape
     y, total = x.new_empty(batch, tokens - r, width), x.new_empty(batch, tokens - r, dtype=torch.float32)
     place = torch.empty(batch, tokens, dtype=torch.int64, device=x.device)
+    stays, following = torch.empty_like(total, dtype=torch.int32), torch.empty_like(place, dtype=torch.int32)
+    unit = torch.empty(batch, tokens, keys.shape[-1], dtype=torch.float32, device=x.device)
     with on_device(x):
-        run(x, keys, sizes, y, total, place)
+        take_keys(keys, unit)
+        match(unit, sizes, total, place, stays, following)
+        means(x, sizes, y, total, stays, following)
     return y, total, place
 
 
@@ -177,7 +186,7 @@ operator.register_autograd(_differentiate, setup_context=_save)
 def merge_tokens(
     x: Tensor, keys: Tensor, sizes: Tensor | None, r: int, prefix: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fused `reference.merge_tokens`, which says what the arguments are. In bfloat16 sizes are exact up to 256."""
+    """Fused `reference.merge_tokens`, which says what the arguments are."""
     if stays_one_operator(x, keys):
         return operator(x, keys.detach(), sizes, r, prefix)
     if torch.is_grad_enabled():

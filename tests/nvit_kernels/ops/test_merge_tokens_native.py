@@ -11,66 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from nvit.layers import functional as engine
 from nvit_kernels import _native, functional, reference
 from nvit_kernels.ops.merge_tokens import native
+from tests.nvit_kernels.merged import check_choice, check_means, given_tokens, likeness_of, place_by_definition
 
 pytestmark = pytest.mark.skipif(native.operator() is None, reason=_native.load().why_not_cpu or "an older library")
-
-CLOSE = 1e-5
-"""Cosines nearer to each other than this may change places by rounding."""
-
-
-def given_tokens(batch, tokens, heads=3, dims=24, width=20, sizes=True, seed=0):
-    """x, keys as a fused projection gives them, sizes or None."""
-    g = torch.Generator().manual_seed(seed)
-    qkv = torch.randn(batch, tokens, 3 * heads * dims, generator=g)
-    keys = qkv.unflatten(-1, (3, heads, dims)).permute(2, 0, 3, 1, 4)[1]
-    counts = torch.randint(1, 5, (batch, tokens), generator=g).float()
-    return torch.randn(batch, tokens, width, generator=g), keys, counts if sizes else None
-
-
-def likeness_of(keys, prefix):
-    """Cosines of even and odd tokens in float64; a NaN is nobody's nearest."""
-    mean = torch.nn.functional.normalize(keys.double().mean(1), dim=-1)[:, prefix:]
-    return (mean[:, ::2] @ mean[:, 1::2].mT).nan_to_num(nan=-2.0)
-
-
-def place_by_definition(keys, r, prefix):
-    """Where each token goes, image by image and token by token."""
-    places = []
-    for likeness in likeness_of(keys, prefix):
-        order = sorted(range(len(likeness)), key=lambda i: -float(likeness[i].max())) if r else []
-        into = {prefix + 2 * i: prefix + 1 + 2 * int(likeness[i].argmax()) for i in order[:r]}
-        stays = [n for n in range(keys.shape[2]) if n not in into]
-        places.append([stays.index(into.get(n, n)) for n in range(keys.shape[2])])
-    return torch.tensor(places, dtype=torch.int64).view(keys.shape[0], keys.shape[2])
-
-
-def check_means(x, sizes, y, total, place):
-    """Means and sizes follow from places: in float64, and to the bit where nothing merges."""
-    weights = torch.ones(x.shape[:2]).double() if sizes is None else sizes.double()
-    sums = torch.zeros(y.shape, dtype=torch.float64)
-    sums.scatter_add_(1, place[..., None].expand_as(x), x.double() * weights[..., None])
-    exact = torch.zeros(total.shape, dtype=torch.float64).scatter_add_(1, place, weights)
-    assert torch.equal(total.double(), exact)
-    torch.testing.assert_close(y.double(), sums / exact[..., None], rtol=0, atol=4e-6)
-    alone = torch.zeros(total.shape).scatter_add_(1, place, torch.ones(x.shape[:2])).gather(1, place) == 1
-    assert torch.equal(reference.unmerge_tokens(y, place)[alone], x[alone])
-
-
-def check_choice(likeness, r, prefix, place):
-    """Sources go to the most alike odd token, and are nearest of all, as far as float32 can tell."""
-    for each, where in zip(likeness, place, strict=True):
-        even, odd = where[prefix::2], where[prefix + 1 :: 2]
-        goes = (even[:, None] == odd[None, :]).double()
-        leaves = goes.any(1)
-        assert int(leaves.sum()) == r
-        if r:
-            nearness = each.max(1).values
-            assert ((goes * (nearness[:, None] - each))[leaves] < CLOSE).all()
-            others = nearness[~leaves]
-            assert not len(others) or nearness[leaves].min() > others.max() - CLOSE
-        stays = torch.ones(len(where), dtype=torch.bool)
-        stays[prefix::2] = ~leaves
-        assert torch.equal(where[stays], torch.arange(len(where) - r))
 
 
 @settings(max_examples=60)
