@@ -96,7 +96,7 @@ def stages() -> list[Stage]:
     engine = ("tyro", "timm", "accelerate")
     kernels = "benchmarks.kernels"
     step = "benchmarks.engine.training_step"
-    ops = ("attention", "kept_layer_norm", "mlp", "group_dot")
+    ops = ("attention", "kept_layer_norm", "mlp", "group_dot", "merge_tokens")
     checks = [module(kernels, "--gate", op) for op in ops]
     if importlib.util.find_spec("tyro"):
         checks.append(module(step, "--only-compile"))
@@ -108,6 +108,7 @@ def stages() -> list[Stage]:
         Stage("attention", 80, [module(kernels, "attention", "--out", "OUT")]),
         Stage("kept_layer_norm", 25, [module(kernels, "kept_layer_norm", "--out", "OUT")]),
         Stage("mlp", 45, [module(kernels, "mlp", "--out", "OUT")]),
+        Stage("merge_tokens", 30, [module(kernels, "merge_tokens", "--out", "OUT")], ("timm",)),
         Stage("step", 60, [module(step, "--out", "OUT")], engine),
         Stage("loop", 50, [module("benchmarks.engine.pruning_loop", "--out", "OUT")], engine),
         Stage("latency", 60, [module("benchmarks.engine.pruned_deit", "--out", "OUT")], engine),

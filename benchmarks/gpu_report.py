@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks.harness import OURS
 
 Row = dict[str, str]
+KERNELS = ("attention", "kept_layer_norm", "mlp", "merge_tokens", "group_dot")
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -58,6 +59,19 @@ def kernel_lines(found: Sequence[Row]) -> list[list[str]]:
     return lines
 
 
+def merge_lines(found: Sequence[Row]) -> list[list[str]]:
+    """A line per merge of tokens whose block was timed: its µs and the block's, and the one as % of the other."""
+    blocks = {r["case"].removeprefix("block of "): r for r in found if r["case"].startswith("block of ")}
+    lines = []
+    for row in found:
+        its = next((b for label, b in blocks.items() if row["case"].endswith(f" {label}")), None)
+        if row["provider"] != OURS or "backward" in row["case"] or not (its and its["median_ms"] and row["median_ms"]):
+            continue
+        times = [float(r["median_ms"]) for r in (row, its)]
+        lines.append([row["case"], *(number(str(t), 1e3) for t in times), f"{100 * times[0] / times[1]:.1f}"])
+    return lines
+
+
 def chosen(found: Sequence[Row], columns: Sequence[str]) -> list[list[str]]:
     """These columns of every row, numbers to three digits."""
 
@@ -73,9 +87,10 @@ def chosen(found: Sequence[Row], columns: Sequence[str]) -> list[list[str]]:
 def report(outcomes: Sequence, out: Path, since: float) -> str:
     """Everything in Markdown: stages, kernels, and the rows of each other CSV written since then."""
     text = table(["stage", "", "s", ""], ([o.name, o.state, f"{o.seconds:.0f}", o.note] for o in outcomes))
-    kernels = [r for op in ("attention", "kept_layer_norm", "mlp", "group_dot") for r in rows(out, op, since)]
+    kernels = [r for op in KERNELS for r in rows(out, op, since)]
     head = ["case", "ours", "µs", "host µs", "best peer", "µs", "host µs", "peer / ours"]
     text += table(head, kernel_lines(kernels))
+    text += table(["merge", "µs", "block, µs", "% of its block"], merge_lines(rows(out, "merge_tokens", since)))
     others = {
         "training_step": ("case", "kernels", "ms", "device_ms", "host_ms", "images_per_s", "peak_mib", "note"),
         "pruning_loop": ("case", "ratio", "images_per_s", "settled_images_per_s", "times_timm", "note"),

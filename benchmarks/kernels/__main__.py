@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks import harness
 
-OPS = ("group_dot", "kept_layer_norm", "attention", "mlp", "model")
+OPS = ("group_dot", "kept_layer_norm", "attention", "mlp", "merge_tokens", "model")
 
 
 def gate(op: str) -> None:

@@ -6,7 +6,7 @@ A block of DeiT-Ti on 197 tokens of which 16 merge, one row a batch size. `merge
 `plain_ms` the same in plain torch, `sizes_ms` what log sizes in the logits add to attention, `unfused_ms` the same
 merge as ToMe's own recipe writes it (scattered means over all tokens and channels). Each is the lower quartile of
 rounds in which all are timed in turn. Right first: the op is compared with plain torch and with the recipe's means
-before anything is timed.
+before anything is timed. On a GPU: `python -m benchmarks.kernels merge_tokens`, by the cases of merge_cases.py.
 """
 
 from __future__ import annotations
@@ -21,30 +21,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
-from torch import Tensor
 
+from benchmarks.kernels.merge_cases import cases, unfused
 from nvit_kernels import functional, reference
 
+__all__ = ["cases", "main"]
 TOKENS, WIDTH, HEADS, MERGED = 197, 192, 3, 16
 BATCHES = (1, 8, 32)
 FIELDS = ("case", "batch", "block_ms", "merge_ms", "plain_ms", "sizes_ms", "unfused_ms", "overhead", "plain_overhead",
           "unfused_overhead", "threads", "torch")  # fmt: skip
-
-
-def unfused(x: Tensor, keys: Tensor, r: int) -> Tensor:
-    """The recipe of arXiv:2210.09461, appendix D, step by step: unmerged even tokens first, then odd ones."""
-    metric = F.normalize(keys.mean(1), dim=-1)
-    even, odd = metric[:, 1::2], metric[:, 2::2]
-    nearness, partner = (even @ odd.mT).max(-1)
-    order = nearness.argsort(dim=-1, descending=True)[..., None]
-    target = partner[..., None].gather(1, order[:, :r])
-    width = x.shape[-1]
-    from_even, into = x[:, 1::2], x[:, 2::2]
-    stays = from_even.gather(1, order[:, r:].expand(-1, -1, width))
-    moved = from_even.gather(1, order[:, :r].expand(-1, -1, width))
-    ones = x.new_ones(len(x), into.shape[1], 1).scatter_add(1, target, x.new_ones(len(x), r, 1))
-    into = into.scatter_add(1, target.expand(-1, -1, width), moved) / ones
-    return torch.cat([x[:, :1], stays, into], dim=1)
 
 
 def milliseconds(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:

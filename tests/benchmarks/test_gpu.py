@@ -115,7 +115,9 @@ def test_what_is_measured_beside_others_does_not_decide_for_those_alone(tmp_path
 def test_stages_fit_the_time_and_their_flags_exist(monkeypatch, capsys):
     names = [s.name for s in gpu.stages()]
     assert len(set(names)) == len(names)
-    assert {"build", "tests", "sanitizer", "step", "loop", "latency", "sparse24", "attention"} <= set(names)
+    assert {"build", "tests", "sanitizer", "step", "loop", "latency", "sparse24", "attention", "merge_tokens"} <= set(
+        names
+    )
     assert gpu.SECONDS <= 8 * 60
     for stage in gpu.stages():
         assert stage.limit <= 110
@@ -132,7 +134,8 @@ def test_stages_fit_the_time_and_their_flags_exist(monkeypatch, capsys):
 
 def test_every_file_with_a_gpu_test_is_run(monkeypatch):
     files = gpu.gpu_tests()
-    assert "tests/nvit_kernels/test_gpu.py" in files and all((gpu.ROOT / f).exists() for f in files)
+    assert {"tests/nvit_kernels/test_gpu.py", "tests/nvit_kernels/test_merge_tokens_gpu.py"} <= set(files)
+    assert all((gpu.ROOT / f).exists() for f in files)
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
     alone = gpu.pytest_commands(4)
     assert [c[-1] for c in alone] == files and "-n" not in alone[0]
@@ -164,9 +167,17 @@ def test_the_table_sets_ours_beside_the_best_peer(tmp_path):
         harness.Row(case="d", provider="nvit", note="not timed: wrong"),
     ]
     harness.write(tmp_path / "gpu_attention.csv", rows)
+    merges = [
+        harness.Row(case="block of B b8", provider="timm", median_ms=1.0),
+        harness.Row(case="merge_tokens forward B b8", provider="nvit", median_ms=0.0432),
+        harness.Row(case="merge_tokens forward B b8", provider="torch", median_ms=0.2),
+        harness.Row(case="merge_tokens forward+backward B b8", provider="nvit", median_ms=0.1),
+    ]
+    harness.write(tmp_path / "gpu_merge_tokens.csv", merges)
     (tmp_path / "gpu_pruned_deit.csv").write_text("case,measured_ms,speed_up,note\nB,12.345,1.9,\n")
     text = gpu_report.report([gpu.Outcome("mlp", "timed out", 3.2, "limit 3 s")], tmp_path, since=2.0)
     assert "| mlp | timed out | 3 | limit 3 s |" in text and "old" not in text
     assert "| c | nvit gather | 100 | 21.3 | peer | 150 | 5 | 1.50 |" in text
     assert "| d | – | – | – | – | – | – | – |" in text
+    assert text.count("| 4.3 |") == 1 and "| merge_tokens forward B b8 | 43.2 | 1000 | 4.3 |" in text
     assert "| B | – | 12.3 | – | 1.9 |" in text

@@ -73,8 +73,7 @@ def match_kernel(
         theirs = tl.load(at + dims, mask=odd[:, None] & inside, other=0.0)
         likeness += tl.dot(mine, tl.trans(theirs), input_precision="tf32x3")
     likeness = tl.where((likeness == likeness) & odd[None, :], likeness, -2.0)  # a NaN is nobody's nearest
-    nearness = tl.max(likeness, 1)
-    partner = tl.min(tl.where(likeness == nearness[:, None], token[None, :], BLOCK_T), 1)
+    nearness, partner = tl.max(likeness, 1, return_indices=True)  # of equals the first
 
     # Sums go down the columns of a tile: of a vector along a row a thread holds few elements, down a column many.
     even_at, odd_at = prefix + 2 * token, prefix + 1 + 2 * token
@@ -88,9 +87,6 @@ def match_kernel(
     even_to, odd_to = even_at - gone, odd_at - gone
     target = leaves[None, :] & (token[:, None] == partner[None, :])  # (odd token, source that merges into it)
     source_to = tl.sum(tl.where(target, odd_to[:, None], 0), 0)
-    beside = leaves[:, None] & (partner[:, None] == partner[None, :]) & (token[:, None] > token[None, :])
-    next_source = tl.min(tl.where(beside, even_at[:, None], tokens), 0)
-
     place += image * tokens
     following += image * tokens
     total += image * (tokens - r)
@@ -99,6 +95,8 @@ def match_kernel(
     tl.store(place + odd_at, odd_to.to(tl.int64), mask=odd)
     tl.store(stays + even_to, even_at, mask=remains)
     tl.store(stays + odd_to, odd_at, mask=odd)
+    beside = leaves[:, None] & (partner[:, None] == partner[None, :]) & (token[:, None] > token[None, :])
+    next_source = tl.min(tl.where(beside, even_at[:, None], tokens), 0)
     tl.store(following + even_at, tl.where(leaves & (next_source < tokens), next_source, -1), mask=even)
     even_size, odd_size = even.to(tl.float32), odd.to(tl.float32)
     if sizes is not None:
