@@ -2,7 +2,7 @@
 
     python -m benchmarks.kernels.compile_table docs/kernels/compile_table.csv
 
-Needs no GPU. Ends with a non-zero code when a config spills, or asks for more shared memory than its architecture has.
+Needs no GPU. Ends with a non-zero code when a config spills in a loop or much at all, or asks for more shared memory than its architecture has.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from pathlib import Path
 from nvit_kernels import aot
 from nvit_kernels.configs import SHARED_BYTES
 
+STACK_BYTES = 8
+"""What may wait on a thread's stack outside loops: next to nothing, where the alternative is a slower tile."""
+
 
 def write_table(path: Path) -> int:
     """Write the table to `path`; returns how many rows are over a limit."""
@@ -28,7 +31,7 @@ def write_table(path: Path) -> int:
                 for config in case.configs(arch):
                     report = aot.compile_case(case, arch, config)
                     table.writerow(asdict(report))
-                    if report.spills or report.shared > SHARED_BYTES[arch]:
+                    if report.loop_spills or report.spills > STACK_BYTES or report.shared > SHARED_BYTES[arch]:
                         over += 1
                         print(f"over a limit: {report}", file=sys.stderr)
     return over

@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 
+from benchmarks.kernels.compile_table import STACK_BYTES
 from nvit_kernels import aot
 from nvit_kernels.configs import SHARED_BYTES
 
@@ -27,13 +28,14 @@ def committed(arch: int, first: bool = False) -> dict[tuple[str, str], dict[str,
     return found
 
 
-def test_the_table_has_every_kernel_config_and_architecture_and_none_spills():
+def test_the_table_has_every_kernel_config_and_architecture_and_none_spills_in_a_loop():
     expected = {(case.name, arch, len(case.configs(arch))) for case in aot.cases() for arch in aot.ARCHS}
     counts: dict[tuple[str, int], int] = {}
     for row in rows():
         key = (row["case"], int(row["arch"]))
         counts[key] = counts.get(key, 0) + 1
-        assert int(row["spills"]) == int(row["loop_spills"]) == 0 and int(row["shared"]) <= SHARED_BYTES[key[1]], row
+        assert int(row["loop_spills"]) == 0 and int(row["spills"]) <= STACK_BYTES, row
+        assert int(row["shared"]) <= SHARED_BYTES[key[1]], row
     assert {(*key, n) for key, n in counts.items()} == expected
 
 
