@@ -87,6 +87,8 @@ def match_kernel(
     even_to, odd_to = even_at - gone, odd_at - gone
     target = leaves[None, :] & (token[:, None] == partner[None, :])  # (odd token, source that merges into it)
     source_to = tl.sum(tl.where(target, odd_to[:, None], 0), 0)
+    beside = leaves[:, None] & (partner[:, None] == partner[None, :]) & (token[:, None] > token[None, :])
+    next_source = tl.min(tl.where(beside, even_at[:, None], tokens), 0)
     place += image * tokens
     following += image * tokens
     total += image * (tokens - r)
@@ -95,8 +97,6 @@ def match_kernel(
     tl.store(place + odd_at, odd_to.to(tl.int64), mask=odd)
     tl.store(stays + even_to, even_at, mask=remains)
     tl.store(stays + odd_to, odd_at, mask=odd)
-    beside = leaves[:, None] & (partner[:, None] == partner[None, :]) & (token[:, None] > token[None, :])
-    next_source = tl.min(tl.where(beside, even_at[:, None], tokens), 0)
     tl.store(following + even_at, tl.where(leaves & (next_source < tokens), next_source, -1), mask=even)
     even_size, odd_size = even.to(tl.float32), odd.to(tl.float32)
     if sizes is not None:
