@@ -85,7 +85,7 @@ def gpu_tests() -> list[str]:
 
 def pytest_commands(processes: int) -> list[list[str]]:
     """pytest in so many processes by xdist, or in one a file where that is missing."""
-    words = ["-m", "gpu", "-q", "-p", "no:cacheprovider", "-rf", "--tb=short"]
+    words = ["-m", "gpu", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.told_at_once", "--tb=short"]
     if importlib.util.find_spec("xdist"):
         return [module("pytest", *words, "-n", str(processes), "--dist", "worksteal", *gpu_tests())]
     return [module("pytest", *words, file) for file in gpu_tests()]

@@ -4,8 +4,8 @@
 
 As many tokens merge in every block, down to a share of the multiply-accumulates. On a GPU a measurement is a replay of
 a CUDA graph. What merging takes is measured first on other schedules of the dense model, as a run of `nvit prune --only
-widths tokens` does, and the table of widths with it: `predicted_ratio` is what that run would say. Each model is also
-timed without kernels (`plain`). `ratio` is of the dense model's latency. Writes <GPU>_merged_deit.csv.
+widths tokens` does, and the table of widths with it: `predicted_ratio` is what that run would say. `ratio` is of
+the dense model's latency, timed in turn; `plain_ms` is without kernels. Writes <GPU>_merged_deit.csv.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import copy
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from torch import Tensor, nn
 
 from benchmarks.engine.library import TINY, WIDTHS, Setting, first_line, uniform
 from benchmarks.harness import Records, relative_error
-from benchmarks.timing import timings
 from nvit import adapters
+from nvit.analysis.compare import measured
 from nvit.latency.clock import as_deployed
 from nvit.latency.table import LatencyTable
 from nvit.layers import functional
@@ -51,26 +50,19 @@ def wrong(model: nn.Module, images: Tensor) -> float:
         return relative_error(ours, exact(few))
 
 
-def measured(model: nn.Module, images: Tensor, seconds: float) -> tuple[float, dict[str, Any]]:
-    """Milliseconds of a model with kernels; those without, and images a second.
+def in_turn(dense: nn.Module, model: nn.Module, images: Tensor, seconds: float, mode: str) -> dict[str, Any]:
+    """Latency beside the dense model's, both in turn, with kernels and without (`plain_ms`).
 
     Raises:
         AssertionError: kernels give other answers.
     """
     error = wrong(model, images)
     assert error < 2e-2, f"answers with and without kernels are {error:.1e} of the largest apart"
-
-    def forward(kernels: bool) -> Callable[[], Tensor]:
-        def call() -> Tensor:
-            with torch.inference_mode(), functional.kernels(kernels):
-                return model(images)
-
-        return call
-
-    timed = timings({name: forward(name == "kernels") for name in ("kernels", "plain")}, seconds)
-    ms, note = timed["kernels"].ms[0], timed["kernels"].note
-    row = {"measured_ms": ms, "plain_ms": timed["plain"].ms[0], "images_per_s": 1e3 * len(images) / ms}
-    return ms, row | {"note": note}
+    _, ours = measured([dense, model], images, seconds, mode)
+    with functional.kernels(False):
+        _, plain = measured([dense, model], images, seconds, mode)
+    row = {"measured_ms": ours["latency_ms"], "plain_ms": plain["latency_ms"], "images_per_s": ours["images_per_s"]}
+    return row | {"ratio": ours["measured_ratio"], "spread": ours["measured_spread"]}
 
 
 def main() -> int:
@@ -98,7 +90,7 @@ def main() -> int:
     cost, dense_work = measure_merging(models["dense"], ratios), work_of(models["dense"])
     print(f"table and what merging takes: {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
-    failed, dense_ms = 0, None
+    failed, dense = 0, copy.deepcopy(models["dense"]).to(dtype)
     for name, masks in cuts.items():
         rung = Rung(models[name], table.ratio(widths(groups, masks)), cost, dense_work)
         for share in (1.0, *SHARES):
@@ -111,14 +103,13 @@ def main() -> int:
             row = {"case": name, "batch_size": len(images), "dtype": str(dtype)[6:], "mode": mode, "macs": share}
             row |= {"merged_a_block": max(merges, default=0), "tokens_left": tokens[-1]}
             try:
-                ms, more = measured(merged, images, args.seconds)
+                more = in_turn(dense, merged, images, args.seconds, mode)
             except Exception as broken:  # the other models are measured all the same
                 failed += 1
                 more = {"note": first_line(broken)}
             else:
-                dense_ms = dense_ms or ms
-                row |= {"ratio": ms / dense_ms, "predicted_ratio": rung.predicted(FAMILY, merges)}
-                row["ratio_error"] = row["predicted_ratio"] / row["ratio"] - 1
+                predicted = rung.predicted(FAMILY, merges)
+                more |= {"predicted_ratio": predicted, "ratio_error": predicted / more["ratio"] - 1}
             records.add(**row | more)
             records.save()
     return int(failed > 0)

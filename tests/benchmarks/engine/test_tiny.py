@@ -115,7 +115,9 @@ def test_merged_latencies(rows, monkeypatch):
     assert code == 0 and [(r["case"], r["macs"]) for r in found][:2] == [("dense", "1.0"), ("dense", "0.65")]
     whole, merged = found[:2]
     assert int(whole["tokens_left"]) == 5 > int(merged["tokens_left"]) and float(merged["plain_ms"]) > 0
-    assert float(merged["ratio"]) == pytest.approx(float(merged["measured_ms"]) / float(whole["measured_ms"]), rel=1e-3)
+    assert float(merged["ratio"]) > 0 and float(merged["ratio_error"]) == pytest.approx(
+        float(merged["predicted_ratio"]) / float(merged["ratio"]) - 1, abs=1e-3
+    )
     monkeypatch.setattr(merged_deit, "wrong", lambda *a: 0.5)
     code, found = rows(merged_deit, "--table-seconds", "0.1", "--seconds", "0.1")
     assert code == 1 and not any(r.get("measured_ms") for r in found)
