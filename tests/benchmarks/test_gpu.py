@@ -5,10 +5,11 @@ import sys
 import time
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import gpu, gpu_report, harness
+from benchmarks import gpu, gpu_report, harness, told_at_once
 from benchmarks.gpu import Stage
 
 WRITES = "import sys, pathlib; (pathlib.Path(sys.argv[1]) / 'done').write_text('yes'); print('all well')"
@@ -181,3 +182,13 @@ def test_the_table_sets_ours_beside_the_best_peer(tmp_path):
     assert "| d | – | – | – | – | – | – | – |" in text
     assert text.count("| 4.3 |") == 1 and "| merge_tokens forward B b8 | 43.2 | 1000 | 4.3 |" in text
     assert "| B | – | 12.3 | – | 1.9 |" in text
+
+
+def test_a_failure_is_told_when_it_happens(capsys):
+    report = SimpleNamespace(
+        failed=True, nodeid="test_x.py::test_y", when="call", longreprtext="line\n" * 50 + "E boom"
+    )
+    told_at_once.pytest_runtest_logreport(report)
+    told_at_once.pytest_runtest_logreport(SimpleNamespace(failed=False))
+    said = capsys.readouterr().err
+    assert "FAILED test_x.py::test_y" in said and said.endswith("E boom\n") and said.count("line") == 14
