@@ -140,9 +140,9 @@ class PruneConfig(TrainingConfig):
     cost: Annotated[
         Literal["auto", "predicted", "measured", "both"],
         _help(
-            "with --refit, what the units of a group cost: as its scores predict, or as measured at a few depths of "
-            "each group alone; both: of the two choices the one that is nearer to the dense model on held-back images; "
-            "auto: predicted"
+            "with --refit, what the units of a group cost: as measured at a few depths of each group alone (auto), or "
+            "as its scores predict, in half of the time; both: of the two choices the one that is nearer to the dense "
+            "model on held-back images"
         ),
     ] = "auto"
     depth: Annotated[
@@ -292,7 +292,7 @@ class PruneConfig(TrainingConfig):
     @property
     def measures_costs(self) -> bool:
         """Whether a run measures what groups cost, see `refit.costs`."""
-        return self.refit and (self.cost in ("measured", "both") or self.depth)
+        return self.refit and self.cost != "predicted"
 
     @property
     def reads_labels(self) -> bool:

@@ -264,9 +264,9 @@ JOBS |= {"merged": merged, "shortened": shortened, "one shot": one_shot}
 JOBS |= {
     f"one shot {name}": partial(one_shot, refit=True, **how)
     for name, how in {
-        "refitted": {},
-        "polished": {"polish": 2, "coarse": 0.5},
+        "refitted": {"cost": "predicted"},
+        "polished": {"cost": "predicted", "polish": 2, "coarse": 0.5},
         "shortened": {"depth": True},
-        "merged": {"only": ("widths", "tokens")},
+        "merged": {"cost": "predicted", "only": ("widths", "tokens")},
     }.items()
 }

@@ -196,7 +196,7 @@ def test_a_refit_brings_every_family_nearer_to_the_dense_model(name):
     """Its own measure: squared error of every layer on images held back, none of which may grow."""
     model, groups, x = build(name, torch.float32)
     bundles = {"bundle_heads": 1, "bundle_emb": 8, "bundle_qk": 2, "bundle_v": 2, "bundle_mlp": 4}
-    config = PruneConfig(latency_target=0.7, train=False, refit=True, batch_size=4, **bundles)
+    config = PruneConfig(latency_target=0.7, train=False, refit=True, cost="predicted", batch_size=4, **bundles)
     table = LatencyTable.analytic(model, config.bundle_sizes)
     g = torch.Generator().manual_seed(0)
     batches = [(torch.randn(4, *x.shape[1:], generator=g), torch.zeros(4, dtype=torch.long)) for _ in range(5)]

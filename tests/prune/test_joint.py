@@ -25,7 +25,14 @@ from tests.families import HOSTS
 from tests.hosts import make
 
 SIZE = (3, 32, 32)  # 16 patches
-ONE_SHOT = {"train": False, "refit": True, "only": ("widths", "tokens"), "bundle_heads": 1, "bundle_emb": 4}
+ONE_SHOT = {
+    "train": False,
+    "refit": True,
+    "cost": "predicted",
+    "only": ("widths", "tokens"),
+    "bundle_heads": 1,
+    "bundle_emb": 4,
+}
 
 
 def host(**more):

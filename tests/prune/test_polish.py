@@ -19,7 +19,14 @@ from nvit.tasks.nearness import Nearness
 from tests.families import HOSTS
 from tests.hosts import make
 
-ONE_SHOT = {"train": False, "refit": True, "bundle_heads": 1, "bundle_emb": 4, "measure_seconds": 0.0}
+ONE_SHOT = {
+    "train": False,
+    "refit": True,
+    "cost": "predicted",
+    "bundle_heads": 1,
+    "bundle_emb": 4,
+    "measure_seconds": 0.0,
+}
 
 
 def batches(count=5):
