@@ -32,7 +32,9 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path, capsys):
     assert not out.exists() and "nothing has been written" in said
     for part in ("model: digits, 0.", "targets: ", "images: ", "evaluate ", "together about", "memory: at most about"):
         assert part in said, part
-    assert ("score, decide" in said) == ("--no-train" in flags) and ("steps" in said) == ("--no-train" not in flags)
+    assert ("score, " in said and "decide" in said) == ("--no-train" in flags) and ("steps" in said) == (
+        "--no-train" not in flags
+    )
     assert ("64 to calibrate" in said) == ("--no-train" in flags)
     assert re.search(r"together about +\d+ (s|min)", said)
 
