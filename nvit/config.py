@@ -140,9 +140,9 @@ class PruneConfig(TrainingConfig):
     cost: Annotated[
         Literal["auto", "predicted", "measured", "both"],
         _help(
-            "with --refit, what the units of a group cost: as measured at a few depths of each group alone (auto), or "
-            "as its scores predict, in half of the time; both: of the two choices the one that is nearer to the dense "
-            "model on held-back images"
+            "with --refit, what the units of a group cost: as its scores predict, in half of the time; as measured at "
+            "a few depths of each group alone; both (auto): of the two choices the one nearer to the dense model on "
+            "held-back images"
         ),
     ] = "auto"
     depth: Annotated[

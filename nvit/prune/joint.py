@@ -37,7 +37,7 @@ from .limits import least_ms
 from .merged_table import merged_table
 from .merging_cost import MergingCost, Rung, measure_merging
 from .oneshot import Refitter
-from .prices import Prices, nearest
+from .prices import Prices, compares, nearest
 from .pruner import Pruner
 from .result import Pruned
 from .sample import fitted_count, fitted_images, held_back
@@ -109,7 +109,7 @@ class Cuts:
         self.refitter = refitter = Refitter(pruner, loader, progress) if config.refit else None
         score(pruner, loader, statistics=refitter.statistics if refitter else None, progress=progress)
         ways = pruner.ways(refitter.costs if config.measures_costs else None)
-        self.ways = ways if config.cost == "both" else dict([list(ways.items())[-1]])
+        self.ways = ways if compares(config) else dict([list(ways.items())[-1]])
         self.dense = _weights(pruner)
 
     def to(self, target: float, merges: Merges) -> tuple[Masks, dict[str, Any]] | None:

@@ -25,6 +25,7 @@ from ..utils.memory import most_held
 from ..utils.progress import Progress
 from . import between
 from .budget import Budget
+from .prices import compares
 from .pruner import Pruner
 from .sample import count_batches, sampled
 from .scoring import score
@@ -63,7 +64,7 @@ class Steps:
         known = refitter.statistics if refitter is not None and pruner.ratio == 1.0 else None
         if not (config.sweep and pruner.known_scores):
             score(pruner, self.loader, self.budget, statistics=known, progress=self.progress)
-        judge = refitter.distance if config.measures_costs and config.cost == "both" else None
+        judge = refitter.distance if refitter is not None and compares(config) else None
         pruner.decide_at(ratio, refitter.costs if config.measures_costs else None, judge)
         if refitter is not None:
             pruner.history[-1] |= refitter.refit()

@@ -7,12 +7,19 @@ from typing import Any
 
 from torch import Tensor
 
+from ..config import PruneConfig
 from ..selection.curves import Curve, priced
 from ..spec import Group
 from ..structure.masks import Masks
 
 Prices = dict[str, Tensor]
 """By group `(group.size,)`; their sums are what units cost."""
+
+
+def compares(config: PruneConfig) -> bool:
+    """Whether the choices by all ways to price are judged: unless one of them is asked for, or sublayers may leave
+    whole, which has but one price."""
+    return config.measures_costs and (config.cost == "both" or (config.cost == "auto" and not config.depth))
 
 
 def ways_to_price(
