@@ -41,6 +41,7 @@ __all__ = [
     "Kept",
     "attention",
     "attention_takes",
+    "attention_takes_mass",
     "group_dot",
     "group_dot_takes",
     "kept_layer_norm",
@@ -78,7 +79,7 @@ def attention_takes(q: Tensor, v_width: int) -> bool:
 
 
 def attention_is_short(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `attention` without lists, bias or mask takes the kernels of one program a head.
+    """Whether `attention` without lists, bias or mask takes the kernels of one program a head, with a mass or without.
 
     They are for rows of at most 208 tokens, enough heads to fill a GPU, and, where gradients are wanted, heads of 32
     dims at least: at 24 dims the backward of a program a tile was measured faster (H200, 181 against 170 µs).
@@ -89,6 +90,11 @@ def attention_is_short(q: Tensor, k: Tensor, v: Tensor) -> bool:
     if wanted and min(q.shape[-1], v.shape[-1]) < 32:
         return False
     return short_takes(q, v.shape[-1], wanted)
+
+
+def attention_takes_mass(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `attention` with a mass and nothing else added runs fused: only where rows are short."""
+    return attention_takes(q, v.shape[-1]) and attention_is_short(q, k, v)
 
 
 def mlp_takes(x: Tensor, *widths: int) -> bool:
@@ -135,14 +141,20 @@ def attention(
     v_scores: Tensor | None = None,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    mass: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale · q kᵀ + bias + mask) v over kept heads and dims, with their scores; see `reference.attention`."""
+    """softmax(scale · q kᵀ + bias + mask + mass) v over kept heads and dims; see `reference.attention`.
+
+    Only the kernels of short rows add a mass. Elsewhere one takes torch's way: the other kernels would want a mask of
+    `(batch, tokens, tokens)`, every row of it the same, and read it whole for every head.
+    """
     fused = attention_takes(q, v.shape[-1])
-    run = fused_attention if fused else plain_attention
     q, k, v = _autocast(q, k, v)
     if fused and all(extra is None for extra in (heads, qk, v_dim, bias, mask)) and attention_is_short(q, k, v):
-        return short_attention(q, k, v, scale, head_scores, qk_scores, v_scores)
-    return run(q, k, v, scale, heads, qk, v_dim, head_scores, qk_scores, v_scores, bias, mask)
+        return short_attention(q, k, v, scale, head_scores, qk_scores, v_scores, mass)
+    if fused and mass is None:
+        return fused_attention(q, k, v, scale, heads, qk, v_dim, head_scores, qk_scores, v_scores, bias, mask)
+    return plain_attention(q, k, v, scale, heads, qk, v_dim, head_scores, qk_scores, v_scores, bias, mask, mass)
 
 
 def mlp(

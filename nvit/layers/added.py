@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -27,6 +28,18 @@ def per_head_and_window(
     if attn_mask.shape != (windows, 1, *square) or batch % windows or attn_mask.requires_grad:
         return None
     return bias, attn_mask.squeeze(1)
+
+
+def of_keys(mass: Tensor, q: Tensor) -> Tensor:
+    """The mask `(batch, 1, 1, tokens)` that adds `mass` `(batch, tokens)` to every logit of a key, in q's dtype.
+
+    CUDA's attention reads masks 8 numbers at a time and copies one whose rows begin elsewhere, so there they lie
+    a multiple of 8 apart. A graph that is compiled or exported says only what is added.
+    """
+    mask, tokens = mass.to(q.dtype)[:, None, None, :], mass.shape[1]
+    if not q.is_cuda or torch.compiler.is_compiling() or torch.jit.is_tracing() or tokens % 8 == 0:
+        return mask
+    return F.pad(mask, (0, -tokens % 8))[..., :tokens]
 
 
 def one_mask(batch: int, bias: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import choice
-from .added import one_mask, per_head_and_window
+from .added import of_keys, one_mask, per_head_and_window
 from .projection import Project, Projection, as_tensors, hooks, linear, take
 from .rotary import Rotary
 from .sites import Watch
@@ -178,14 +178,12 @@ def attention(
         q, k = rope(q, pairs), rope(k, pairs)
     if watch is not None:
         q = _watch_queries(watch, q, pairs)
-    if sizes is not None:
-        mass = sizes.log().to(q.dtype)[:, None, None, :]
-        attn_mask = mass if attn_mask is None else one_mask(batch, mass, attn_mask)
+    mass = None if sizes is None else sizes.log()
     if watch is not None and maps:
         # What the softmax makes of the identity is the softmax, whichever way it is computed.
         units = torch.eye(k.shape[2], dtype=v.dtype, device=v.device).expand(*k.shape[:2], -1, -1)
-        watch("maps", _attend(q, k, units, scale, bias, attn_mask, 0.0), None)
-    out = _attend(q, k, v, scale, bias, attn_mask, dropout).transpose(1, 2).reshape(batch, tokens, heads * v_dim)
+        watch("maps", _attend(q, k, units, scale, bias, attn_mask, 0.0, mass), None)
+    out = _attend(q, k, v, scale, bias, attn_mask, dropout, mass).transpose(1, 2).reshape(batch, tokens, heads * v_dim)
     out = out if norm is None else norm(out)
     if gate is not None:
         out = out * gate(x).sigmoid()
@@ -237,10 +235,21 @@ def _plan(slices: tuple[DotSlice, ...], shapes: tuple[tuple[str, tuple[int, ...]
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, attn_mask: Tensor | None, dropout: float
-) -> Tensor:
-    """softmax(scale · q kᵀ + bias + mask) v: `(batch, heads, tokens, v_dim)`."""
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, attn_mask: Tensor | None, dropout: float,
+    mass: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """softmax(scale · q kᵀ + bias + mask + mass of keys) v: `(batch, heads, tokens, v_dim)`."""
     plain = partial(_torch_attention, scale=scale, dropout=dropout)
+    if mass is not None:
+        # The kernel adds a mass alone, as a constant.
+        alone = bias is None and attn_mask is None and not dropout and not mass.requires_grad
+        if alone and (kernels := _kernels(q)) and kernels.attention_takes_mass(q, k, v):
+
+            def with_mass(q: Tensor, k: Tensor, v: Tensor, _: None, __: None, mass: Tensor) -> Tensor:
+                return kernels.attention(q, k, v, scale, mass=mass)
+
+            return choice.run("attention", with_mass, plain, q, k, v, None, None, mass)
+        return plain(q, k, v, bias, attn_mask, mass)
     if not dropout and (kernels := _kernels(q)) and kernels.attention_takes(q, v.shape[-1]):
         added = per_head_and_window(q, bias, attn_mask)
         if added is not None:
@@ -253,14 +262,18 @@ def _attend(
 
 
 def _torch_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, attn_mask: Tensor | None, scale: float, dropout: float
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, attn_mask: Tensor | None, mass: Tensor | None = None, *,
+    scale: float, dropout: float,
+) -> Tensor:  # fmt: skip
     """`_attend` by torch's own attention."""
     qk_dim, v_dim = q.shape[-1], v.shape[-1]
     if qk_dim != v_dim and q.device.type == "cpu":
         # The fused CPU kernel wants one width: zero columns add nothing to the logits or are cut off again.
         wide = max(qk_dim, v_dim)
         q, k, v = (F.pad(t, (0, wide - t.shape[-1])) if t.shape[-1] < wide else t for t in (q, k, v))
+    if mass is not None:
+        of_sizes = of_keys(mass, q)
+        attn_mask = of_sizes if attn_mask is None else one_mask(q.shape[0], of_sizes, attn_mask)
     attn_mask = one_mask(q.shape[0], bias, attn_mask)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, scale=scale)
     return out[..., :v_dim]

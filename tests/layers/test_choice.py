@@ -182,9 +182,9 @@ def kernels(monkeypatch):
     """Kernels that take every shape, compute what torch does and say that they ran."""
     ran = []
 
-    def attention(q, k, v, scale, bias=None, mask=None):
-        ran.append("attention")
-        return functional._torch_attention(q, k, v, bias, mask, scale, 0.0)
+    def attention(q, k, v, scale, bias=None, mask=None, mass=None):
+        ran.append("attention" if mass is None else "attention with a mass")
+        return functional._torch_attention(q, k, v, bias, mask, mass, scale=scale, dropout=0.0)
 
     def mlp(x, w1, b1, w2, b2):
         ran.append("mlp")
@@ -195,6 +195,7 @@ def kernels(monkeypatch):
         return F.layer_norm(x, x.shape[-1:], w, b, eps)
 
     every = {f"{name}_takes": lambda *_: True for name in ("attention", "mlp", "kept_layer_norm")}
+    every["attention_takes_mass"] = lambda *_: True
     fakes = SimpleNamespace(attention=attention, mlp=mlp, kept_layer_norm=kept_layer_norm, **every)
     monkeypatch.setattr(functional, "_kernels", lambda x: fakes)
     return ran
@@ -227,3 +228,26 @@ def test_each_op_of_a_block_runs_the_faster_way_with_equal_results(times, expect
     assert kernels == expected and clock.asked == 3
     for a, b in zip(got, exact, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_attention_of_merged_tokens_is_measured_for_itself_and_once_whatever_their_sizes(kernels, tmp_path):
+    """Beside a bias or a mask, a mass takes torch's way, unmeasured."""
+    torch.manual_seed(0)
+    q, clock = torch.randn(2, 3, 5, 8), Clock(1.0, 2.0)
+    with choice.using(choices(clock, tmp_path)) as made, torch.no_grad():
+        functional._attend(q, q, q, 0.3, None, None, 0.0)
+        for count in (1.0, 2.0, 7.0):
+            functional._attend(q, q, q, 0.3, None, None, 0.0, torch.full((2, 5), count).log())
+        assert clock.asked == 2
+        assert list(made.of(q.device)) == [
+            "attention float32 2x3x5x8 2x3x5x8 2x3x5x8 - -",
+            "attention float32 2x3x5x8 2x3x5x8 2x3x5x8 - - 2x5",
+        ]
+        kernels.clear()
+        mass, bias, mask = torch.rand(2, 5), torch.randn(1, 3, 5, 5), torch.eye(5) + torch.rand(2, 1, 5, 5) > 0.3
+        for added in ((None, None), (bias, None), (None, mask), (bias, mask)):
+            found = functional._attend(q, q, q, 0.3, *added, 0.0, mass)
+            logits = q @ q.mT * 0.3 + mass[:, None, None] + (0 if added[0] is None else bias)
+            logits = logits if added[1] is None else logits.masked_fill(~mask, -torch.inf)
+            torch.testing.assert_close(found, logits.softmax(-1) @ q)
+        assert kernels == ["attention with a mass"] and clock.asked == 2

@@ -11,6 +11,7 @@ from triton.runtime.jit import JITFunction
 
 from nvit_kernels import Kept, functional, ways
 from nvit_kernels.functional import DotSlice, GroupDotPlan
+from nvit_kernels.ops.attention import short, short_plan
 
 
 class NoDevice:
@@ -55,6 +56,17 @@ def attention():
     out.sum().backward()
 
 
+def short_attention():
+    """With a mass and without, apart and packed, with scores and without."""
+    short_plan.INTERPRET, short_plan.architecture = True, lambda device: 90
+    q, packed = half(2, 2, 33, 32), half(1, 23, 3, 2, 32)
+    for mass in (None, torch.randn(2, 33)):
+        scores = (torch.zeros(2, 2), None, torch.zeros(32))
+        short.attention_short(q, q, q, 0.2, mass=mass).sum().backward()
+        short.attention_short(q, q, q, 0.2, *scores, mass).sum().backward()
+        short.attention_short_packed(packed, 0.2, mass=None if mass is None else mass[:1, :23]).sum().backward()
+
+
 def layer_norm():
     functional.kept_layer_norm(half(1, 1, 8), half(8), None).sum().backward()
     both = functional.kept_layer_norm(half(2, 9, 7), half(7), half(7), kept(7), residual=half(2, 9, 7),
@@ -92,5 +104,5 @@ def merging():
 
 if __name__ == "__main__":
     bind_only()
-    for part in (attention, layer_norm, mlps, group_dot, merging):
+    for part in (attention, short_attention, layer_norm, mlps, group_dot, merging):
         part()

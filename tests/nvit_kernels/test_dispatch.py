@@ -45,6 +45,47 @@ def test_attention_goes_one_way_whoever_asks(name, ran):
     assert ran == ["kernel" if fused else "sdpa"] * 2
 
 
+SIZED = {  # tokens, images, dtype: whether the kernel of short rows adds the mass
+    "short rows": (197, 128, torch.bfloat16, True),
+    "an odd few": (23, 128, torch.float16, True),
+    "too many tokens": (209, 128, torch.bfloat16, False),
+    "too few heads": (197, 2, torch.bfloat16, False),
+    "float32": (197, 128, torch.float32, False),
+}
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_sizes_of_merged_tokens_reach_the_kernel_of_short_rows(name, ran, monkeypatch):
+    """From the engine and from the op itself; elsewhere, and beside a mask, torch's attention has them as a mask."""
+    tokens, batch, dtype, short = SIZED[name]
+    masses, masks, sdpa = [], [], F.scaled_dot_product_attention
+
+    def kernel(q, k, v, scale, *scores):
+        ran.append("short")
+        masses.append(scores[-1])
+        return torch.empty_like(v)
+
+    monkeypatch.setattr(functional, "short_attention", kernel)
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **kw: masks.append(kw["attn_mask"]) or sdpa(*a, **kw)
+    )
+    with FakeTensorMode(), torch.no_grad():
+        x, sizes = torch.empty(batch, tokens, 384, dtype=dtype, device="cuda"), torch.ones(batch, tokens, device="cuda")
+        same, shape = (lambda x: x), dict(heads=2, qk_dim=64, v_dim=64, scale=0.1)
+        engine.attention(x, [same], same, sizes=sizes, **shape)
+        q = torch.empty(batch, 2, tokens, 64, dtype=dtype, device="cuda")
+        functional.attention(q, q, q, 0.1, mass=sizes)
+        assert ran == ["short" if short else "sdpa"] * 2
+        assert all(mass.shape == sizes.shape and mass.dtype == torch.float32 for mass in masses)
+        attn_mask = torch.empty(1, 1, tokens, tokens, dtype=dtype, device="cuda")
+        engine.attention(x, [same], same, sizes=sizes, attn_mask=attn_mask, **shape)
+        assert ran[2:] == ["sdpa"]
+        with engine.kernels(False):
+            engine.attention(x, [same], same, sizes=sizes, **shape)
+        assert ran[3:] == ["sdpa"]
+        assert masks[-1].shape == (batch, 1, 1, tokens) and masks[-1].stride(0) % 8 == 0
+
+
 def test_under_autocast_the_dtype_that_counts_is_autocasts(ran):
     before = torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)  # the context manager turns itself off where there is no GPU

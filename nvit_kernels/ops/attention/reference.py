@@ -24,8 +24,9 @@ def attention(
     v_scores: Tensor | None = None,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    mass: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale · q kᵀ + bias + mask) v over kept heads and dims; what is pruned comes out as exact zeros.
+    """softmax(scale · q kᵀ + bias + mask + mass) v over kept heads and dims; what is pruned comes out as exact zeros.
 
     Scores are of the gates that would stand on the units, so sums of value · gradient over tokens (and heads):
     `head_scores` Σ o·∂o of each head, `v_scores` Σ o·∂o of each v dim, `qk_scores` Σ q·∂q of each qk dim. The backward
@@ -39,6 +40,8 @@ def attention(
         bias: `(heads, tokens, tokens)` added to every sample's logits, float32 or of q's dtype; differentiable.
         mask: `(windows, tokens, tokens)` of the same dtypes, added to sample i's logits from window i modulo windows;
             a constant. It may hold -inf, but no row of -inf alone.
+        mass: float32 `(batch, tokens)` added to every logit of a key, the log of how many tokens it stands for; a
+            constant.
 
     Returns:
         `(batch, heads, tokens, v_dim)`, a view of `(batch, tokens, heads, v_dim)` memory.
@@ -46,20 +49,22 @@ def attention(
     Raises:
         ValueError: shapes or dtypes disagree, or the windows do not divide the batch.
     """
-    return _over_kept(_by_definition, q, k, v, scale, heads, qk, v_dim, head_scores, qk_scores, v_scores, bias, mask)
+    return _over_kept(_by_definition, q, k, v, scale, heads, qk, v_dim, head_scores, qk_scores, v_scores, bias, mask,
+                      mass)  # fmt: skip
 
 
 def fallback(q, k, v, scale, heads=None, qk=None, v_dim=None, head_scores=None, qk_scores=None, v_scores=None,
-             bias=None, mask=None):  # fmt: skip
+             bias=None, mask=None, mass=None):  # fmt: skip
     """`attention` through torch's `scaled_dot_product_attention`, with no `(tokens, tokens)` matrix where torch can."""
-    return _over_kept(_by_sdpa, q, k, v, scale, heads, qk, v_dim, head_scores, qk_scores, v_scores, bias, mask)
+    return _over_kept(_by_sdpa, q, k, v, scale, heads, qk, v_dim, head_scores, qk_scores, v_scores, bias, mask,
+                      mass)  # fmt: skip
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, float, Tensor | None, Tensor | None], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, float, Tensor | None, Tensor | None, Tensor | None], Tensor]
 
 
 def _over_kept(
-    attend: Attend, q, k, v, scale, heads, qk, v_dim, head_scores, qk_scores, v_scores, bias, mask
+    attend: Attend, q, k, v, scale, heads, qk, v_dim, head_scores, qk_scores, v_scores, bias, mask, mass
 ) -> Tensor:
     q_kept = take(take(q, heads, 1), qk, 3)
     k_kept = take(take(k, heads, 1), qk, 3)
@@ -69,7 +74,7 @@ def _over_kept(
         return spread(wide(q_kept.detach() * grad).sum((1, 2)), qk, 1)
 
     scored = on_gradient(q_kept, qk_scores, q_score)
-    out = attend(scored, k_kept, v_kept, scale, None if bias is None else take(bias, heads, 0), mask)
+    out = attend(scored, k_kept, v_kept, scale, None if bias is None else take(bias, heads, 0), mask, mass)
 
     def o_score(dims, kept):
         return lambda grad: spread(wide(value * grad).sum(dims), kept, 1)
@@ -80,16 +85,22 @@ def _over_kept(
     return spread(spread(out, heads, 1), v_dim, 3).transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _by_definition(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+def _by_definition(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, mask: Tensor | None, mass: Tensor | None
+) -> Tensor:
     logits = q @ k.transpose(-2, -1) * scale
     if bias is not None:
         logits = logits + bias
     if mask is not None:
         logits = (logits.unflatten(0, (-1, len(mask))) + mask.detach().unsqueeze(1)).flatten(0, 1)
+    if mass is not None:
+        logits = logits + mass.detach()[:, None, None, :]
     return logits.softmax(-1).to(v.dtype) @ v
 
 
-def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+def _by_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, mask: Tensor | None, mass: Tensor | None
+) -> Tensor:
     qk_dim, v_dim = q.shape[-1], v.shape[-1]
     if qk_dim != v_dim and q.device.type == "cpu":
         # The fused CPU kernel wants one width: zero columns add nothing to the logits or are cut off again.
@@ -99,6 +110,9 @@ def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None,
     if mask is not None:
         each = mask.detach().repeat(len(q) // len(mask), 1, 1).unsqueeze(1)
         added = each if added is None else added + each
+    if mass is not None:
+        of_keys = mass.detach()[:, None, None, :]
+        added = of_keys.to(q.dtype) if added is None else added + of_keys
     if added is not None and q.is_cuda:
         added = added.to(q.dtype)  # CUDA's fused kernels read one dtype
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale)

@@ -8,7 +8,7 @@ from torch import Tensor
 from nvit_kernels.launch import differentiated_once, on_device, stays_one_operator
 from nvit_kernels.ops.attention.op import LOG2E, by_token
 from nvit_kernels.ops.attention.short_layouts import Config
-from nvit_kernels.ops.attention.short_plan import Plan, read, takes
+from nvit_kernels.ops.attention.short_plan import Plan, read, read_mass, takes
 
 __all__ = ["attention_short", "attention_short_packed", "launch", "launch_backward", "read", "takes"]
 
@@ -17,13 +17,13 @@ Scores = tuple[Tensor | None, Tensor | None, Tensor | None]  # head, qk and v bu
 
 
 def launch(
-    plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float, config: Config | None = None
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float, config: Config | None = None, mass: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """o `(batch, heads, tokens, v_dim)`, laid out token by token; float32 log2-sums `(batch, heads, tokens)`."""
     b, h, n = plan.batch, plan.heads, plan.tokens
     o, lse = by_token(b, h, n, plan.v, q), q.new_empty(b, h, n, dtype=torch.float32)
     with on_device(q):
-        plan.forward(config)(q, k, v, o, lse, scale * LOG2E)
+        plan.forward(config)(q, k, v, read_mass(plan, mass), o, lse, scale * LOG2E)
     return o, lse
 
 
@@ -34,7 +34,7 @@ def separate_gradients(q: Tensor, v: Tensor) -> Gradients:
 
 def launch_backward(
     plan: Plan, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float,
-    gradients: Gradients, scores: Scores, config: Config | None = None,
+    gradients: Gradients, scores: Scores, config: Config | None = None, mass: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Fill `gradients`, separate or the parts of one packed tensor, and add to the `scores` that are there.
 
@@ -50,7 +50,7 @@ def launch_backward(
         qk_part, v_part, head_part = (q.new_empty(b, h, width, dtype=torch.float32) for width in (plan.qk, plan.v, 1))
     with on_device(q):
         delta = torch.empty_like(lse) if first else None
-        run(q, k, v, o, do, lse, delta, *gradients, qk_part, v_part, head_part, scale)
+        run(q, k, v, read_mass(plan, mass), o, do, lse, delta, *gradients, qk_part, v_part, head_part, scale)
         if qk_part is not None:
             _add_scores(plan, scores, qk_part, v_part, head_part)
 
@@ -76,12 +76,12 @@ class ShortAttention(torch.autograd.Function):
     """The eager path on q, k and v apart."""
 
     @staticmethod
-    def forward(ctx, q, k, v, scale, head_scores, qk_scores, v_scores):
+    def forward(ctx, q, k, v, scale, head_scores, qk_scores, v_scores, mass):
         plan, q, k, v = read(q, k, v)
         if any(ctx.needs_input_grad):
             plan.check_backward()
-        o, lse = launch(plan, q, k, v, scale)
-        ctx.save_for_backward(q, k, v, o, lse)
+        o, lse = launch(plan, q, k, v, scale, mass=mass)
+        ctx.save_for_backward(q, k, v, o, lse, mass)
         ctx.plan, ctx.scale = plan, scale
         ctx.scores = head_scores, qk_scores, v_scores  # written by the backward, so not guarded against writing
         return o
@@ -89,22 +89,23 @@ class ShortAttention(torch.autograd.Function):
     @staticmethod
     @differentiated_once
     def backward(ctx, do):
-        q, k, v, o, lse = ctx.saved_tensors
+        q, k, v, o, lse, mass = ctx.saved_tensors
         gradients = separate_gradients(q, v)
-        launch_backward(ctx.plan, do, q, k, v, o, lse, ctx.scale, gradients, ctx.scores)
-        return *gradients, None, None, None, None
+        launch_backward(ctx.plan, do, q, k, v, o, lse, ctx.scale, gradients, ctx.scores, mass=mass)
+        return *gradients, None, None, None, None, None
 
 
 class PackedShortAttention(torch.autograd.Function):
     """The eager path on a packed projection, whose gradient is written packed: no unbind and no stack of it."""
 
     @staticmethod
-    def forward(ctx, qkv, scale, head_scores, qk_scores, v_scores):
+    def forward(ctx, qkv, scale, head_scores, qk_scores, v_scores, mass):
         plan, q, k, v = read(*unpack(qkv))
         if ctx.needs_input_grad[0]:
             plan.check_backward()
-        o, lse = launch(plan, q, k, v, scale)
-        ctx.save_for_backward(qkv if plan.readable else torch.stack([t.transpose(1, 2) for t in (q, k, v)], 2), o, lse)
+        o, lse = launch(plan, q, k, v, scale, mass=mass)
+        packed = qkv if plan.readable else torch.stack([t.transpose(1, 2) for t in (q, k, v)], 2)
+        ctx.save_for_backward(packed, o, lse, mass)
         ctx.scale = scale
         ctx.scores = head_scores, qk_scores, v_scores
         return o
@@ -112,11 +113,11 @@ class PackedShortAttention(torch.autograd.Function):
     @staticmethod
     @differentiated_once
     def backward(ctx, do):
-        qkv, o, lse = ctx.saved_tensors
+        qkv, o, lse, mass = ctx.saved_tensors
         gradient = qkv.new_empty(qkv.shape)
         plan, q, k, v = read(*unpack(qkv))
-        launch_backward(plan, do, q, k, v, o, lse, ctx.scale, unpack(gradient), ctx.scores)
-        return gradient, None, None, None, None
+        launch_backward(plan, do, q, k, v, o, lse, ctx.scale, unpack(gradient), ctx.scores, mass=mass)
+        return gradient, None, None, None, None, None
 
 
 def unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,42 +128,43 @@ def unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @torch.library.custom_op("nvit::attention_short", mutates_args=())
 def operator(
     q: Tensor, k: Tensor, v: Tensor, scale: float,
-    head_scores: Tensor | None, qk_scores: Tensor | None, v_scores: Tensor | None,
+    head_scores: Tensor | None, qk_scores: Tensor | None, v_scores: Tensor | None, mass: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same for torch.compile and export; the buffers are for its backward."""
-    return launch(*read(q, k, v), scale)
+    return launch(*read(q, k, v), scale, mass=mass)
 
 
 @operator.register_fake
-def _(q, k, v, scale, head_scores, qk_scores, v_scores):
+def _(q, k, v, scale, head_scores, qk_scores, v_scores, mass=None):
     return by_token(*v.shape, q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("nvit::attention_short_backward", mutates_args=("head_scores", "qk_scores", "v_scores"))
 def operator_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float,
-    head_scores: Tensor | None, qk_scores: Tensor | None, v_scores: Tensor | None,
+    head_scores: Tensor | None, qk_scores: Tensor | None, v_scores: Tensor | None, mass: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`launch_backward` for torch.compile."""
     gradients = separate_gradients(q, v)
     plan, q, k, v = read(q, k, v)
-    launch_backward(plan, do, q, k, v, o, lse, scale, gradients, (head_scores, qk_scores, v_scores))
+    launch_backward(plan, do, q, k, v, o, lse, scale, gradients, (head_scores, qk_scores, v_scores), mass=mass)
     return gradients
 
 
 @operator_backward.register_fake
-def _(do, q, k, v, o, lse, scale, head_scores, qk_scores, v_scores):
+def _(do, q, k, v, o, lse, scale, head_scores, qk_scores, v_scores, mass=None):
     return separate_gradients(q, v)
 
 
 def _save(ctx, inputs, output):
-    q, k, v, ctx.scale, *ctx.scores = inputs
-    ctx.save_for_backward(q, k, v, *output)
+    q, k, v, ctx.scale, *ctx.scores, mass = inputs
+    ctx.save_for_backward(q, k, v, *output, mass)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, do, _):
-    return *operator_backward(do, *ctx.saved_tensors, ctx.scale, *ctx.scores), None, None, None, None
+    *saved, mass = ctx.saved_tensors
+    return *operator_backward(do, *saved, ctx.scale, *ctx.scores, mass), None, None, None, None, None
 
 
 operator.register_autograd(_differentiate, setup_context=_save)
@@ -176,18 +178,19 @@ def attention_short(
     head_scores: Tensor | None = None,
     qk_scores: Tensor | None = None,
     v_scores: Tensor | None = None,
+    mass: Tensor | None = None,
 ) -> Tensor:
-    """Fused `nvit_kernels.reference.attention` for what `takes` says, with everything kept and nothing added.
+    """Fused `nvit_kernels.reference.attention` for what `takes` says, with everything kept and no more than mass added.
 
     Raises:
         ValueError: shapes or dtypes disagree, or `takes` is False.
     """
     scale = float(scale)
     if stays_one_operator(q, v):
-        return operator(q, k, v, scale, head_scores, qk_scores, v_scores)[0]
+        return operator(q, k, v, scale, head_scores, qk_scores, v_scores, mass)[0]
     if torch.is_grad_enabled():
-        return ShortAttention.apply(q, k, v, scale, head_scores, qk_scores, v_scores)
-    return launch(*read(q, k, v), scale)[0]
+        return ShortAttention.apply(q, k, v, scale, head_scores, qk_scores, v_scores, mass)
+    return launch(*read(q, k, v), scale, mass=mass)[0]
 
 
 def attention_short_packed(
@@ -196,6 +199,7 @@ def attention_short_packed(
     head_scores: Tensor | None = None,
     qk_scores: Tensor | None = None,
     v_scores: Tensor | None = None,
+    mass: Tensor | None = None,
 ) -> Tensor:
     """`attention_short` of a projection `(batch, tokens, 3, heads, dim)`, whose gradient comes packed like it.
 
@@ -206,5 +210,5 @@ def attention_short_packed(
         ValueError: as `attention_short`.
     """
     if torch.is_grad_enabled() and not stays_one_operator(qkv, qkv):
-        return PackedShortAttention.apply(qkv, float(scale), head_scores, qk_scores, v_scores)
-    return attention_short(*unpack(qkv), scale, head_scores, qk_scores, v_scores)
+        return PackedShortAttention.apply(qkv, float(scale), head_scores, qk_scores, v_scores, mass)
+    return attention_short(*unpack(qkv), scale, head_scores, qk_scores, v_scores, mass)

@@ -19,9 +19,10 @@ from nvit_kernels.ops.attention import short_layouts as layouts
 
 # tokens, qk, v
 SHAPES = ((197, 64, 64), (197, 24, 56), (197, 8, 8), (160, 64, 32), (128, 64, 64), (50, 32, 32), (49, 64, 64))
+MASSES = (("", ("mass",)), (" mass", ()))
 SHARED_PER_PROCESSOR = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10, 100: 228 << 10}
 WARPS_PER_PROCESSOR = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64}
-SUMS = ("lse", "head_part", "head_scores", "qk_scores", "v_scores")
+SUMS = ("mass", "lse", "head_part", "head_scores", "qk_scores", "v_scores")
 TENSORS = ("q", "k", "v", "o", "do", "dq", "dk", "dv")
 
 
@@ -33,7 +34,9 @@ def cases(arch: int, dtype: str = "bf16") -> Iterator[tuple[Case, triton.Config]
         pieces = dict(zip(("KEYS_A", "KEYS_B", "KEYS_C"), layouts.key_pieces(tokens), strict=True))
         sizes = dict(BLOCK_QK=power_of_two(qk), BLOCK_V=power_of_two(v))
         constants = dict(N=tokens, BLOCK_M=config.rows, STAGES=config.stages) | pieces | sizes
-        yield Case(f"forward {tag}", kernels.forward_kernel, constants, overrides=types), _options(config)
+        for mass, without in MASSES:
+            held = constants | absent(*without)
+            yield Case(f"forward {tag}{mass}", kernels.forward_kernel, held, overrides=types), _options(config)
         config, keys = layouts.backward_config(arch, tokens, qk, v), layouts.backward_keys(arch, tokens)
         if config is None:
             continue
@@ -41,7 +44,9 @@ def cases(arch: int, dtype: str = "bf16") -> Iterator[tuple[Case, triton.Config]
         constants = dict(N=tokens, PACKED=False, KEYS=keys, CHUNK=min(keys, 128), BLOCK_M=config.rows,
                          BLOCK_QK=block_qk, BLOCK_V=block_v, STAGES=config.stages)  # fmt: skip
         constants |= {} if config.delta_first else absent("delta")
-        yield Case(f"backward {tag}", kernels.backward_kernel, constants, overrides=types), _options(config)
+        for mass, without in MASSES:
+            held = constants | absent(*without)
+            yield Case(f"backward {tag}{mass}", kernels.backward_kernel, held, overrides=types), _options(config)
     constants = dict(ROWS=256, UNITS=16)
     yield (
         Case("scores", kernels.scores_kernel, constants, overrides=types),

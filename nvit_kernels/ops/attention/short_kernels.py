@@ -40,10 +40,40 @@ def logits(qt, kt, start: tl.constexpr, N: tl.constexpr, KEYS: tl.constexpr):
 
 
 @triton.jit
+def mass_of(mass, start, N: tl.constexpr, KEYS: tl.constexpr):
+    """The mass of a piece of keys in base 2 `(KEYS,)`: -inf past key N, which shuts them as a mask would."""
+    n = start + tl.arange(0, KEYS)
+    return tl.load(mass + n, n < N, float("-inf")) * LOG2E
+
+
+@triton.jit
+def weighed(qt, kt, mass, scale_log2, start: tl.constexpr, N: tl.constexpr, KEYS: tl.constexpr):
+    """`logits`, not scaled yet; where keys have a mass, scaled and with it.
+
+    The mass is read again for every tile, from the L1 cache: held in a thread's registers it would be half as much as
+    its logits, and spill on sm_80.
+    """
+    if mass is not None:
+        return tl.dot(qt, tl.trans(kt)) * scale_log2 + mass_of(mass, start, N, KEYS)[None, :]
+    else:
+        return logits(qt, kt, start, N, KEYS)
+
+
+@triton.jit
+def weights(s, top, mass, scale_log2):
+    """exp2 of `weighed` logits less their row's `top`."""
+    if mass is not None:
+        return tl.exp2(s - top[:, None])
+    else:
+        return tl.exp2(s * scale_log2 - top[:, None])
+
+
+@triton.jit
 def forward_kernel(
     q,  # (B, H, N, D) through strides
     k,  # (B, H, N, D) through the same strides
     v,  # (B, H, N, E) through strides
+    mass,  # (B, N) float32, added to the logits of a key; None: nothing is added
     o,  # (B, N, H, E)
     lse,  # (B, H, N) float32: log2 of each row's sum of exp2
     scale_log2,  # of the logits, times log2 e
@@ -63,7 +93,7 @@ def forward_kernel(
     BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """P = softmax(q kᵀ), o = P v of one head, a tile of queries at a time, k and v held.
+    """P = softmax(q kᵀ + mass), o = P v of one head, a tile of queries at a time, k and v held.
 
     Products: 2 a tile, 2 N² (D + E) operations a head: 7.6 G at 64 x 12 heads of 197 x 64 (10.5 G as padded to
     256 x 208). Loads: q, k, v once, 16 bytes at a time. Bytes there: 3 x 19.4 MB read, 19.4 + 0.6 MB written: 78 MB.
@@ -82,26 +112,29 @@ def forward_kernel(
     if KEYS_C:
         kc = rows(k, KEYS_A + KEYS_B, QK8, qk_n8, N, KEYS_C, BLOCK_QK)
         vc = rows(v, KEYS_A + KEYS_B, V8, v_n8, N, KEYS_C, BLOCK_V)
+    if mass is not None:
+        mass += b * N
     for m0 in tl.range(0, N, BLOCK_M, num_stages=STAGES):
         qt = rows(q, m0, QK8, qk_n8, N, BLOCK_M, BLOCK_QK)
-        sa = logits(qt, ka, 0, N, KEYS_A)
+        sa = weighed(qt, ka, mass, scale_log2, 0, N, KEYS_A)
         top = tl.max(sa, 1)
         if KEYS_B:
-            sb = logits(qt, kb, KEYS_A, N, KEYS_B)
+            sb = weighed(qt, kb, mass, scale_log2, KEYS_A, N, KEYS_B)
             top = tl.maximum(top, tl.max(sb, 1))
         if KEYS_C:
-            sc = logits(qt, kc, KEYS_A + KEYS_B, N, KEYS_C)
+            sc = weighed(qt, kc, mass, scale_log2, KEYS_A + KEYS_B, N, KEYS_C)
             top = tl.maximum(top, tl.max(sc, 1))
-        top *= scale_log2
-        pa = tl.exp2(sa * scale_log2 - top[:, None])
+        if mass is None:
+            top *= scale_log2
+        pa = weights(sa, top, mass, scale_log2)
         total = tl.sum(pa, 1)
         acc = tl.dot(pa.to(va.dtype), va)
         if KEYS_B:
-            pb = tl.exp2(sb * scale_log2 - top[:, None])
+            pb = weights(sb, top, mass, scale_log2)
             total += tl.sum(pb, 1)
             acc = tl.dot(pb.to(va.dtype), vb, acc)
         if KEYS_C:
-            pc = tl.exp2(sc * scale_log2 - top[:, None])
+            pc = weights(sc, top, mass, scale_log2)
             total += tl.sum(pc, 1)
             acc = tl.dot(pc.to(va.dtype), vc, acc)
         put_rows(o, acc * (1 / total)[:, None], m0, V8, H * V8, N, BLOCK_M, BLOCK_V)
@@ -114,6 +147,7 @@ def backward_kernel(
     q,  # (B, H, N, D) through strides
     k,  # (B, H, N, D) through the same strides
     v,  # (B, H, N, E) through strides
+    mass,  # (B, N) float32, as the forward had it, or None
     o,  # (B, N, H, E)
     do,  # (B, N, H, E)
     lse,  # (B, H, N) float32, from the forward
@@ -161,6 +195,8 @@ def backward_kernel(
     kt = rows(k, 0, QK8, qk_n8, N, KEYS, BLOCK_QK)
     vt = rows(v, 0, V8, v_n8, N, KEYS, BLOCK_V)
     n = tl.arange(0, KEYS)
+    if mass is not None:
+        held = mass_of(mass + b * N, 0, N, KEYS)
     dk_acc = tl.zeros([KEYS, BLOCK_QK], tl.float32)
     dv_acc = tl.zeros([KEYS, BLOCK_V], tl.float32)
     if delta is not None:  # the loop then loads nothing but what its products take, and that can be fetched ahead
@@ -172,15 +208,19 @@ def backward_kernel(
         m = m0 + tl.arange(0, BLOCK_M)
         qt = rows(q, m0, QK8, qk_n8, N, BLOCK_M, BLOCK_QK)
         dot = rows(do, m0, V8, H * V8, N, BLOCK_M, BLOCK_V)
-        base = tl.load(lse + i * N + m, m < N, 0.0)
+        # queries past N weigh nothing: with a mass alone exp2 of it could be infinite in 16 bits, times ∂o = 0
+        base = tl.load(lse + i * N + m, m < N, 0.0 if mass is None else float("inf"))
         if delta is not None:
             centre = tl.load(delta + i * N + m, m < N, 0.0)
         else:
             ot = rows(o, m0, V8, H * V8, N, BLOCK_M, BLOCK_V)
             centre = tl.sum(ot.to(tl.float32) * dot.to(tl.float32), 1)
-        p = tl.exp2(tl.dot(kt, tl.trans(qt)) * (scale * LOG2E) - base[None, :])
-        if KEYS > N:  # their k is zero, but infinity times zero is not
-            p = tl.where((n < N)[:, None], p, 0.0)
+        if mass is not None:
+            p = tl.exp2(tl.dot(kt, tl.trans(qt)) * (scale * LOG2E) + held[:, None] - base[None, :])
+        else:
+            p = tl.exp2(tl.dot(kt, tl.trans(qt)) * (scale * LOG2E) - base[None, :])
+            if KEYS > N:  # their k is zero, but infinity times zero is not
+                p = tl.where((n < N)[:, None], p, 0.0)
         p = p.to(dot.dtype)  # kept rounded, as eager keeps it: 16 registers a thread, float32 would take 32
         dv_acc = tl.dot(p, dot, dv_acc)
         dp = tl.dot(vt, tl.trans(dot))

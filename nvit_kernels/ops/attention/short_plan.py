@@ -133,3 +133,17 @@ def read(q: Tensor, k: Tensor, v: Tensor) -> tuple[Plan, Tensor, Tensor, Tensor]
     if not plan.readable:
         (q, k), v = operands.readable_alike(q, k), operands.readable(v)
     return plan, q, k, v
+
+
+def read_mass(plan: Plan, mass: Tensor | None) -> Tensor | None:
+    """What is added to the logits of a plan's keys, as the kernels read it: dense, without its history.
+
+    It is no part of a plan's description, since no launch depends on more of it than whether it is there.
+
+    Raises:
+        ValueError: it is not float32 `(batch, tokens)`.
+    """
+    if mass is None or (mass.shape == (plan.batch, plan.tokens) and mass.dtype == torch.float32):
+        return None if mass is None else mass.detach().contiguous()
+    raise ValueError(f"mass is {mass.dtype} {tuple(mass.shape)}, expected torch.float32 (batch, tokens), "
+                     f"{(plan.batch, plan.tokens)}: the log of how many tokens each stands for")  # fmt: skip

@@ -1,5 +1,7 @@
 """Attention over short rows against the reference, under the interpreter: every piece count, width and layout."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -19,13 +21,18 @@ def tensors(batch, heads, tokens, qk, v, dtype):
     return dict(q=q, k=k, v=torch.randn(batch, heads, tokens, v).to(dtype))
 
 
-def check(compare, data, per_sample=True):
+def mass_of_counts(batch, tokens):
+    """Logs of how many tokens each stands for."""
+    return torch.randint(1, 21, (batch, tokens)).float().log()
+
+
+def check(compare, data, per_sample=True, mass=None):
     (b, h, _, d), e = data["q"].shape, data["v"].shape[-1]
     units = dict(head_scores=h, qk_scores=d, v_scores=e)
     scores = {name: (b, n) if per_sample else (n,) for name, n in units.items()}
 
     def call(function):
-        return lambda **arguments: function(scale=d**-0.5, **arguments)
+        return lambda **arguments: function(scale=d**-0.5, mass=mass, **arguments)
 
     return compare(call(attention_short), call(reference.attention), data, scores)
 
@@ -42,18 +49,48 @@ def test_widths(compare, qk, v, dtype):
     check(compare, tensors(2, 3, 50, qk, v, dtype), per_sample=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("tokens", [23, 33, 64, 131, 197, 208])
+def test_keys_with_a_mass(compare, tokens, dtype):
+    check(compare, tensors(2, 2, tokens, 24, 56, dtype), mass=mass_of_counts(2, tokens))
+
+
+def test_a_mass_of_any_layout_counts_its_tokens_as_if_they_were_there():
+    """Every third token is there twice, which is what a key of mass log 2 stands for."""
+    q, k, v = tensors(2, 2, 9, 24, 56, torch.float32).values()
+    twice = torch.tensor([0, 1, 1, 2, 3, 4, 4, 5, 6, 7, 7, 8])
+    mass = torch.tensor([1.0, 2, 1] * 3).log()[:, None].expand(9, 2).mT
+    assert not mass.is_contiguous()
+    exact = reference.attention(*(t.double() for t in (q[:, :, twice], k[:, :, twice], v[:, :, twice])), 0.2)
+    first = [int((twice == i).nonzero()[0]) for i in range(9)]
+    found = attention_short(q, k, v, 0.2, mass=mass)
+    torch.testing.assert_close(found.double(), exact[:, :, first], rtol=0, atol=1e-5)
+
+
+def test_a_large_mass_leaves_no_gradient_infinite():
+    """Of queries past the last, a weight is exp of the mass alone: in float16 infinite, times a gradient of zero."""
+    data, do = tensors(1, 1, 50, 32, 32, torch.float16).values(), torch.randn(1, 1, 50, 32).half()
+    mass = torch.full((1, 50), 20.0)
+    found = gradients(partial(attention_short, mass=mass), data, do, ())
+    expected = gradients(attention_short, data, do, ())
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=float(4e-3 * theirs.abs().max()))
+
+
+@pytest.mark.parametrize("with_mass", [False, True])
 @pytest.mark.parametrize("rows", [32, 64])
 @pytest.mark.parametrize("delta_first", [False, True])
-def test_every_layout_of_the_kernels_computes_the_same(rows, delta_first):
+def test_every_layout_of_the_kernels_computes_the_same(rows, delta_first, with_mass):
     q, k, v = tensors(1, 2, 131, 24, 56, torch.float32).values()
+    mass = mass_of_counts(1, 131) if with_mass else None
     plan, *_ = op.read(q, k, v)
-    o, lse = op.launch(plan, q, k, v, 0.2)
+    o, lse = op.launch(plan, q, k, v, 0.2, mass=mass)
     do, expected, found = torch.randn_like(o), op.separate_gradients(q, v), op.separate_gradients(q, v)
     scores, scores_ = [(torch.zeros(1, 2), torch.zeros(1, 24), torch.zeros(56)) for _ in range(2)]
-    op.launch_backward(plan, do, q, k, v, o, lse, 0.2, expected, scores)
+    op.launch_backward(plan, do, q, k, v, o, lse, 0.2, expected, scores, mass=mass)
     config = Config(rows=rows, warps=4, stages=1, delta_first=delta_first)
-    o_, lse_ = op.launch(plan, q, k, v, 0.2, config)
-    op.launch_backward(plan, do, q, k, v, o, lse, 0.2, found, scores_, config)
+    o_, lse_ = op.launch(plan, q, k, v, 0.2, config, mass)
+    op.launch_backward(plan, do, q, k, v, o, lse, 0.2, found, scores_, config, mass)
     for ours, theirs in zip((o_, lse_, *found, *scores_), (o, lse, *expected, *scores), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max())
 
@@ -96,13 +133,15 @@ def buffers(batch, heads, dim):
     return torch.zeros(batch, heads), torch.zeros(dim), torch.zeros(batch, dim)
 
 
-def test_a_packed_projection_is_read_in_place_and_its_gradient_is_packed():
+@pytest.mark.parametrize("with_mass", [False, True])
+def test_a_packed_projection_is_read_in_place_and_its_gradient_is_packed(with_mass):
     packed, do = torch.randn(2, 50, 3, 4, 24), torch.randn(2, 4, 50, 24)
     q, k, v = op.unpack(packed)
     assert all(a is b for a, b in zip(op.read(q, k, v)[1:], (q, k, v), strict=True))
     apart, together = buffers(2, 4, 24), buffers(2, 4, 24)
-    out, *expected = gradients(attention_short, (q, k, v), do, apart)
-    out_, gradient = gradients(attention_short_packed, (packed,), do, together)
+    mass = mass_of_counts(2, 50) if with_mass else None
+    out, *expected = gradients(partial(attention_short, mass=mass), (q, k, v), do, apart)
+    out_, gradient = gradients(partial(attention_short_packed, mass=mass), (packed,), do, together)
     assert torch.equal(out, out_)
     assert torch.equal(torch.stack([g.transpose(1, 2) for g in expected], 2), gradient)
     assert all(torch.equal(*pair) for pair in zip(apart, together, strict=True))
@@ -161,22 +200,28 @@ def test_what_a_caller_gets_wrong_is_named():
         attention_short(q, k[:, :, :4], v, 0.2)
     with pytest.raises(ValueError, match="one dtype"):
         attention_short(q, k, v.half(), 0.2)
+    for mass in (torch.zeros(1, 7), torch.zeros(1, 8).half()):
+        with pytest.raises(ValueError, match=r"mass is .*, expected torch.float32"):
+            attention_short(q, k, v, 0.2, mass=mass)
 
 
-def test_opcheck():
+@pytest.mark.parametrize("more", [(), (torch.tensor([[1.0, 2, 3, 1, 7, 1, 1, 2]]).log(),)])
+def test_opcheck(more):
     q, k, v = (t.requires_grad_() for t in tensors(1, 2, 8, 8, 16, torch.float32).values())
-    torch.library.opcheck(op.operator, (q, k, v, 0.2, None, None, None))
+    torch.library.opcheck(op.operator, (q, k, v, 0.2, None, None, None, *more))
     with torch.no_grad():
-        o, lse = op.operator(q, k, v, 0.2, None, None, None)
+        o, lse = op.operator(q, k, v, 0.2, None, None, None, *more)
     saved = (torch.randn_like(o), *(t.detach() for t in (q, k, v)), o, lse, 0.2)
-    torch.library.opcheck(op.operator_backward, (*saved, *buffers(1, 2, 8)[:2], torch.zeros(1, 16)))
+    torch.library.opcheck(op.operator_backward, (*saved, *buffers(1, 2, 8)[:2], torch.zeros(1, 16), *more))
 
 
-def test_the_custom_op_gives_the_hot_paths_bits():
+@pytest.mark.parametrize("with_mass", [False, True])
+def test_the_custom_op_gives_the_hot_paths_bits(with_mass):
+    ours = partial(attention_short, mass=mass_of_counts(2, 17) if with_mass else None)
     data, do = tensors(2, 2, 17, 8, 8, torch.float32).values(), torch.randn(2, 2, 17, 8)
     hot, compiled = buffers(2, 2, 8), buffers(2, 2, 8)
-    expected = gradients(attention_short, data, do, hot)
-    found = gradients(lambda *a: op.operator(*a)[0], data, do, compiled)
+    expected = gradients(ours, data, do, hot)
+    found = gradients(lambda *a: op.operator(*a, **ours.keywords)[0], data, do, compiled)
     assert all(torch.equal(*pair) for pair in zip((*found, *compiled), (*expected, *hot), strict=True))
-    whole = torch.compile(attention_short, backend="aot_eager", fullgraph=True)
+    whole = torch.compile(ours, backend="aot_eager", fullgraph=True)
     assert all(torch.equal(*pair) for pair in zip(gradients(whole, data, do, buffers(2, 2, 8)), expected, strict=True))
