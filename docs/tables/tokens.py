@@ -12,6 +12,7 @@ METHODS = {
     "polished": "widths and tokens, polished",
     "ToMe": "as many tokens in every block",
     "widths": "widths alone",
+    "depth": "widths alone, or whole sublayers",
     "Torch-Pruning": "Torch-Pruning",
 }
 MODELS = {"deit_tiny_patch16_224": "DeiT-Ti", "vit_tiny_patch16_224": "ViT-Ti"}
@@ -27,7 +28,8 @@ def lost(of: str) -> str:
             what = METHODS[r["method"]] + (
                 f" (`--cost {r['cost']}`)" if r.get("cost") not in ("", "auto", None) else ""
             )
-            shares = [f"{float(r['macs']):.2f}", f"{float(r['latency']):.2f}", widths, r["schedule"] or "uniform"]
+            schedule = "uniform" if r["method"] == "ToMe" else r["schedule"] or "–"
+            shares = [f"{float(r['macs']):.2f}", f"{float(r['latency']):.2f}", widths, schedule]
             odd = f"{float(r['lost_odd']):.1f}"
             lines.append([MODELS[r["model"]], what, *shares, r["tokens_left"], points, odd, r["calibration"]])
     head = ["model", "what leaves", "MACs", "latency", "widths' share", "schedule", "tokens at the end", "points lost"]
