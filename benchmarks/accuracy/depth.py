@@ -14,20 +14,17 @@ Rows are added to depth_cpu.csv; what every sublayer alone costs goes into depth
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import harness
 from benchmarks.accuracy.library import INPUT, MODEL, Bench, answers, data_folder
 from benchmarks.accuracy.paired import paired_bootstrap
+from benchmarks.accuracy.rows import Resumed
 from nvit import LatencyTable, tasks
 from nvit.latency.clock import time_models
 from nvit.refit.costs import measure_costs
@@ -38,23 +35,6 @@ from nvit.structure.masks import full_masks, widths
 MODELS = (MODEL, "vit_tiny_patch16_224")
 BATCH = 8
 WAYS = ("widths", "depth")
-
-
-class Kept(harness.Records):
-    """Rows that are on disk at once, beside those of other points that the file has."""
-
-    def __init__(self, name: str, key: Sequence[str]) -> None:
-        super().__init__(name)
-        self.key = key
-        if self.path.exists():
-            with self.path.open(newline="") as file:
-                self.rows = list(csv.DictReader(file))
-
-    def add(self, **row: Any) -> None:
-        point = [str(row[k]) for k in self.key]
-        self.rows = [r for r in self.rows if [str(r[k]) for k in self.key] != point]
-        super().add(**row)
-        self.save()
 
 
 def curves_of(bench: Bench, scores: dict[str, Tensor], file: Path) -> dict[str, Curve]:
@@ -98,13 +78,13 @@ def measure(name: str, by: str, args: argparse.Namespace) -> None:
     full, scores = full_masks(bench.groups), bench.remaining()
     curves = curves_of(bench, scores, file)
     ends = whole_costs(bench.groups, full, curves)
-    alone = Kept("depth_alone", ("model", "group", "calibration"))
+    alone = Resumed("depth_alone", ("model", "group", "calibration"))
     for group, cost in ends.items():
         alone.add(model=name, calibration=images, group=group, kl=cost)
     prices = scores | {
         g.name: priced(g, scores[g.name], full[g.name], curves[g.name]) for g in bench.groups if g.name in curves
     }
-    records = Kept("depth", ("model", "by", "target", "way", "calibration"))
+    records = Resumed("depth", ("model", "by", "target", "way", "calibration"))
     for target in args.targets:
         found: dict[str, Tensor] = {}
         for way in WAYS:

@@ -23,10 +23,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks import harness
 from benchmarks.accuracy.library import MODEL, Bench, answers, data_folder
 from benchmarks.accuracy.paired import answered, bits, paired_bootstrap
-from benchmarks.accuracy.rows import rows_of
+from benchmarks.accuracy.rows import Resumed
 from nvit import tasks
 from nvit.refit.costs import measure_costs
 from nvit.refit.judge import Judge
@@ -52,7 +51,7 @@ def lost(right: Tensor, dense: Tensor) -> dict[str, float]:
 def measure(name: str, costs: Sequence[str], targets: Sequence[float], images: int, again: bool) -> None:
     """Rows of one model."""
     bench = Bench(data_folder(), images, 0, name)
-    records, more, prices = harness.Records("refit_costs"), {}, {"predicted": bench.remaining()}
+    records, more, prices = ordered("refit_costs", KEY), {}, {"predicted": bench.remaining()}
     if set(costs) - {"predicted"}:
         start = time.process_time()
         curves = {} if again else known_curves(name, images)
@@ -79,10 +78,9 @@ def measure(name: str, costs: Sequence[str], targets: Sequence[float], images: i
             row |= lost(right, bench.dense) | (more if cost == "measured" else {})
             row |= {f"kept_{k}": _share([(kept[g.name], g.size) for g in bench.groups if g.kind == k]) for k in KINDS}
             row |= {"distance": distances[cost]} if cost in distances else {}
-            row |= {"right": bits(right)} | gain(row, right)
+            row |= {"right": bits(right)} | gain(row, right, records)
             row["peak_mib"] = most_held(torch.device("cpu")) / 2**20
             records.add(**row)
-            save(records, KEY)
 
 
 def chosen(bench: Bench, scores: Mapping[str, Tensor], target: float) -> Masks:
@@ -117,15 +115,12 @@ def judge_of(bench: Bench) -> Judge:
     return judge
 
 
-def gain(row: Mapping, right: Tensor) -> dict[str, float]:
-    """Points over the predicted choice of the same point, where the file has it, on all images and on the odd ones."""
-    beside = {**row, "cost": "predicted"}
-    found = [
-        r for r in rows_of(harness.Records("refit_costs").path) if _key(r, KEY) == _key(beside, KEY) and r.get("right")
-    ]
-    if row["cost"] == "predicted" or not found:
+def gain(row: Mapping, right: Tensor, records: Resumed) -> dict[str, float]:
+    """Points over the predicted choice of the same point, where there is one, on all images and on the odd ones."""
+    beside = records.find(**row | {"cost": "predicted"})
+    if row["cost"] == "predicted" or beside is None or not beside.get("right"):
         return {}
-    before = answered(found[0]["right"], len(right))
+    before = answered(beside["right"], len(right))
     said = {}
     for part, places in (("", slice(None)), ("_odd", slice(1, None, 2))):
         d = paired_bootstrap(right.tolist()[places], before[places])
@@ -136,7 +131,7 @@ def gain(row: Mapping, right: Tensor) -> dict[str, float]:
 def known_curves(name: str, images: int) -> dict[str, Curve]:
     """Curves of a model that the file has, for so many calibration images."""
     points: dict[str, list[tuple[int, float]]] = {}
-    for r in rows_of(harness.Records("cost_curves").path):
+    for r in ordered("cost_curves", CURVE_KEY).rows:
         if (r["model"], r["calibration"]) == (name, str(images)):
             points.setdefault(r["group"], []).append((int(r["gone"]), float(r["measured"])))
     return {group: Curve(*zip(*sorted(found), strict=True)) for group, found in points.items()}
@@ -146,13 +141,12 @@ def save_curves(
     name: str, images: int, bench: Bench, scores: Mapping[str, Tensor], curves: Mapping[str, Curve]
 ) -> None:
     """What each depth of each group was measured to cost, and what the scores of the units gone add up to."""
-    records = harness.Records("cost_curves")
+    records = ordered("cost_curves", CURVE_KEY)
     for g in (g for g in bench.groups if g.name in curves):
         predicted = scores[g.name].sort().values.cumsum(0)
         for gone, cost in zip(curves[g.name].gone, curves[g.name].cost, strict=True):
             row = {"model": name, "calibration": images, "group": g.name, "kind": g.kind, "size": g.size, "gone": gone}
             records.add(**row, predicted=float(predicted[gone - 1]), measured=cost)
-    save(records, CURVE_KEY)
 
 
 def _share(counts: Sequence[tuple[int, int]]) -> float:
@@ -160,18 +154,9 @@ def _share(counts: Sequence[tuple[int, int]]) -> float:
     return kept / of
 
 
-def save(records: harness.Records, key: Sequence[str]) -> None:
-    """Rows measured now, and those of other points that the file has."""
-    now = list(records.rows)
-    measured = {_key(row, key) for row in now}
-    kept = [row for row in rows_of(records.path) if _key(row, key) not in measured]
-    records.rows = sorted(kept + now, key=lambda row: MODELS.index(row["model"]))
-    records.save()
-    records.rows = now
-
-
-def _key(row: Mapping, key: Sequence[str]) -> tuple[str, ...]:
-    return tuple(str(row[name]) for name in key)
+def ordered(name: str, key: Sequence[str]) -> Resumed:
+    """Rows of a file, those of DeiT-Ti first."""
+    return Resumed(name, key, order=lambda row: MODELS.index(row["model"]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,19 @@ class Resumed(Rows):
 
     Args:
         key: the columns that say which point a row is of; a later row of the same point takes its place.
+        order: rows ascend by it, where it is given.
     """
 
     def __init__(
-        self, name: str, key: Sequence[str], of: torch.device | str = "cpu", folder: Path | None = None
+        self,
+        name: str,
+        key: Sequence[str],
+        of: torch.device | str = "cpu",
+        folder: Path | None = None,
+        order: Callable[[Mapping[str, Any]], Any] | None = None,
     ) -> None:
         super().__init__(name, of, folder)
-        self.key = tuple(key)
+        self.key, self.order = tuple(key), order
         self.rows = list(rows_of(self.path))
 
     def find(self, **point: Any) -> dict[str, Any] | None:
@@ -41,6 +47,11 @@ class Resumed(Rows):
     def add(self, **row: Any) -> None:
         self.rows = [r for r in self.rows if self._point(r) != self._point(row)]
         super().add(**row)
+
+    def save(self) -> None:
+        if self.order is not None:
+            self.rows.sort(key=self.order)
+        super().save()
 
     def _point(self, row: dict[str, Any]) -> tuple[str, ...]:
         return tuple(str(row.get(name, "")) for name in self.key)

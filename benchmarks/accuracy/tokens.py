@@ -25,8 +25,9 @@ import argparse
 import csv
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ from torch import Tensor
 import nvit
 from benchmarks import harness
 from benchmarks.accuracy.paired import paired_bootstrap
+from benchmarks.accuracy.rows import Resumed
 from benchmarks.accuracy.token_bench import MODELS, RECIPES, TokenBench
 from nvit import adapters
 from nvit.analysis.compare import size
@@ -48,7 +50,7 @@ OURS = ("joint", "polished")
 KEY = ("model", "of", "target", "method")
 
 
-def measure(bench: TokenBench, methods: Sequence[str], targets: Sequence[float], records: harness.Records) -> None:
+def measure(bench: TokenBench, methods: Sequence[str], targets: Sequence[float], records: Resumed) -> None:
     """Rows of a model; methods without a model at a target have none."""
     dense = bench.right("dense", bench.open)
     for target in targets:
@@ -77,7 +79,6 @@ def measure(bench: TokenBench, methods: Sequence[str], targets: Sequence[float],
             joint = right if method in OURS else joint
             row |= points("ahead", joint, right) if joint is not None and method not in (*OURS, "coarse") else {}
             records.add(**row, images=len(right), calibration=bench.images)
-            save(records)
 
 
 def candidates(work: Path) -> None:
@@ -96,19 +97,10 @@ def points(name: str, a: Tensor, b: Tensor) -> dict[str, float]:
     return {name: 100 * found.mean, f"{name}_low": 100 * found.low, f"{name}_high": 100 * found.high}
 
 
-def save(records: harness.Records) -> None:
-    """Rows measured now, and those of other points that the file has."""
-    now, kept = list(records.rows), []
-    if records.path.exists():
-        mine = {tuple(str(row[k]) for k in KEY) for row in now}
-        with records.path.open(newline="") as file:
-            kept = [row for row in csv.DictReader(file) if tuple(row[k] for k in KEY) not in mine]
-    order = {name: i for i, name in enumerate((*MODELS, "macs", "latency", *METHODS))}
-    records.rows = sorted(
-        kept + now, key=lambda r: (order[r["model"]], order[r["of"]], -float(r["target"]), order[r["method"]])
-    )
-    records.save()
-    records.rows = now
+def order(row: Mapping[str, Any]) -> tuple:
+    """Models and methods as listed, the largest target first."""
+    of = ("macs", "latency").index(row["of"])
+    return MODELS.index(row["model"]), of, -float(row["target"]), METHODS.index(row["method"])
 
 
 def main() -> int:
@@ -125,7 +117,7 @@ def main() -> int:
     parser.add_argument("--only-prune", action="store_true", help="make the models, evaluate nothing yet")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    records = harness.Records("tokens", args.device, args.out)
+    records = Resumed("tokens", KEY, args.device, args.out, order)
     for name in args.models:
         for of in args.of:
             bench = TokenBench(name, of, args.images, args.work, args.cost, args.device)

@@ -19,22 +19,21 @@ def test_a_point_is_compared_with_the_predicted_one_that_the_file_has(tmp_path, 
     now[1::2] = 1
     point = {"model": refit_costs.MODEL, "target": 0.65, "calibration": 300}
     for row in ({"cost": "measured"}, {"cost": "predicted"}):
-        assert refit_costs.gain(point | row, now) == {}, "nothing to compare with"
-        records = harness.Records("refit_costs")
+        records = refit_costs.ordered("refit_costs", refit_costs.KEY)
+        assert refit_costs.gain(point | row, now, records) == {}, "nothing to compare with"
         records.add(**point, **row, right=refit_costs.bits(before))
-        refit_costs.save(records, refit_costs.KEY)
-    assert len(refit_costs.rows_of(tmp_path / "refit_costs_cpu.csv")) == 2, "rows of other points stay"
-    found = refit_costs.gain(point | {"cost": "measured"}, now)
+    records = refit_costs.ordered("refit_costs", refit_costs.KEY)
+    assert len(records.rows) == 2, "rows of other points stay"
+    found = refit_costs.gain(point | {"cost": "measured"}, now, records)
     assert (found["gain"], found["gain_odd"]) == (50, 100) and found["low"] < 50 < found["high"]
-    assert refit_costs.gain(point | {"cost": "measured", "target": 0.8}, now) == {}
+    assert refit_costs.gain(point | {"cost": "measured", "target": 0.8}, now, records) == {}
 
 
 def test_curves_are_read_back(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     assert refit_costs.known_curves("m", 300) == {}
-    records = harness.Records("cost_curves")
+    records = refit_costs.ordered("cost_curves", refit_costs.CURVE_KEY)
     for gone, cost in ((8, 0.25), (16, 0.5)):
         records.add(model=refit_costs.MODEL, group="g", gone=gone, calibration=300, measured=cost)
-    refit_costs.save(records, refit_costs.CURVE_KEY)
     assert refit_costs.known_curves(refit_costs.MODEL, 300) == {"g": refit_costs.Curve((8, 16), (0.25, 0.5))}
     assert refit_costs.known_curves(refit_costs.MODEL, 100) == {}
