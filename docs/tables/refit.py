@@ -108,9 +108,10 @@ def costs() -> str:
         name = MODELS[r["model"]]
         distance = f"{float(r['distance']):.3f}" if r["distance"] else ""
         lines.append(
-            [name, r["target"], r["cost"], f"{float(r['lost']):.1f}", f"{float(r['lost_odd']):.1f}", gained, distance]
+            [name, r["calibration"], r["target"], r["cost"], *(f"{float(r[k]):.1f}" for k in ("lost", "lost_odd"))]
+            + [gained, distance]
         )
-    head = ["model", "MACs", "groups priced", "points lost", "on every second image", "gain over predicted"]
+    head = ["model", "images", "MACs", "groups priced", "points lost", "on every second image", "gain over predicted"]
     return table([*head, "KL when chosen"], lines)
 
 
