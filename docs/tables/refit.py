@@ -107,10 +107,8 @@ def costs() -> str:
         gained = gain(r, "gain", "low", "high") if r["gain"] else ""
         name = MODELS[r["model"]]
         distance = f"{float(r['distance']):.3f}" if r["distance"] else ""
-        lines.append(
-            [name, r["calibration"], r["target"], r["cost"], *(f"{float(r[k]):.1f}" for k in ("lost", "lost_odd"))]
-            + [gained, distance]
-        )
+        points = (f"{float(r[k]):.1f}" for k in ("lost", "lost_odd"))
+        lines.append([name, r["calibration"], r["target"], r["cost"], *points, gained, distance])
     head = ["model", "images", "MACs", "groups priced", "points lost", "on every second image", "gain over predicted"]
     return table([*head, "KL when chosen"], lines)
 
