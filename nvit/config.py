@@ -141,8 +141,8 @@ class PruneConfig(TrainingConfig):
         Literal["auto", "predicted", "measured", "both"],
         _help(
             "with --refit, what the units of a group cost: as its scores predict, in half of the time; as measured at "
-            "a few depths of each group alone; both (auto): of the two choices the one nearer to the dense model on "
-            "held-back images"
+            "a few depths of each group alone (auto with tokens); both (auto without): of the two choices the one "
+            "nearer to the dense model on held-back images"
         ),
     ] = "auto"
     depth: Annotated[

@@ -25,9 +25,8 @@ def lost(of: str) -> str:
         if r["of"] == of:
             points = "{:.1f} ({:.1f} to {:.1f})".format(*(float(r[k]) for k in ("lost", "lost_low", "lost_high")))
             widths = f"{float(r['widths_ratio']):.2f}" if r["widths_ratio"] else "–"
-            what = METHODS[r["method"]] + (
-                f" (`--cost {r['cost']}`)" if r.get("cost") not in ("", "auto", None) else ""
-            )
+            named = r["cost"] not in ("", "auto", "measured")  # what it is where nothing is said
+            what = METHODS[r["method"]] + f" (`--cost {r['cost']}`)" * named
             schedule = "uniform" if r["method"] == "ToMe" else r["schedule"] or "–"
             shares = [f"{float(r['macs']):.2f}", f"{float(r['latency']):.2f}", widths, schedule]
             odd = f"{float(r['lost_odd']):.1f}"

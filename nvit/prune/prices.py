@@ -17,9 +17,10 @@ Prices = dict[str, Tensor]
 
 
 def compares(config: PruneConfig) -> bool:
-    """Whether the choices by all ways to price are judged: unless one of them is asked for, or sublayers may leave
-    whole, which has but one price."""
-    return config.measures_costs and (config.cost == "both" or (config.cost == "auto" and not config.depth))
+    """Whether the choices by all ways to price are judged. Unless one is asked for they are, but with merged tokens,
+    where measured prices kept more, and where sublayers may leave whole, which has but one price."""
+    unsaid = config.cost == "auto" and not (config.depth or config.merges_tokens)
+    return config.measures_costs and (config.cost == "both" or unsaid)
 
 
 def ways_to_price(
