@@ -17,8 +17,14 @@ from pathlib import Path
 from nvit_kernels import aot
 from nvit_kernels.configs import SHARED_BYTES
 
-STACK_BYTES = 24
-"""What may wait on a thread's stack outside loops: next to nothing, where the alternative is a slower tile."""
+STACK_BYTES = {"merge tokens match": 24}
+"""What may wait on a thread's stack outside loops, by how a case begins: of others nothing. Next to nothing here, where
+the alternative is a slower tile."""
+
+
+def stack_of(case: str) -> int:
+    """Bytes that a case may keep on a thread's stack outside loops."""
+    return next((most for begins, most in STACK_BYTES.items() if case.startswith(begins)), 0)
 
 
 def write_table(path: Path) -> int:
@@ -32,7 +38,8 @@ def write_table(path: Path) -> int:
                 for config in case.configs(arch):
                     report = aot.compile_case(case, arch, config)
                     table.writerow(asdict(report))
-                    if report.loop_spills or report.spills > STACK_BYTES or report.shared > SHARED_BYTES[arch]:
+                    stack, shared = stack_of(report.case), SHARED_BYTES[arch]
+                    if report.loop_spills or report.spills > stack or report.shared > shared:
                         over += 1
                         print(f"over a limit: {report}", file=sys.stderr)
     return over

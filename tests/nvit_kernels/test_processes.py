@@ -8,6 +8,7 @@ import pytest
 import triton
 from packaging.version import Version
 
+from benchmarks.kernels.compile_table import stack_of
 from nvit_kernels.configs import SHARED_BYTES
 from tests.nvit_kernels.conftest import run_apart
 from tests.nvit_kernels.test_compile_table import SAME, committed
@@ -49,5 +50,6 @@ def test_every_kernel_compiles_without_spills(arch):
     stack = 0 if Version(triton.__version__) >= Version("3.8") else 16
     least = min(SHARED_BYTES[a] for a in (SAME if arch in SAME else (arch,)))  # first configs are the same on these
     for report in reports:
-        assert report["spills"] <= stack and report["loop_spills"] == 0, f"spills registers: {report}"
+        most = max(stack, stack_of(report["case"]))
+        assert report["spills"] <= most and report["loop_spills"] == 0, f"spills registers: {report}"
         assert report["shared"] <= least, f"over sm_{arch}'s shared memory: {report}"
