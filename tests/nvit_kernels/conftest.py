@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
@@ -13,6 +16,15 @@ def pytest_ignore_collect(collection_path):
     """Files under interpret/ belong to the processes started below, where the interpreter is on."""
     if collection_path.is_relative_to(HERE / "interpret") and os.environ.get("TRITON_INTERPRET") != "1":
         return True
+
+
+@pytest.fixture
+def nan_filled_memory():
+    """Every uninitialised float is NaN, so an element that no kernel wrote shows."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def run_apart(command: list[str], **environment: str) -> subprocess.CompletedProcess:

@@ -10,17 +10,9 @@ from nvit_kernels.ops.attention.short import attention_short, attention_short_pa
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("nan_filled_memory"),
 ]
 SCALE = 0.2
-
-
-@pytest.fixture(autouse=True)
-def nan_filled_memory():
-    """Every uninitialised float is NaN, so an element that no kernel wrote shows."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def operands(batch, heads, tokens, qk, v, dtype):

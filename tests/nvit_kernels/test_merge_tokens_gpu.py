@@ -10,6 +10,7 @@ from tests.nvit_kernels.merged import check_choice, check_means, given_tokens, l
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("nan_filled_memory"),
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [  # tokens, r, prefix, heads, dims, width
@@ -18,15 +19,6 @@ SHAPES = [  # tokens, r, prefix, heads, dims, width
     (130, 62, 5, 2, 128, 64), (197, 16, 1, 3, 64, 192), (197, 16, 1, 12, 64, 768), (198, 98, 2, 6, 24, 496),
     (201, 25, 5, 13, 80, 96), (256, 128, 0, 1, 64, 33), (257, 128, 1, 12, 56, 760), (257, 1, 1, 4, 104, 384),
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def nan_filled_memory():
-    """Every uninitialised float is NaN, so an element that no kernel wrote shows."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def on_gpu(batch, tokens, dtype=torch.float32, **shape):
