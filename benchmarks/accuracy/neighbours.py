@@ -108,7 +108,7 @@ def narrowed_and_merged(bench: Bench, scores: Mapping[str, Tensor], tokens: int)
     small = bench.pruned(masks, refit=True)
     work = work_of(small)
     allowed = work_of(bench.plain)(adapters.merges(merged(bench, tokens)))
-    found = schedules(small, lambda _, merges: work(merges) <= allowed).get("uniform")
+    found = schedules(small, lambda merges: work(merges) <= allowed).get("uniform")
     if found is None:
         raise ValueError(f"no uniform schedule brings the narrower model to {allowed} multiply-accumulates")
     return adapters.merge_(small, found)

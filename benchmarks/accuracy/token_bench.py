@@ -122,7 +122,7 @@ class TokenBench:
                 continue
             share = t
             for _ in range(1 if self.of == "macs" else AIMED):
-                merges = schedules(self.plain, lambda _, m, share=share: work(m) <= share * work(()))["uniform"]
+                merges = schedules(self.plain, lambda m, share=share: work(m) <= share * work(()))["uniform"]
                 model = adapters.merge_(self.open(), merges)
                 if self.of == "latency":
                     share += t - self.latency(model)["latency"]

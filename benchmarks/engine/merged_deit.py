@@ -94,7 +94,7 @@ def main() -> int:
     for name, masks in cuts.items():
         rung = Rung(models[name], table.ratio(widths(groups, masks)), cost, dense_work)
         for share in (1.0, *SHARES):
-            enough = lambda _, m, most=share * rung.whole, work=rung.work: work(m) <= most  # noqa: E731
+            enough = lambda m, most=share * rung.whole, work=rung.work: work(m) <= most  # noqa: E731
             merges = schedules(models[name], enough).get(FAMILY) if share < 1 else ()
             if merges is None:  # a few blocks cannot merge so much
                 continue
@@ -108,7 +108,7 @@ def main() -> int:
                 failed += 1
                 more = {"note": first_line(broken)}
             else:
-                predicted = rung.predicted(FAMILY, merges)
+                predicted = rung.predicted(merges)
                 more |= {"predicted_ratio": predicted, "ratio_error": predicted / more["ratio"] - 1}
             records.add(**row | more)
             records.save()

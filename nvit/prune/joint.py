@@ -76,7 +76,7 @@ class Choice:
 
     @property
     def predicted(self) -> float:
-        return self.rung.predicted(self.family, self.merges)
+        return self.rung.predicted(self.merges)
 
     @property
     def like(self) -> Family:
@@ -222,7 +222,7 @@ class Walk:
             return self._distance(best.rung.model, merges)
 
         def enough(merges: Merges) -> bool:
-            return best.rung.predicted(best.family, merges) <= target
+            return best.rung.predicted(merges) <= target
 
         tests = (near, lambda merges: self._distance(best.rung.model, merges, self.near_too))
         tokens, prefix, _ = shape_of(best.rung.model)
@@ -242,8 +242,8 @@ class Walk:
             return
         if not alone:
             return
-        family, (merges, _) = next(iter(alone.items()))
-        extra = self.cost.of(family, self.dense_work(merges) / self.dense_work(()))
+        merges, _ = next(iter(alone.values()))
+        extra = self.cost.of(self.dense_work(merges) / self.dense_work(()))
         if (cut := self.cuts.to(target - extra, merges)) is None:
             return
         masks, said = cut
@@ -279,13 +279,13 @@ class Walk:
 
         def choose(ratio: float) -> tuple[float, Merges]:
             merges = rung.schedules(ratio, like).get(family) or choice.merges
-            return rung.predicted(family, merges), merges
+            return rung.predicted(merges), merges
 
         reading: Reading | None = None
         if self.pruner.aim.clock is not None:
-            aim = Aim(self.pruner.aim.clock, rung.predicted(family, choice.like(*shape_of(rung.model), 1.0)))
+            aim = Aim(self.pruner.aim.clock, rung.predicted(choice.like(*shape_of(rung.model), 1.0)))
             merges, reading = aim.hit(target, choose, lambda merges: self._with(rung, merges))
-        model, predicted = self._with(rung, merges), rung.predicted(family, merges)
+        model, predicted = self._with(rung, merges), rung.predicted(merges)
         tokens = counts(adapters.of(model).tokens(model), merges)
         row: dict[str, Any] = {"schedule": choice.schedule, "widths_ratio": rung.ratio, "distance": choice.distance}
         head = {"step": self.pruner.steps, "predicted_ratio": predicted, "target": target}

@@ -16,44 +16,47 @@ from .timing import Ratios
 from .tokens import schedules, work_of
 
 SHARES = (0.75, 0.5, 0.3)
-"""Of the dense model's work, at which each family is measured."""
+"""Of the dense model's work, at which what merging takes is measured."""
+
+MEASURED = {"uniform": FAMILIES["uniform"]}
+"""The family of schedules that is timed, for all: at equal work `uniform` and `rising` took the same within 0.2 % of a
+dense DeiT-Ti (benchmarks/results/tokens_cpu.csv)."""
 
 
 @dataclass(frozen=True)
 class MergingCost:
-    """Latency that is not in the work left, in dense latencies, by family and share of the dense model's work.
+    """Latency that is not in the work left, in dense latencies, by share of the dense model's work.
 
     Attributes:
-        points: by family, shares ascending and what merging takes there; nothing where it was not measured.
+        shares: ascending, the last 1.
+        extra: what merging takes at each; nothing where nothing was measured.
     """
 
-    points: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]]
+    shares: tuple[float, ...] = (1.0,)
+    extra: tuple[float, ...] = (0.0,)
 
-    def of(self, family: str, share: float) -> float:
+    def of(self, share: float) -> float:
         """Of a schedule with which the dense model takes `share` of its work."""
-        shares, extra = self.points.get(family, ((1.0,), (0.0,)))
-        return float(np.interp(share, shares, extra))
+        return float(np.interp(share, self.shares, self.extra))
 
 
 def measure_merging(dense: nn.Module, ratios: Ratios | None) -> MergingCost:
-    """Whole models with merges are timed in turn with the dense one.
+    """Whole models with merges are timed in turn with the dense one, roughly: the model that wins is measured itself.
 
     Args:
         dense: prepared; as it was, afterwards.
         ratios: what measures; without it merging takes nothing beside its work.
     """
     if ratios is None:
-        return MergingCost({})
-    work, models, where = work_of(dense), [], []
+        return MergingCost()
+    work, found = work_of(dense), {}
     whole = work(())
     for share in SHARES:
-        for family, merges in schedules(dense, lambda _, m, share=share: work(m) <= share * whole).items():
-            models.append(adapters.merge_(_sharing_weights(dense), merges))
-            where.append((family, work(merges) / whole))
-    found: dict[str, list[tuple[float, float]]] = {family: [(1.0, 0.0)] for family, _ in where}
-    for (family, share), ratio in zip(where, ratios(models), strict=True):
-        found[family].append((share, ratio.value - share))
-    return MergingCost({family: tuple(zip(*sorted(points), strict=True)) for family, points in found.items()})
+        for merges in schedules(dense, lambda m, share=share: work(m) <= share * whole, MEASURED).values():
+            found[work(merges) / whole] = adapters.merge_(_sharing_weights(dense), merges)
+    read = ratios(list(found.values()), rough=True)
+    points = [(1.0, 0.0), *((share, r.value - share) for share, r in zip(found, read, strict=True))]
+    return MergingCost(*zip(*sorted(points), strict=True))
 
 
 def _sharing_weights(model: nn.Module) -> nn.Module:
@@ -64,7 +67,7 @@ class Rung:
     """A compact model of some widths, and what it takes when tokens merge.
 
     Attributes:
-        model: without merges; `at` gives it some.
+        model: without merges.
         ratio: its predicted latency as a fraction of dense.
     """
 
@@ -73,13 +76,13 @@ class Rung:
         self.work, self.dense_work = work_of(model), dense_work
         self.whole, self.dense_whole = self.work(()), dense_work(())
 
-    def predicted(self, family: str, merges: Merges) -> float:
+    def predicted(self, merges: Merges) -> float:
         """Latency with merges as a fraction of dense: the work that is left, and what the merges took when measured."""
         if not any(merges):
             return self.ratio
-        extra = self.cost.of(family, self.dense_work(merges) / self.dense_whole)
+        extra = self.cost.of(self.dense_work(merges) / self.dense_whole)
         return self.ratio * self.work(merges) / self.whole + extra
 
     def schedules(self, target: float, families: Mapping[str, Family] = FAMILIES) -> dict[str, Merges]:
         """By family, the schedule that merges least and is predicted to meet a target."""
-        return schedules(self.model, lambda family, merges: self.predicted(family, merges) <= target, families)
+        return schedules(self.model, lambda merges: self.predicted(merges) <= target, families)

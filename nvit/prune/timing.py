@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,8 +19,11 @@ Timer = Callable[[Sequence[nn.Module], Tensor, float, str], np.ndarray]
 """Milliseconds `(rounds, models)` of models on images, for seconds, in a mode."""
 
 
-Ratios = Callable[[Sequence[nn.Module]], list[Ratio]]
-"""Latencies of models as fractions of the dense one's, as measured in turn."""
+class Ratios(Protocol):
+    """Latencies of models as fractions of the dense one's, as measured in turn."""
+
+    def __call__(self, others: Sequence[nn.Module], *, rough: bool = False) -> list[Ratio]:
+        """`rough`: in as few rounds as a spread needs, however busy the machine is."""
 
 
 def ratios_of(
@@ -35,13 +39,14 @@ def ratios_of(
         return None
     dtype = getattr(torch, setting.dtype)
 
-    def read(others: Sequence[nn.Module]) -> list[Ratio]:
+    def read(others: Sequence[nn.Module], *, rough: bool = False) -> list[Ratio]:
         models = [in_dtype(m, dtype) for m in (dense(), *others)]
 
         def timed() -> list[Ratio]:
             images = sample_images(models[0], setting.batch_size)
             elsewhere = {} if setting.runtime == TORCH else {"runtime": setting.runtime}
-            rounds = timer(models, images, seconds * len(models) / 2, setting.mode, **elsewhere)
+            given = 0.0 if rough else seconds * len(models) / 2
+            rounds = timer(models, images, given, setting.mode, **elsewhere)
             return [ratio_to_first(rounds, i) for i in range(1, len(models))]
 
         return parallel.from_main(timed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 
 from torch import nn
 
@@ -58,14 +57,14 @@ def least_share(model: nn.Module, config: PruneConfig) -> float:
 
 
 def schedules(
-    model: nn.Module, enough: Callable[[str, Merges], bool] | None, families: Mapping[str, Family] = FAMILIES
+    model: nn.Module, enough: Callable[[Merges], bool] | None, families: Mapping[str, Family] = FAMILIES
 ) -> dict[str, Merges]:
     """By family, the schedule that merges least and is `enough`; families without one are absent. Without `enough` the
     strongest."""
     given = shape_of(model)
     if enough is None:
         return {name: family(*given, 1.0) for name, family in families.items()}
-    found = {name: weakest(family, *given, partial(enough, name)) for name, family in families.items()}
+    found = {name: weakest(family, *given, enough) for name, family in families.items()}
     return {name: merges for name, merges in found.items() if merges is not None}
 
 

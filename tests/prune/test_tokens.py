@@ -18,8 +18,8 @@ LARGE = {"img_size": 32, "depth": 3}
 def test_a_share_of_the_work_is_met_by_every_family():
     dense = make("deit_distilled", **LARGE)
     work, whole = work_of(dense), macs(dense, (3, 32, 32))
-    assert schedules(dense, lambda _, merges: work(merges) <= 0.1 * work(())) == {}
-    found = schedules(dense, lambda _, merges: work(merges) <= 0.8 * work(()))
+    assert schedules(dense, lambda merges: work(merges) <= 0.1 * work(())) == {}
+    found = schedules(dense, lambda merges: work(merges) <= 0.8 * work(()))
     assert set(found) == set(FAMILIES)
     for merges in found.values():
         share = work(merges) / work(())
@@ -33,7 +33,7 @@ def test_a_compact_model_saves_of_its_own_work(tmp_path):
     groups = adapters.find(dense).groups(dense)
     small = compact(dense, groups, random_masks(groups, 0.8))
     whole, work = work_of(dense)(()), work_of(small)
-    merges = schedules(small, lambda _, m: work(m) <= 0.9 * work(()))["constant"]
+    merges = schedules(small, lambda m: work(m) <= 0.9 * work(()))["constant"]
     assert work(()) < whole and 0.75 * work(()) < work(merges) <= 0.9 * work(())
     snapshot.save(tmp_path / "s", adapters.merge_(small, merges))
     spec = snapshot.load_spec(tmp_path / "s")
