@@ -4,7 +4,7 @@ while what it holds changes, and no block runs again for those behind it."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -57,11 +57,12 @@ class Replay:
         self.shapes: list[Any] = []
         self.inputs: list[tuple[tuple, dict]] = []
         self.sizes: list[torch.Size] = []
+        self._settled: dict[nn.Module, list[Any]] = {}
 
     def enter(self, images: Tensor) -> None:
         """Add a batch, at the first block."""
         self.sizes.append(images.shape)
-        self.inputs.append(self._until(self.blocks[0], images))
+        self.inputs.append(_until(self.model, self.blocks[0], images))
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -69,7 +70,34 @@ class Replay:
     def run(self, batch: int) -> Any:
         """The current block's output."""
         args, kwargs = self.inputs[batch]
-        return self.blocks[self.at](*args, **kwargs)
+        with standing_in(self.blocks[self.at], {m: _Fixed(outs[batch]) for m, outs in self._settled.items()}):
+            return self.blocks[self.at](*args, **kwargs)
+
+    def settle(self, layer: nn.Module, changing: Iterable[nn.Module]) -> None:
+        """Until `advance`, a layer of the current block gives what it gives now, and does not run again.
+
+        Nothing happens where one of `changing`, which may change meanwhile, runs before it. Memory: its output.
+        """
+        outs: list[Any] = []
+
+        def found(_module: nn.Module, _args: tuple, out: Any) -> None:
+            outs.append(out)
+            raise Reached
+
+        def too_early(*_: Any) -> None:
+            raise Reached
+
+        handles = [layer.register_forward_hook(found), *(m.register_forward_pre_hook(too_early) for m in changing)]
+        try:
+            for b in range(len(self)):
+                with contextlib.suppress(Reached):
+                    self.run(b)
+                if len(outs) == b:
+                    return
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._settled[layer] = outs
 
     def advance(self) -> None:
         """Through the current block and what the host does up to the next; weights are read as they are now."""
@@ -80,6 +108,7 @@ class Replay:
                 self.shapes.append(tree_map(_blank, out))
             self.inputs[b] = self._behind(b, out, None if last else self.blocks[self.at + 1])
         self.at += 1
+        self._settled.clear()
 
     def rest(self, batch: int, out: Any) -> Any:
         """The logits where the current block's output is `out`; blocks behind it run as they are now."""
@@ -87,21 +116,31 @@ class Replay:
 
     def _behind(self, batch: int, out: Any, block: nn.Module | None) -> tuple[tuple, dict]:
         """`_until` a block behind the current one, whose output is `out`."""
-        # Blocks before the current one are not run: only shapes matter there, and images matter no more.
-        like = next(self.model.parameters())
-        images = torch.zeros((), dtype=like.dtype, device=like.device).expand(self.sizes[batch])
-        skipped = [_resized(s, self.sizes[0][0], self.sizes[batch][0]) for s in self.shapes[: self.at]]
-        return self._until(block, images, [*skipped, out])
+        skipped = [_resized(s, self.sizes[0][0], 1) for s in self.shapes[: self.at]]
+        return _until(self.model, block, one_like(self.sizes[batch], self.model), [*skipped, out])
 
-    def _until(self, block: nn.Module | None, images: Tensor, outs: Sequence[Any] = ()) -> tuple[tuple, dict]:
-        """What a block is called with, the first ones replaced by their outputs; the logits where `block` is None."""
-        stop = _Stop()
-        stand_ins = {b: _Fixed(out) for b, out in zip(self.blocks, outs, strict=False)}
-        if block is not None:
-            stand_ins[block] = stop
-        with standing_in(self.model, stand_ins), contextlib.suppress(Reached):
-            return self.adapter.logits(self.model, images), {}
-        return stop.found
+
+def logits_behind(model: nn.Module, outs: Sequence[Any], images: Tensor) -> Any:
+    """The logits where the first blocks' outputs are `outs`, of which only the last one's values matter. These blocks
+    do not run; `images` enter a model of which none is given, else only their shape matters, and one is enough."""
+    return _until(model, None, one_like(images.shape, model) if outs else images, outs)[0]
+
+
+def one_like(size: torch.Size, model: nn.Module) -> Tensor:
+    """One image in place of a batch, for what runs before blocks whose outputs are known."""
+    like = next(model.parameters())
+    return torch.zeros((), dtype=like.dtype, device=like.device).expand(1, *size[1:])
+
+
+def _until(model: nn.Module, block: nn.Module | None, images: Tensor, outs: Sequence[Any] = ()) -> tuple[tuple, dict]:
+    """What a block is called with, the first ones replaced by their outputs; the logits where `block` is None."""
+    adapter, stop = adapters.of(model), _Stop()
+    stand_ins = {b: _Fixed(out) for b, out in zip(adapter.blocks(model), outs, strict=False)}
+    if block is not None:
+        stand_ins[block] = stop
+    with standing_in(model, stand_ins), contextlib.suppress(Reached):
+        return adapter.logits(model, images), {}
+    return stop.found
 
 
 def _blank(t: Any) -> Any:

@@ -18,6 +18,9 @@ def standing_in(model: nn.Module, stand_ins: Mapping[nn.Module, nn.Module]) -> I
     Args:
         stand_ins: by module of `model`, at whatever places it is there.
     """
+    if not stand_ins:
+        yield
+        return
     places = [
         (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module)
         for name, module in model.named_modules(remove_duplicate=False)

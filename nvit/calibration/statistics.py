@@ -40,7 +40,7 @@ class SiteStatistics:
     def add(self, x: Tensor, g: Tensor, images: int) -> None:
         """Rows `(rows, d)` of a batch, those of an image one after another."""
         self.images, self.rows = self.images + images, self.rows + len(x)
-        self.x = self.x + x.sum(0, dtype=torch.float64)
+        self.x = self.x + x.sum(0).double()
         self.xx = self.xx + (x.T @ x).double()
         self.gg = self.gg + (g.T @ g).double()
         self.profile = self.profile + g.square().sum(1).view(images, -1).sum(0, dtype=torch.float64)

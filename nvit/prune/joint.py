@@ -32,6 +32,7 @@ from ..utils.logs import Log, unlogged
 from ..utils.progress import Progress
 from . import between
 from .aim import Aim, Reading, measured
+from .distances import Distances
 from .folder import RunFolder
 from .limits import least_ms
 from .merged_table import merged_table
@@ -191,8 +192,8 @@ class Walk:
             self.alone[share] = dict(sorted(found.items(), key=lambda item: item[1][1]))
         return self.alone[share]
 
-    def _distance(self, model: nn.Module, merges: Merges, near: Nearness | None = None) -> float:
-        distance = (near or self.near).of(adapters.merge_(model, merges))
+    def _distance(self, model: nn.Module, merges: Merges) -> float:
+        distance = self.near.of(adapters.merge_(model, merges))
         adapters.merge_(model, ())
         return distance
 
@@ -216,20 +217,22 @@ class Walk:
     def _exchange(self, target: float) -> None:
         """Let blocks of the best candidate hand merges on, and keep what is nearer for it."""
         best, looks = self.best[target], count(1)
+        model = best.rung.model
+        held, too = Distances(model, self.near), Distances(model, self.near_too)
 
         def near(merges: Merges) -> float:
             self.progress(min(next(looks), EXCHANGES), EXCHANGES, f"exchange: {target:g}")
-            return self._distance(best.rung.model, merges)
+            return held.of(merges)
 
         def enough(merges: Merges) -> bool:
             return best.rung.predicted(merges) <= target
 
-        tests = (near, lambda merges: self._distance(best.rung.model, merges, self.near_too))
-        tokens, prefix, _ = shape_of(best.rung.model)
-        merges = exchange(best.merges, tokens, prefix, enough, tests, EXCHANGES)
+        tokens, prefix, _ = shape_of(model)
+        merges = exchange(best.merges, tokens, prefix, enough, (near, too.of), EXCHANGES)
+        adapters.merge_(model, ())
         self.progress(EXCHANGES, EXCHANGES, f"exchange: {target:g}")
         if merges != best.merges:
-            distance = self._distance(best.rung.model, merges)
+            distance = self._distance(model, merges)
             self.best[target] = replace(best, merges=merges, distance=distance, exchanged=True)
             self._tell(target, self.best[target], {})
 

@@ -21,6 +21,7 @@ from ..selection.curves import Curve, depths
 from ..spec import Group
 from ..structure.masks import full_masks
 from ..tasks import Task
+from ..utils.devices import portions
 from ..utils.progress import Progress, silent
 from .gather import parts
 from .inputs import Exact, fit_, gather_inputs, refit_reader_
@@ -117,9 +118,9 @@ def _entered(
     replay, halves = Replay(model), ([], [])
     for images in batches:
         for half, x in zip(halves, judge.take(images), strict=True):
-            if len(x):
+            for part in portions(x, x.device) if len(x) else ():
                 half.append(len(replay))
-                replay.enter(x)
+                replay.enter(part)
     judge.ready()
     first = len(replay)
     for x in judge.shown:

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from ..calibration.capture import Enough, Place, capture
 from ..calibration.replay import Replay
 from ..calibration.statistics import SiteStatistics
-from ..layers import LinearPart, prunable_layers
+from ..layers import LinearPart
 from ..layers.sites import PLAIN
 from .entries import Entry
 from .ridge import Moments
@@ -67,7 +67,7 @@ def moments_at(pair: Pair, place: Place, weights: Tensor | None, entry: Entry | 
         entry: the layer also makes good what the stream lacks before it.
     """
     name, end = place
-    ours, theirs = (parts(prunable_layers(replay.model)[name], end) for replay in (pair.ours, pair.theirs))
+    ours, theirs = (parts(replay.model.get_submodule(name), end) for replay in (pair.ours, pair.theirs))
     found: list[Halves] = []
     norm = None if entry is None else entry.norm
     for b in range(len(pair.ours)):
@@ -88,7 +88,7 @@ def rows_at(replay: Replay, place: Place, batch: int, norm: str | None = None) -
     """Rows that the linear layers at one end of a layer receive, and rows of the stream that `norm` reads."""
     found: dict[Place, Tensor] = {}
     name, end = place
-    site = prunable_layers(replay.model)[name].sites()[end]
+    site = replay.model.get_submodule(name).sites()[end]
 
     def sink(where: Place, x: Tensor, _) -> None:
         found[where] = site.rows(x) if where == place else PLAIN.rows(x)

@@ -31,7 +31,7 @@ class Inputs:
         w = x.new_ones(len(x)) if weights is None else weights.to(x)
         xw = x * w[:, None]
         self.weight = self.weight + w.double().sum()
-        self.x = self.x + xw.sum(0, dtype=torch.float64)
+        self.x = self.x + (w @ x).double()
         self.xx = self.xx + (xw.T @ x).double()
 
     def without(self, weight: Tensor, cols: Tensor) -> Moments:

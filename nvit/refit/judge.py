@@ -15,7 +15,7 @@ from ..spec import Group
 from ..structure.masks import apply_
 from ..tasks import Task
 from ..tasks.nearness import Nearness
-from ..utils.devices import sent
+from ..utils.devices import portions, sent
 from .refit import refit_
 
 MEASURED, REFITTED = 96, 128
@@ -91,7 +91,8 @@ class Judge:
             raise ValueError(
                 f"costs are measured on images of their own, and there are {self.deal.seen}; give at least 2"
             )
-        self.shown = list(torch.cat(self.shown).split(self.size))
+        shown = torch.cat(self.shown)
+        self.shown = [x for batch in shown.split(self.size) for x in portions(batch, shown.device)]
         self.near = Nearness(self.task, self.model, self.shown)
 
     @torch.inference_mode()

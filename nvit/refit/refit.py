@@ -17,7 +17,7 @@ from ..calibration.replay import Replay
 from ..calibration.statistics import SiteStatistics
 from ..layers import LinearPart, prunable_layers
 from ..spec import Group
-from ..utils.devices import sent
+from ..utils.devices import portions, sent
 from ..utils.progress import Progress, silent
 from .entries import entries, refittable
 from .gather import Halves, Pair, classifier_moments, inputs_of, moments_at, parts, row_weights
@@ -65,12 +65,16 @@ def refit_(
     for at, block in enumerate(names):
         inside = {n: m for n, m in their_layers.items() if n.startswith(f"{block}.")}
         entered = entries(pair.theirs, inside) if stream else {}
-        for name in (n for n, m in inside.items() if refittable(m)):
+        mine = [n for n, m in inside.items() if refittable(m)]
+        for name in mine:
             for end in ("in", "out") if readers else ("out",):
                 weights = row_weights(statistics, (name, end), uniform)
                 moments = moments_at(pair, (name, end), weights, entered.get(name) if end == "out" else None)
                 for part, halves in zip(parts(layers[name], end), moments, strict=True):
                     report.append(_change_(f"{name}.{end}", part, halves))
+            if later := mine[mine.index(name) + 1 :]:
+                pair.ours.settle(layers[name], [layers[n] for n in later])
+                pair.theirs.settle(their_layers[name], ())
         with inputs_of(model, behind) as xs, inputs_of(dense, behind) as exact:
             pair.advance()
         for name in xs:
@@ -87,14 +91,16 @@ def refit_(
 def _enter(model: nn.Module, dense: nn.Module, batches: Iterable[Tensor], held: float) -> Pair:
     """Both models with all batches at the first block."""
     ours, theirs = Replay(model), Replay(dense)
-    device = next(model.parameters()).device
+    device, starts = next(model.parameters()).device, []
     for images in batches:
-        for replay in (ours, theirs):
-            replay.enter(sent(images, device))
-    count = len(ours)
+        starts.append(len(ours))
+        for x in portions(sent(images, device), device):
+            ours.enter(x)
+            theirs.enter(x)
+    count = len(starts)
     if count < 2:
         raise ValueError(f"refit got {count} batches of calibration images; it needs 2, one to choose the ridge with")
-    return Pair(ours, theirs, first_held(count, held))
+    return Pair(ours, theirs, starts[first_held(count, held)])
 
 
 def first_held(count: int, held: float = HELD) -> int:

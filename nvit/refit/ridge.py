@@ -57,14 +57,14 @@ class Moments:
         """
         x, r, targets = (t if t.dtype == torch.float64 else t.float() for t in (x, r, targets))
         w = x.new_ones(len(x)) if weights is None else weights.to(x.dtype)
-        xw, rw = x * w[:, None], r * w[:, None]
+        xw = x * w[:, None]
         self.weight += w.double().sum()
-        self.x += xw.sum(0, dtype=torch.float64)
-        self.r += rw.sum(0, dtype=torch.float64)
+        self.x += (w @ x).double()
+        self.r += (w @ r).double()
         self.xx += (xw.T @ x).double()
-        self.rx += (rw.T @ x).double()
-        self.rr += (rw * r).sum(0, dtype=torch.float64)
-        self.tt += (targets.square() * w[:, None]).sum(0, dtype=torch.float64)
+        self.rx += (r.T @ xw).double()
+        self.rr += (w @ r.square()).double()
+        self.tt += (w @ targets.square()).double()
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(*(getattr(self, f) + getattr(other, f) for f in self.__dataclass_fields__))

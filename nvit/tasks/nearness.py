@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import adapters
 from ..adapters.base import Logits
 from ..structure.verify import evaluating
-from ..utils.devices import sent
+from ..utils.devices import portions, sent
 from .base import Task
 
 
@@ -19,7 +19,7 @@ class Nearness:
     softmaxes, in nats an image.
 
     Attributes:
-        batches: the images, as they were given.
+        batches: the images, as many at once as the device takes best.
         dense: the dense model's answers, by batch.
 
     Raises:
@@ -27,7 +27,8 @@ class Nearness:
     """
 
     def __init__(self, task: Task, dense: nn.Module, batches: Sequence[Tensor]) -> None:
-        self.task, self.batches = task, batches
+        device = next(dense.parameters()).device
+        self.task, self.batches = task, [x for batch in batches for x in portions(batch, device)]
         self.images = sum(map(len, batches))
         if not self.images:
             raise ValueError("how near answers stay is measured on images of its own, and there are none; give more")
