@@ -238,6 +238,7 @@ def stages(command: PruneCommand) -> list[Stage]:
             found += [Stage("what merging takes", seconds / 4, seconds / 4), Stage("merge", 10)]
             decided += [Stage("merge", 10)]
         found += [Stage("score", 20), *costs, *decided, *[Stage("score", 20), *decided] * (targets * config.rounds - 1)]
+        found += [*[Stage("exchange", 10)] * targets, *[Stage("measure", 10)] * targets] * config.merges_tokens
     found += [Stage("finetune", 60)] * (targets * bool(config.finetune_epochs))
     return [*found, Stage("measuring snapshots", seconds / 4, seconds / 4), *[Stage("evaluate", 5)] * targets]
 

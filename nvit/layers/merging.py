@@ -58,9 +58,20 @@ def check_merges(merges: tuple[int, ...], blocks: int, tokens: int, prefix: int)
     """Raise ValueError unless so many tokens can merge in the blocks of a model."""
     if len(merges) != blocks:
         raise ValueError(f"merges name {len(merges)} blocks of a model of {blocks}")
-    for i, (r, n) in enumerate(zip(merges, counts(tokens, merges), strict=False)):
-        most = max(0, n - prefix) // 2
-        if type(r) is not int or not 0 <= r <= most:
-            raise ValueError(
-                f"block {i} merges {r} of {n} tokens; {prefix} never merge, and of the others at most {most}"
-            )
+    if (i := impossible(merges, tokens, prefix)) is not None:
+        left = counts(tokens, merges[:i])[-1]
+        raise ValueError(
+            f"block {i} merges {merges[i]} of {left} tokens; {prefix} never merge, and of the others at most "
+            f"{max(0, left - prefix) // 2}"
+        )
+
+
+def impossible(merges: tuple[int, ...], tokens: int, prefix: int) -> int | None:
+    """The first block that would merge more than half of the tokens that may and are left to it, or no whole number of
+    them; None where all can."""
+    left = tokens - prefix
+    for i, r in enumerate(merges):
+        if type(r) is not int or not 0 <= r <= max(0, left) // 2:
+            return i
+        left -= r
+    return None

@@ -124,9 +124,9 @@ def forecast_one_shot(model: nn.Module, loader, config: PruneConfig, table: Late
         of_each = max(0.0, measuring[1] - measuring[0]) / (2 * max(1, large - small))
         seconds += max(0.0, measuring[1] - 2 * large * of_each) + images * (of_each + load)
     peak = held_more + (size - large) * (held_more - held) // max(1, large - small)
-    if config.refit:  # all images at one block, of the pruned and of the dense model
+    if config.refit:  # all images at one block, and what its attention gives, of the pruned and of the dense model
         wide = table.dense[0].emb * adapters.find(model).tokens(model) * next(model.parameters()).element_size()
-        peak += 2 * wide * max(0, images - 2 * size)
+        peak += 4 * wide * max(0, images - 2 * size)
     what = "score, measure costs, decide" if config.measures_costs else "score, decide"
     what += ", refit" * config.refit + ", merge" * config.merges_tokens
     times = f"{images} images" + (f", {looks} times" if looks > 1 else "")

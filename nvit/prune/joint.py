@@ -286,8 +286,10 @@ class Walk:
 
         reading: Reading | None = None
         if self.pruner.aim.clock is not None:
+            self.progress(0, 1, f"measure: {target:g}")
             aim = Aim(self.pruner.aim.clock, rung.predicted(choice.like(*shape_of(rung.model), 1.0)))
             merges, reading = aim.hit(target, choose, lambda merges: self._with(rung, merges))
+            self.progress(1, 1, f"measure: {target:g}")
         model, predicted = self._with(rung, merges), rung.predicted(merges)
         tokens = counts(adapters.of(model).tokens(model), merges)
         row: dict[str, Any] = {"schedule": choice.schedule, "widths_ratio": rung.ratio, "distance": choice.distance}

@@ -9,7 +9,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
-from .schedules import Merges, valid
+from ..layers.merging import impossible
+from .schedules import Merges
 
 Distance = Callable[[Merges], float]
 
@@ -63,7 +64,7 @@ def _moved(
         found[block], found[beside] = found[block] + more, r
         return tuple(found)
 
-    may = [r for r in range(sum(merges) + 1) if valid(with_(r), tokens, prefix)]
+    may = [r for r in range(sum(merges) + 1) if impossible(with_(r), tokens, prefix) is None]
     few = bisect_left(may, True, key=lambda r: enough(with_(r)))
     return with_(may[few]) if few < len(may) else None
 

@@ -56,16 +56,6 @@ def proportional(merges: Merges) -> Family:
     return family
 
 
-def valid(merges: Merges, tokens: int, prefix: int) -> bool:
-    """Whether no block merges more than half of the tokens that may and are left."""
-    left = tokens - prefix
-    for r in merges:
-        if not 0 <= r <= left // 2:
-            return False
-        left -= r
-    return True
-
-
 FAMILIES: dict[str, Family] = {
     "constant": constant_share,
     "falling": sloped(0.5),

@@ -2,8 +2,8 @@
 
 import pytest
 
-from nvit.layers.merging import check_merges, counts
-from nvit.selection.schedules import FAMILIES, constant_share, proportional, sloped, valid, weakest
+from nvit.layers.merging import check_merges, counts, impossible
+from nvit.selection.schedules import FAMILIES, constant_share, proportional, sloped, weakest
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -43,7 +43,7 @@ def test_the_weakest_that_is_enough(family):
 def test_of_the_schedules_like_one_it_is_the_weakest_that_merges_as_many(merges):
     """A search ends on a schedule; what corrects its latency has to begin there."""
     like = proportional(merges)
-    assert valid(merges, 197, 1)
+    assert impossible(merges, 197, 1) is None
     assert weakest(like, 197, 1, 4, lambda m: sum(m) >= sum(merges)) == merges
     strongest = like(197, 1, 4, 1.0)
     check_merges(strongest, 4, 197, 1)
@@ -52,5 +52,6 @@ def test_of_the_schedules_like_one_it_is_the_weakest_that_merges_as_many(merges)
 
 
 def test_valid_is_what_a_model_takes():
-    assert valid((98, 49, 24), 197, 1) and not valid((99, 0, 0), 197, 1) and not valid((98, 50, 0), 197, 1)
-    assert not valid((5, -1, 0), 197, 1)
+    assert impossible((98, 49, 24), 197, 1) is None
+    assert impossible((99, 0, 0), 197, 1) == 0 and impossible((98, 50, 0), 197, 1) == 1
+    assert impossible((5, -1, 0), 197, 1) == 1
