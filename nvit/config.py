@@ -163,9 +163,9 @@ class PruneConfig(TrainingConfig):
         float,
         _help(
             "with --refit: this share of the calibration images is seen through fewer pixels, down to 2 of 7 a side, "
-            "so that what is left also answers images less sharp than they are; 0 for none"
+            "so that what is left also answers images less sharp; 0 for none; -1: half of them with tokens, else none"
         ),
-    ] = 0.0
+    ] = -1.0
     keep_output: Annotated[
         bool, _help("with --refit, of a tower: prune the width of its output too; a linear layer restores it")
     ] = False
@@ -220,11 +220,11 @@ class PruneConfig(TrainingConfig):
             raise ValueError("refit is for pruning without training; add --no-train (train = false)")
         if self.depth and self.cost == "predicted":
             raise ValueError("depth is priced by what was measured; leave out --cost predicted")
-        if not 0 <= self.coarse <= 1:
-            raise ValueError(f"coarse is {self.coarse:g}; it is a share of the calibration images, in [0, 1]")
+        if self.coarse != -1 and not 0 <= self.coarse <= 1:
+            raise ValueError(f"coarse is {self.coarse:g}; it is a share of the calibration images, in [0, 1], or -1")
         for asked, why, instead in (
             (self.depth, "depth leaves the mean output of what has left, which a refit finds", "leave it out"),
-            (self.coarse, f"coarse {self.coarse:g} is of the images that a refit sees", "leave it out"),
+            (self.coarse > 0, f"coarse {self.coarse:g} is of the images that a refit sees", "leave it out"),
             (self.polish, f"polish {self.polish} follows a refit", "finetune the snapshot (--finetune-epochs)"),
             (self.cost in ("measured", "both"), f"cost {self.cost} is that of a refitted model", "leave it out"),
         ):

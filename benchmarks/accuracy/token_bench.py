@@ -32,7 +32,7 @@ POLISH, AIMED = 200, 3
 """Steps; times that the aim at a latency is taken."""
 RECIPES = {
     "joint": {"only": ("widths", "tokens")},
-    "coarse": {"only": ("widths", "tokens"), "coarse": 0.5},
+    "sharp": {"only": ("widths", "tokens"), "coarse": 0.0},
     "widths": {"only": ("widths",)},
     "depth": {"only": ("widths",), "depth": True},
 }

@@ -4,7 +4,7 @@
 
 At each target, of multiply-accumulates (`macs`) or of measured latency (`latency`: on one CPU thread, eager, in
 float32; with `--device cuda` graph replays in bfloat16):
-`joint`, what `nvit prune --no-train --refit --only widths tokens` leaves; `coarse`, the same with `--coarse 0.5`;
+`joint`, what `nvit prune --no-train --refit --only widths tokens` leaves; `sharp`, the same with `--coarse 0`;
 `polished`, `joint` after `--polish 200`; `ToMe`, as many tokens merged in every block, with our op; `widths`, what it
 leaves without `tokens`; `depth`, the same with `--depth`; `Torch-Pruning`, its models of as many multiply-accumulates
 by Taylor importance, which reads labels (needs `pip install torch-pruning`; a target of latency is one of
@@ -43,7 +43,7 @@ from nvit.structure.skeleton import tokens_by_block
 from nvit.utils.report import write_csv
 
 TARGETS = (0.8, 0.65, 0.5, 0.4)
-METHODS = ("joint", "coarse", "polished", "ToMe", "widths", "depth", "Torch-Pruning")
+METHODS = ("joint", "sharp", "polished", "ToMe", "widths", "depth", "Torch-Pruning")
 OURS = ("joint", "polished")
 """The last of them that is there is compared with the others."""
 
@@ -77,7 +77,7 @@ def measure(bench: TokenBench, methods: Sequence[str], targets: Sequence[float],
             row |= points("lost", dense, right)
             row |= {f"lost_{half}": 100 * float((dense - right)[i::2].mean()) for i, half in enumerate(("even", "odd"))}
             joint = right if method in OURS else joint
-            row |= points("ahead", joint, right) if joint is not None and method not in (*OURS, "coarse") else {}
+            row |= points("ahead", joint, right) if joint is not None and method not in (*OURS, "sharp") else {}
             records.add(**row, images=len(right), calibration=bench.images)
 
 

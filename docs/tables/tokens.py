@@ -8,7 +8,7 @@ from docs.tables.base import rows, table
 
 METHODS = {
     "joint": "widths and tokens",
-    "coarse": "widths and tokens, refitted on coarser images too",
+    "sharp": "widths and tokens (`--coarse 0`)",
     "polished": "widths and tokens, polished",
     "ToMe": "as many tokens in every block",
     "widths": "widths alone",

@@ -30,6 +30,10 @@ from .pruner import Pruner
 from .sample import count_batches, sampled
 from .scoring import score
 
+COARSE_MERGED = 0.5
+"""The share of images that a refit sees through fewer pixels where tokens merge and nothing is said: it is nearer to
+the dense model then, also on sharp images (docs/tokens.md)."""
+
 
 def prune_one_shot(
     pruner: Pruner, loader, keep, budget: Budget | None, progress: Progress, log: Log = unlogged
@@ -127,8 +131,9 @@ class Refitter:
         start = time.monotonic()
         model, groups = self.pruner.model, self.pruner.groups
         config, images = self.pruner.config, self._images()
-        if config.coarse:
-            images = coarser(images, config.coarse, config.seed)
+        share = config.coarse if config.coarse >= 0 else COARSE_MERGED * config.merges_tokens
+        if share:
+            images = coarser(images, share, config.seed)
         rows = refit_(model, self.dense, groups, images, statistics=self.statistics, progress=self.progress)
         before = sum(row["before"] for row in rows)
         after = sum(row["after"] for row in rows)

@@ -165,6 +165,18 @@ def test_a_refit_sees_coarser_images_where_that_is_asked_for():
     only, x = ("mlp",), batches()[0]
     sharp, coarse, again = (logits(run(only=only, latency_target=0.7, coarse=c).model, x) for c in (0.0, 0.9, 0.9))
     assert torch.equal(coarse, again) and (sharp - coarse).abs().max() > 1e-3
+    unsaid, half = (logits(run(only=only, latency_target=0.7, coarse=c).model, x) for c in (-1.0, 0.5))
+    assert torch.equal(unsaid, sharp) and not torch.equal(half, sharp), "none without tokens"
+
+
+def test_half_of_the_images_are_coarse_where_tokens_merge(monkeypatch):
+    shares = []
+    monkeypatch.setattr(oneshot, "coarser", lambda images, share, seed: shares.append(share) or images)
+    run(only=("mlp", "tokens"), latency_target=0.5)
+    assert shares and set(shares) == {0.5}
+    shares.clear()
+    run(only=("mlp", "tokens"), latency_target=0.5, coarse=0.0)
+    assert not shares
 
 
 def test_frozen_tokens_are_as_if_nobody_had_named_them():
