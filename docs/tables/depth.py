@@ -1,4 +1,4 @@
-"""Latency of models of which sublayers have left."""
+"""Latency and accuracy of models of which sublayers have left."""
 
 from __future__ import annotations
 
@@ -14,4 +14,17 @@ def latency() -> str:
     return table(["without", "predicted", "taken", "off"], lines)
 
 
-TABLES = {"latency": latency}
+def accuracy() -> str:
+    """Points of top-1 lost where sublayers may leave, beside widths alone."""
+    lines = []
+    for r in rows("depth_cpu"):
+        gain = "{:+.1f} ({:+.1f} to {:+.1f})".format(*(float(r[k]) for k in ("gain", "low", "high"))) if r["gain"] else ""
+        shares = [f"{float(r['measured']):.2f}", f"{float(r['macs']):.2f}"]
+        points = [f"{float(r[k]):.1f}" for k in ("lost", "lost_odd")]
+        lines.append([r["target"], WAYS[r["way"]], *shares, r["absent"] or "–", *points, gain])
+    head = ["latency", "what leaves", "measured", "MACs", "absent", "points lost", "on every second image"]
+    return table([*head, "ahead of widths alone"], lines)
+
+
+WAYS = {"widths": "widths", "depth": "widths and sublayers"}
+TABLES = {"latency": latency, "accuracy": accuracy}

@@ -8,13 +8,14 @@ from docs.tables.base import rows, table
 
 METHODS = {
     "joint": "widths and tokens",
-    "sharp": "widths and tokens (`--coarse 0`)",
+    "sharp": "widths and tokens",
     "polished": "widths and tokens, polished",
     "ToMe": "as many tokens in every block",
     "widths": "widths alone",
     "depth": "widths alone, or whole sublayers",
     "Torch-Pruning": "Torch-Pruning",
 }
+REFITTED = {"joint": "half of them coarse", "sharp": "sharp images"}
 MODELS = {"deit_tiny_patch16_224": "DeiT-Ti", "vit_tiny_patch16_224": "ViT-Ti"}
 
 
@@ -25,8 +26,7 @@ def lost(of: str) -> str:
         if r["of"] == of:
             points = "{:.1f} ({:.1f} to {:.1f})".format(*(float(r[k]) for k in ("lost", "lost_low", "lost_high")))
             widths = f"{float(r['widths_ratio']):.2f}" if r["widths_ratio"] else "–"
-            named = r["cost"] not in ("", "auto", "measured")  # what it is where nothing is said
-            what = METHODS[r["method"]] + f" (`--cost {r['cost']}`)" * named
+            what = _what(r["method"], r["cost"])
             schedule = "uniform" if r["method"] == "ToMe" else r["schedule"] or "–"
             shares = [f"{float(r['macs']):.2f}", f"{float(r['latency']):.2f}", widths, schedule]
             odd = f"{float(r['lost_odd']):.1f}"
@@ -35,14 +35,20 @@ def lost(of: str) -> str:
     return table([*head, "on every second image", "images"], lines)
 
 
+def _what(method: str, cost: str = "") -> str:
+    """What leaves, with the flags that were not as where nothing is said."""
+    flags = ["--coarse 0"] * (method == "sharp") + [f"--cost {cost}"] * (cost not in ("", "auto", "measured"))
+    return METHODS[method] + f" (`{' '.join(flags)}`)" * bool(flags)
+
+
 def candidates() -> str:
     """KL to the dense model of what was compared, by model and target."""
-    found: dict[tuple[str, str], list] = {}
+    found: dict[tuple[str, str, str], list] = {}
     for r in rows("tokens_candidates_cpu"):
-        if r["of"] == "macs" and r["method"] == "joint":
-            found.setdefault((r["model"], r["target"]), []).append(r)
+        if r["of"] == "macs" and r["method"] in REFITTED:
+            found.setdefault((r["model"], r["target"], r["method"]), []).append(r)
     lines = []
-    for (model, target), mine in found.items():
+    for (model, target, method), mine in found.items():
         alone = [r for r in mine if float(r["widths_ratio"]) == 1]
         least = min(float(r["distance"]) for r in mine)
         narrow: dict[str, dict[str, str]] = {}
@@ -52,8 +58,8 @@ def candidates() -> str:
         told = [_told(min(alone, key=lambda r: float(r["distance"])), least)] if alone else ["–"]
         wide_first = sorted(narrow.values(), key=lambda r: -float(r["widths_ratio"]))
         told.append("; ".join(f"{float(r['widths_ratio']):.2f}: {_told(r, least)}" for r in wide_first) or "–")
-        lines.append([MODELS[model], target, *told])
-    return table(["model", "MACs", "tokens alone, nearest schedule", "widths to, then tokens"], lines)
+        lines.append([MODELS[model], target, REFITTED[method], *told])
+    return table(["model", "MACs", "refitted on", "tokens alone, nearest schedule", "widths to, then tokens"], lines)
 
 
 def _told(row: dict[str, str], least: float) -> str:
@@ -67,7 +73,7 @@ def elsewhere() -> str:
     lines = [
         [
             MODELS[r["model"]],
-            METHODS[r["method"]],
+            _what(r["method"]),
             f"{float(r['macs']):.2f}",
             f"{float(r['dense']):.1f}",
             f"{float(r['top1']):.1f}",
