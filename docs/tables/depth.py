@@ -18,7 +18,8 @@ def accuracy() -> str:
     """Points of top-1 lost where sublayers may leave, beside widths alone."""
     lines = []
     for r in rows("depth_cpu"):
-        gain = "{:+.1f} ({:+.1f} to {:+.1f})".format(*(float(r[k]) for k in ("gain", "low", "high"))) if r["gain"] else ""
+        ahead = [float(r[k]) for k in ("gain", "low", "high") if r[k]]
+        gain = "{:+.1f} ({:+.1f} to {:+.1f})".format(*ahead) if ahead else ""
         shares = [f"{float(r['measured']):.2f}", f"{float(r['macs']):.2f}"]
         points = [f"{float(r[k]):.1f}" for k in ("lost", "lost_odd")]
         lines.append([r["target"], WAYS[r["way"]], *shares, r["absent"] or "–", *points, gain])
