@@ -117,16 +117,16 @@ class Replay:
     def _behind(self, batch: int, out: Any, block: nn.Module | None) -> tuple[tuple, dict]:
         """`_until` a block behind the current one, whose output is `out`."""
         skipped = [_resized(s, self.sizes[0][0], 1) for s in self.shapes[: self.at]]
-        return _until(self.model, block, one_like(self.sizes[batch], self.model), [*skipped, out])
+        return _until(self.model, block, _one_like(self.sizes[batch], self.model), [*skipped, out])
 
 
 def logits_behind(model: nn.Module, outs: Sequence[Any], images: Tensor) -> Any:
     """The logits where the first blocks' outputs are `outs`, of which only the last one's values matter. These blocks
     do not run; `images` enter a model of which none is given, else only their shape matters, and one is enough."""
-    return _until(model, None, one_like(images.shape, model) if outs else images, outs)[0]
+    return _until(model, None, _one_like(images.shape, model) if outs else images, outs)[0]
 
 
-def one_like(size: torch.Size, model: nn.Module) -> Tensor:
+def _one_like(size: torch.Size, model: nn.Module) -> Tensor:
     """One image in place of a batch, for what runs before blocks whose outputs are known."""
     like = next(model.parameters())
     return torch.zeros((), dtype=like.dtype, device=like.device).expand(1, *size[1:])
