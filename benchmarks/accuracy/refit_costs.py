@@ -1,12 +1,12 @@
 """Top-1 lost by DeiT-Ti and ViT-Ti, widths alone, one shot and refitted: groups priced by prediction or by measurement.
 
-    NVIT_DATA=FOLDER python -m benchmarks.accuracy.refit_costs [predicted measured both] [--models NAME …]
+    NVIT_DATA=FOLDER python -m benchmarks.accuracy.refit_costs [predicted between measured both] [--models NAME …]
 
 Calibration on images of imagenet_sample1000, labels unread; imagenet_val1300 is evaluated, cropped without resizing.
 `lost` is in points against the dense model on the same images: of all, of the even places, on which settings were
-chosen, and of the odd ones. `gain`: over predicted, with its 95 % interval (paired bootstrap over images). `both`
-takes, of the two choices, the one with the lower `distance` to the dense model on calibration images held back, as
-`nvit prune --cost both` does.
+chosen, and of the odd ones. `gain`: over predicted, with its 95 % interval (paired bootstrap over images). `between`
+prices by the geometric mean of prediction and measurement. `both` takes, of the three choices, the one with the lowest
+`distance` to the dense model on calibration images held back, as `nvit prune --cost both` does.
 
 Rows go into refit_costs_cpu.csv, each with its answers by image (`right`, a bit an image), so that points can be
 measured on different days and compared image by image. What every group was measured to cost, beside what its scores
@@ -27,16 +27,17 @@ from benchmarks.accuracy.library import MODEL, Bench, answers, data_folder
 from benchmarks.accuracy.paired import answered, bits, paired_bootstrap
 from benchmarks.accuracy.rows import Resumed
 from nvit import tasks
+from nvit.prune.prices import ways_to_price
 from nvit.refit.costs import measure_costs
 from nvit.refit.judge import Judge
-from nvit.selection.curves import Curve, priced
+from nvit.selection.curves import Curve
 from nvit.selection.lagrangian import drop_to_target
 from nvit.spec import KINDS
 from nvit.structure.masks import Masks, full_masks, kept_counts, widths
 from nvit.utils.memory import most_held
 
 MODELS = (MODEL, "vit_tiny_patch16_224")
-COSTS = ("predicted", "measured", "both")
+COSTS = ("predicted", "between", "measured", "both")
 TARGETS = (0.8, 0.65, 0.5)
 KEY = ("model", "target", "cost", "calibration")
 CURVE_KEY = ("model", "group", "gone", "calibration")
@@ -51,25 +52,25 @@ def lost(right: Tensor, dense: Tensor) -> dict[str, float]:
 def measure(name: str, costs: Sequence[str], targets: Sequence[float], images: int, again: bool) -> None:
     """Rows of one model."""
     bench = Bench(data_folder(), images, 0, name)
-    records, more, prices = ordered("refit_costs", KEY), {}, {"predicted": bench.remaining()}
+    records, more, scores, curves = ordered("refit_costs", KEY), {}, bench.remaining(), {}
     if set(costs) - {"predicted"}:
         start = time.process_time()
         curves = {} if again else known_curves(name, images)
         if not curves:
-            curves = curves_of(bench, prices["predicted"])
+            curves = curves_of(bench, scores)
             more = {"cpu_s": time.process_time() - start}
-            save_curves(name, images, bench, prices["predicted"], curves)
-        prices["measured"] = priced_by(bench, prices["predicted"], curves)
+            save_curves(name, images, bench, scores, curves)
+    ways = ways_to_price(scores, bench.groups, full_masks(bench.groups), curves)
     judge = judge_of(bench) if "both" in costs else None
     for target in targets:
-        masks = {way: chosen(bench, scores, target) for way, scores in prices.items()}
+        masks = {way: chosen(bench, prices.units, target) for way, prices in ways.items()}
         distances = {way: float(judge.of(choice)) for way, choice in masks.items()} if judge else {}
         answered_by: dict[str, Tensor] = {}
         if distances:
             masks["both"] = masks[min(distances, key=distances.__getitem__)]
         for cost in costs:
             taken = min(distances, key=distances.__getitem__) if cost == "both" else cost
-            if taken not in answered_by:  # `both` is one of the two
+            if taken not in answered_by:  # `both` is one of the others
                 answered_by[taken] = answers(bench.pruned(masks[taken], refit=True), bench.evaluation)
             right = answered_by[taken]
             kept = kept_counts(masks[cost])
@@ -86,13 +87,6 @@ def measure(name: str, costs: Sequence[str], targets: Sequence[float], images: i
 def chosen(bench: Bench, scores: Mapping[str, Tensor], target: float) -> Masks:
     """What leaves at a share of the dense MACs."""
     return drop_to_target(scores, full_masks(bench.groups), bench.groups, bench.table, target * bench.table.dense_ms)[0]
-
-
-def priced_by(bench: Bench, scores: Mapping[str, Tensor], curves: Mapping[str, Curve]) -> dict[str, Tensor]:
-    """Scores whose sums are measured costs."""
-    full = full_masks(bench.groups)
-    found = {g.name: priced(g, scores[g.name], full[g.name], curves[g.name]) for g in bench.groups if g.name in curves}
-    return dict(scores) | found
 
 
 def curves_of(bench: Bench, scores: Mapping[str, Tensor]) -> dict[str, Curve]:

@@ -123,7 +123,7 @@ class Cuts:
             return None
 
         def cut(prices: Prices) -> Masks:
-            return drop_to_target(prices, whole, pruner.groups, table, ms)[0]
+            return drop_to_target(prices.units, whole, pruner.groups, table, ms)[0]
 
         prices, said = list(self.ways.values())[-1], {}
         if len(self.ways) > 1:
@@ -220,9 +220,9 @@ class Walk:
         model = best.rung.model
         held, too = Distances(model, self.near), Distances(model, self.near_too)
 
-        def near(merges: Merges) -> float:
+        def near(merges: Merges, beside: Merges | None) -> float:
             self.progress(min(next(looks), EXCHANGES), EXCHANGES, f"exchange: {target:g}")
-            return held.of(merges)
+            return held.of(merges, beside)
 
         def enough(merges: Merges) -> bool:
             return best.rung.predicted(merges) <= target

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from ..config import PruneConfig
 from ..latency.table import LatencyTable
 from ..spec import KINDS, TOKENS, Group, block_widths
+from ..structure.masks import Masks
 from ..tasks import Task
 
 
@@ -55,13 +56,21 @@ def prunable_groups(
     return free
 
 
-def least_ms(table: LatencyTable, groups: Sequence[Group], free: Sequence[Group], depth: bool = False) -> float:
+def least_ms(
+    table: LatencyTable,
+    groups: Sequence[Group],
+    free: Sequence[Group],
+    depth: bool = False,
+    masks: Masks | None = None,
+) -> float:
     """Milliseconds by the table of the smallest model that pruning may leave: the last bundle of every group in `free`,
-    or with `depth` nothing of the sublayers that may leave with it, the rest whole."""
+    or with `depth` nothing of the sublayers that may leave with it, the rest whole; without what `masks` say has left
+    whole already."""
     names = {g.name for g in free}
     left = {g.name: min(g.multiple, g.size) if g.name in names else g.size for g in groups}
     if depth:
         left |= {name: 0 for g in free if g.ends is not None for name in (g.name, *g.ends)}
+    left |= {name: 0 for name, keep in (masks or {}).items() if not bool(keep.any())}
     return table.model_ms(block_widths(groups, left))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..calibration.capture import Place
 from ..calibration.coarse import coarser
 from ..calibration.statistics import SiteStatistics, gather_statistics
-from ..refit.costs import measure_costs
+from ..refit.costs import DEPTHS, SHALLOW, measure_costs
 from ..refit.judge import Judge
 from ..refit.refit import refit_
 from ..refit.rotation import rotate_
@@ -111,6 +111,7 @@ class Refitter:
             self._images(),
             task=self.pruner.task,
             statistics=self.statistics,
+            shares=SHALLOW if self.pruner.config.merges_tokens else DEPTHS,
             depth=self.pruner.config.depth,
             progress=self.progress,
         )

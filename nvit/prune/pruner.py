@@ -19,7 +19,7 @@ from .. import parallel
 from ..config import PruneConfig
 from ..latency.clock import time_rounds
 from ..latency.table import LatencyTable
-from ..selection.curves import Curve, whole_costs
+from ..selection.curves import Curve
 from ..selection.greedy import drop_cheapest
 from ..selection.lagrangian import drop_to_target
 from ..spec import KINDS
@@ -27,7 +27,7 @@ from ..structure.compact import compact
 from ..structure.masks import Masks, full_masks, widths
 from .aim import Aim, Reading, measured
 from .limits import check_reachable, least_ms, prunable_groups
-from .prices import nearest, ways_to_price
+from .prices import Prices, judged, nearest, ways_to_price
 from .scorer import Scorer
 from .timing import Timer, clock_of, ratios_of
 from .tokens import least_share
@@ -198,18 +198,19 @@ class Pruner(Scorer):
         Args:
             measure: from scores to what the first units of groups cost, asked once; scores order the units then, and
                 these `curves` price them, here and in later decisions.
-            judge: how far a model cut by masks is from the dense one; of the choice by scores and that by `curves` the
-                nearer one is taken.
+            judge: how far a model cut by masks is from the dense one; the nearest of all ways' choices is taken.
         """
-        priced = self.ways(measure)
-        scores, prices, said = priced["predicted"], list(priced.values())[-1], {}
-        if judge is not None and len(priced) > 1:
+        priced, said = self.ways(measure), {}
+        scores, prices = priced["predicted"].units, (fastest := list(priced.values())[-1])
+        if judge is not None:
             by_table = target in self.targets and not self.aim.beyond(target)
             ratio = self.aim.at(target) if by_table else target
-            prices, said = nearest(priced, lambda way: judge(self._least(way, ratio)[0]))
+            ways = {way: p for way, p in judged(priced, self.config.cost).items() if self._reaches(p, ratio)}
+            if len(ways) > 1:
+                prices, said = nearest(ways, lambda p: judge(self._least(p, ratio)[0]))
 
         def choose(ratio: float) -> tuple[float, tuple[Masks, float]]:
-            masks, eta = self._least(prices, ratio)
+            masks, eta = self._least(prices if self._reaches(prices, ratio) else fastest, ratio)
             return self.table.ratio(widths(self.groups, masks)), (masks, eta)
 
         if target not in self.targets:
@@ -222,18 +223,22 @@ class Pruner(Scorer):
             self._settle_to(self.ratio if reading is None else target, reading)
         self._asked_for = True
 
-    def ways(self, measure: Measure | None = None) -> dict[str, dict[str, Tensor]]:
-        """What units cost: `predicted` by their scores, and `measured` where curves are known; `measure` as in
-        `decide_at`."""
+    def ways(self, measure: Measure | None = None) -> dict[str, Prices]:
+        """What units and sublayers cost, see `ways_to_price`; `measure` as in `decide_at`."""
         scores = self._telling_scores()
         if measure is not None and not self.curves:
             self.curves = dict(measure(scores))
         return ways_to_price(scores, self.free, self.masks, self.curves)
 
-    def _least(self, prices: Mapping[str, Tensor], ratio: float) -> tuple[Masks, float]:
+    def _least(self, prices: Prices, ratio: float) -> tuple[Masks, float]:
         """`drop_to_target` from here, at a fraction of the dense latency."""
-        ends = whole_costs(self.free, self.masks, self.curves)
-        return drop_to_target(prices, self.masks, self.groups, self.table, ratio * self.table.dense_ms, ends)
+        ms = ratio * self.table.dense_ms
+        return drop_to_target(prices.units, self.masks, self.groups, self.table, ms, prices.ends)
+
+    def _reaches(self, prices: Prices, ratio: float) -> bool:
+        """Whether a choice by such prices can be that fast."""
+        least = least_ms(self.table, self.groups, self.free, bool(prices.ends), self.masks)
+        return least <= ratio * self.table.dense_ms
 
     def _take(self, scores: Mapping[str, Tensor], masks: Masks, **more: Any) -> None:
         """Mask what a decision chose, once every rank has decided alike."""
@@ -319,11 +324,10 @@ class Pruner(Scorer):
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Plain values and tensors from which `restore` goes on."""
         values = {"met": self.met, "history": self.history, "steps": self.steps, "scored": self.mean.count}
-        values["aim"] = [asdict(r) for r in self.aim.readings]
+        values |= {"aim": [asdict(r) for r in self.aim.readings], "decisions": self.mean.decisions}
         values["curves"] = {n: asdict(c) for n, c in self.curves.items()}
         values["readings"] = {str(t): asdict(r) for t, r in self.readings.items()}
         tensors = {f"mask.{n}": m for n, m in self.masks.items()}
-        values["decisions"] = self.mean.decisions
         for part, held in (("mean", self.mean.sums), ("past", self.mean.past), ("known", self.known_scores)):
             tensors |= {f"{part}.{n}": s for n, s in held.items()}
         return {"pruner": values}, tensors
@@ -331,8 +335,7 @@ class Pruner(Scorer):
     def restore(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `state` returned."""
         mine = values["pruner"]
-        masks = {n.removeprefix("mask."): t for n, t in tensors.items() if n.startswith("mask.")}
-        self._set_masks(masks)
+        self._set_masks({n.removeprefix("mask."): t for n, t in tensors.items() if n.startswith("mask.")})
         device = next(iter(self.params.values())).device
         for part, held in (("mean.", self.mean.sums), ("past.", self.mean.past), ("known.", self.known_scores)):
             held.clear()

@@ -35,6 +35,9 @@ DEPTHS = {
 }
 """Shares of a group's units at which it is measured; where a kind is absent, those of heads."""
 
+SHALLOW = DEPTHS | {"emb": (0.125,), "qk_dim": (0.5, 0.75), "mlp": (0.25, 0.5)}
+"""The same where tokens merge as well: of DeiT-Ti and ViT-Ti down to 0.4 of the dense latency no group left further."""
+
 
 @torch.inference_mode()
 def measure_costs(
@@ -46,6 +49,7 @@ def measure_costs(
     task: Task,
     statistics: Mapping[Place, SiteStatistics] | None = None,
     uniform: float = 0.2,
+    shares: Mapping[str, Sequence[float]] = DEPTHS,
     depth: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Curve]:
@@ -59,6 +63,7 @@ def measure_costs(
         scores: by group `(group.size,)`; the units of least score leave first.
         batches: calibration images. One of four measures until there are `MEASURED`, the others refit.
         statistics, uniform: as in `refit_`.
+        shares: of a group's units, by kind, at which it is measured.
         depth: also what it costs that a sublayer leaves whole, at the end of the curve of the group it leaves with.
 
     Returns:
@@ -69,7 +74,7 @@ def measure_costs(
     """
     free = [g for g in groups if g.name in scores]
     plan = {
-        g.name: depths(g.size, g.multiple, DEPTHS.get(g.kind, DEPTHS["heads"]))
+        g.name: depths(g.size, g.multiple, shares.get(g.kind, shares["heads"]))
         + [g.size] * (depth and g.ends is not None)
         for g in free
     }

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from ..layers.merging import impossible
 from .schedules import Merges
 
-Distance = Callable[[Merges], float]
+Distance = Callable[[Merges, Merges | None], float]
+"""By a schedule, and one whose distance is known: what is not nearer than that may be told as infinite."""
 
 
 def exchange(
@@ -24,10 +25,10 @@ def exchange(
     Args:
         tokens: that enter the first block, of which `prefix` never merge.
         enough: as in `schedules.weakest`.
-        tests: distances by a schedule, on images of their own; most moves fail the first.
+        tests: distances, on images of their own; most moves fail the first.
         tries: schedules that are looked at, at most.
     """
-    best, distances, seen = start, [test(start) for test in tests], {start}
+    best, distances, seen = start, [test(start, None) for test in tests], {start}
     step = max(1, (tokens - prefix) // 24)
     while step:
         before = best
@@ -38,7 +39,7 @@ def exchange(
             if len(seen) > tries:
                 return best
             seen.add(moved)
-            nearer = _all_nearer(moved, tests, distances)
+            nearer = _all_nearer(moved, best, tests, distances)
             best, distances = (moved, nearer) if nearer else (best, distances)
         step = step if best != before else step // 2
     return best
@@ -69,11 +70,11 @@ def _moved(
     return with_(may[few]) if few < len(may) else None
 
 
-def _all_nearer(merges: Merges, tests: Sequence[Distance], than: Sequence[float]) -> list[float]:
-    """Distances by every test; none where one does not fall."""
+def _all_nearer(merges: Merges, best: Merges, tests: Sequence[Distance], than: Sequence[float]) -> list[float]:
+    """Distances by every test; none where one is not nearer than the best schedule's."""
     found: list[float] = []
     for test, distance in zip(tests, than, strict=True):
-        found.append(test(merges))
+        found.append(test(merges, best))
         if found[-1] >= distance:
             return []
     return found

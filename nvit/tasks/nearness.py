@@ -45,5 +45,9 @@ class Nearness:
 
     def mean(self, answers: Iterable[Logits]) -> Tensor:
         """Of answers to all images, by batch; a scalar where they are."""
-        pairs = zip(answers, self.dense, strict=True)
-        return sum(self.task.distance(ours, dense, 1.0) * len(dense.cls) for ours, dense in pairs) / self.images
+        return sum(self.total(b, ours) for b, ours in enumerate(answers)) / self.images
+
+    def total(self, batch: int, answers: Logits) -> Tensor:
+        """Of answers to the images of one batch, summed over these."""
+        dense = self.dense[batch]
+        return self.task.distance(answers, dense, 1.0) * len(dense.cls)

@@ -56,38 +56,53 @@ def test_the_curves_decide_and_the_scores_order():
     assert again.curves == curves
 
 
-def test_of_two_choices_the_one_nearer_to_the_dense_model_is_taken():
-    """A judge that counts hidden units of the first block, either way round; the row says what it said."""
+def priced_apart():
+    """A pruner of two groups, of which the first leaves first by its scores and last by what was measured."""
     model, _, settings, times = arguments(
         train=False, criterion="fisher", latency_target=0.9, only=("mlp",), bundle_mlp=4
     )
+    pruner = Pruner(model, times, settings, timer=None)
+    first, second = (g.name for g in pruner.free)
+    draw = torch.Generator().manual_seed(0)
+    scores = {g.name: torch.rand(g.size, generator=draw) for g in pruner.free}
+    scores[first] *= 1e-6
+    pruner.scores = lambda: dict(scores)
+    half = {g.name: (g.size // 2,) for g in pruner.free}
+    curves = {first: Curve(half[first], (1e3,)), second: Curve(half[second], (1e-3,))}
+    return pruner, first, lambda _: curves
+
+
+def test_of_all_choices_the_nearest_to_the_dense_model_is_taken():
+    """A judge that wants so many hidden units of the first block; the row says what it said."""
     kept = {}
-    for sign in (1, -1):
-        pruner = Pruner(model, times, settings, timer=None)
-        first, second = (g.name for g in pruner.free)
-        draw = torch.Generator().manual_seed(0)
-        scores = {g.name: torch.rand(g.size, generator=draw) for g in pruner.free}
-        scores[first] *= 1e-6  # leaves first by its scores, last by what was measured
-        pruner.scores = lambda scores=scores: dict(scores)
-        half = {g.name: (g.size // 2,) for g in pruner.free}
-        curves = {first: Curve(half[first], (1e3,)), second: Curve(half[second], (1e-3,))}
-        pruner.decide_at(0.9, lambda _, c=curves: c, lambda masks, s=sign, n=first: s * float(masks[n].sum()))
+    for way in ("predicted", "between", "measured"):
+        pruner, first, measure = priced_apart()
+        wanted = int(pruner._least(pruner.ways(measure)[way], 0.9)[0][first].sum())
+        pruner.decide_at(0.9, None, lambda masks, n=wanted, f=first: abs(float(masks[f].sum()) - n))
         row = pruner.history[-1]
-        kept[sign] = int(pruner.masks[first].sum())
-        assert row["cost"] == ("predicted" if sign > 0 else "measured")
-        assert (
-            row[f"distance_{row['cost']}"]
-            == sign * kept[sign]
-            == min(row["distance_predicted"], row["distance_measured"])
-        )
-    assert kept[1] < kept[-1] == pruner.masks[first].numel()
+        kept[way] = int(pruner.masks[first].sum())
+        assert row["cost"] == way and kept[way] == wanted
+        assert row[f"distance_{way}"] == 0
+        assert all(row[f"distance_{other}"] > 0 for other in {"predicted", "between", "measured"} - {way})
+    assert kept["predicted"] < kept["between"] < kept["measured"] == pruner.masks[first].numel()
 
 
-def test_a_run_takes_the_nearer_of_both_choices():
+def test_between_prices_are_the_geometric_mean_and_keep_the_order():
+    pruner, _, measure = priced_apart()
+    ways = pruner.ways(measure)
+    for name, score in pruner.scores().items():
+        measured, found = ways["measured"].units[name], ways["between"].units[name]
+        torch.testing.assert_close(found.square(), score.double() * measured)
+        assert same({name: found.argsort()}, {name: score.argsort()})
+
+
+def test_a_run_takes_the_nearest_of_all_choices():
     both = run(cost="both")
     (row,) = both.history
-    assert min(row["distance_predicted"], row["distance_measured"]) > 0
-    assert same(both.masks, run(cost=row["cost"]).masks)
+    distances = {way: row[f"distance_{way}"] for way in ("predicted", "between", "measured")}
+    assert min(distances.values()) == distances[row["cost"]] > 0
+    if row["cost"] != "between":
+        assert same(both.masks, run(cost=row["cost"]).masks)
 
 
 def test_measured_costs_are_those_of_a_refitted_model():

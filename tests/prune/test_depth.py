@@ -4,13 +4,16 @@ import pytest
 import torch
 
 from nvit import LatencyTable, PruneConfig, adapters, prune, snapshot, tasks
+from nvit.latency.spread import Ratio
 from nvit.layers import Absent, prunable_layers
 from nvit.prune.limits import least_ms
+from nvit.prune.pruner import Pruner
 from nvit.refit.costs import measure_costs
 from nvit.refit.judge import Deal
 from nvit.refit.ridge import Moments, ridge
+from nvit.selection.curves import Curve
 from nvit.structure.compact import compact
-from nvit.structure.masks import full_masks
+from nvit.structure.masks import full_masks, widths
 from tests.families import HOSTS
 from tests.hosts import make
 
@@ -97,6 +100,74 @@ def test_the_cost_of_a_sublayer_is_the_distance_of_the_model_with_its_mean_in_it
             expected = task.distance(adapter.logits(small, shown), adapter.logits(model, shown), 1.0)
         assert curves[name].gone[-1] == group.size
         assert curves[name].cost[-1] == pytest.approx(float(expected), rel=1e-3)
+
+
+def chooser(cost, **more):
+    """A pruner, and a measure by which a whole sublayer costs hardly more than half of one of its groups."""
+    model = make("plain")
+    config = PruneConfig(**RUN | {"cost": cost, "measure_seconds": 0.0} | more)
+    pruner = Pruner(model, LatencyTable.analytic(model, config.bundle_sizes), config)
+    draw = torch.Generator().manual_seed(0)
+    scores = {g.name: torch.rand(g.size, generator=draw) for g in pruner.free}
+    pruner.scores = lambda: dict(scores)
+    whole = [(g.name, Curve((g.size // 2, g.size), (10.0, 10.001))) for g in pruner.free if g.ends is not None]
+    curves = dict(whole) | {
+        g.name: Curve((g.size // 2,), (1e3 if g.kind == "emb" else 10.0,)) for g in pruner.free if g.ends is None
+    }
+    return pruner, lambda _: curves
+
+
+def absent(masks):
+    return sum(not bool(keep.any()) for keep in masks.values())
+
+
+@pytest.mark.parametrize("cost", ["auto", "both", "measured"])
+def test_of_choices_with_and_without_sublayers_the_nearer_one_is_taken(cost):
+    taken = {}
+    for sign in (1, -1):
+        pruner, measure = chooser(cost, latency_target=0.5)
+        pruner.decide_at(0.5, measure, lambda masks, s=sign: s * absent(masks))
+        row = pruner.history[-1]
+        taken[row["cost"]] = absent(pruner.masks)
+        told = {key for key in row if key.startswith("distance_")}
+        more = set() if cost == "measured" else {"distance_predicted", "distance_between"}
+        assert told == {"distance_measured", "distance_depth", "distance_less depth"} | more
+    assert taken.pop("depth") > 0 and set(taken.values()) == {0}
+
+
+def test_less_depth_is_tried_too():
+    """Where sublayers cost twice what they did alone, fewer leave; a judge that wants so many takes it."""
+    pruner, measure = chooser("measured", latency_target=0.5)
+    ways = pruner.ways(measure)
+    assert ways["less depth"].ends == {name: 2 * cost for name, cost in ways["depth"].ends.items()}
+    left = {way: absent(pruner._least(prices, 0.5)[0]) for way, prices in ways.items()}
+    assert left["depth"] > left["less depth"] >= left["measured"] == 0
+    wanted = left["less depth"]
+    pruner.decide_at(0.5, None, lambda masks: abs(absent(masks) - wanted))
+    assert absent(pruner.masks) == wanted
+
+
+def test_what_only_whole_sublayers_reach_is_reached():
+    """At first, and where what was measured asks for less than the choice without them can give."""
+    pruner, measure = chooser("auto", latency_target=0.6)
+    reach = least_ms(pruner.table, pruner.groups, pruner.free) / pruner.table.dense_ms
+    pruner.decide_at(0.99 * reach, measure, absent)
+    assert absent(pruner.masks) and "distance_measured" not in pruner.history[-1]
+
+    pruner, measure = chooser("measured", latency_target=0.6)
+    pruner.decide_at(0.4, measure, lambda masks: -absent(masks))
+    assert absent(pruner.masks)
+    pruner.decide_at(0.99 * reach, None, absent)
+    assert pruner.history[-1]["cost"] == "measured", "what has left holds nobody back"
+
+    target = 1.05 * reach
+    pruner, measure = chooser("auto", latency_target=target)
+    pruner._cut = lambda masks: masks
+    pruner.aim.clock = lambda masks: Ratio(1.2 * pruner.table.ratio(widths(pruner.groups, masks)), 0.0)
+    pruner.decide_at(target, measure, absent)
+    row = pruner.history[-1]
+    assert row["cost"] != "depth" and absent(pruner.masks)
+    assert row["measured_ratio"] <= target
 
 
 def test_depth_is_refused_in_a_line_where_it_cannot_be():

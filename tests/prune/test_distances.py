@@ -1,6 +1,7 @@
 """Distances by schedule: the same as of whole models, and blocks that nothing changed before do not run."""
 
 import pytest
+import torch
 
 from nvit import adapters, tasks
 from nvit.prune import distances
@@ -58,3 +59,53 @@ def test_what_is_kept_is_bounded(setting, monkeypatch):
     assert not found.last.outs
     found.of((4, 4, 1))
     assert not found.base.outs
+
+
+class Prices:
+    """A distance by schedule and batch, of a `Nearness` over so many batches of 16 images."""
+
+    def __init__(self, model, near, price):
+        self.near, self.seen = near, []
+        near.batches, near.images = near.batches[1:2] * 12, 12 * 16
+        near.total = lambda b, _: self.seen.append(b) or torch.tensor(16.0 * price(b, adapters.merges(model)))
+
+
+def test_what_is_clearly_farther_is_not_looked_at_to_the_end(setting):
+    """A third of the images tells a small difference that all of them show, and not one that chance would make."""
+    model, near = setting
+    chance = [(7 * b % 12 - 5.5) / 10 for b in range(12)]
+    by = {
+        (4, 3, 2): lambda b: 1 + b / 12,
+        (4, 4, 1): lambda b: 1.01 + b / 12,
+        (4, 2, 3): lambda b: 0.99 + b / 12,
+        (5, 3, 2): lambda b: 1 + chance[b] + b / 12,
+    }
+    prices = Prices(model, near, lambda b, merges: by[merges](b))
+    of = Distances(model, near)
+    told, looks = {}, {}
+    for merges, beside in (((4, 3, 2), None), *((m, (4, 3, 2)) for m in list(by)[1:])):
+        prices.seen.clear()
+        told[merges], looks[merges] = of.of(merges, beside), list(prices.seen)
+        assert len(set(looks[merges])) == len(looks[merges])
+    mean = 1 + 5.5 / 12
+    assert told == {
+        (4, 3, 2): pytest.approx(mean),
+        (4, 4, 1): float("inf"),
+        (4, 2, 3): pytest.approx(mean - 0.01),
+        (5, 3, 2): pytest.approx(mean),
+    }
+    assert [len(seen) for seen in looks.values()] == [12, 4, 12, 12]
+    assert looks[4, 4, 1] == [0, 6, 1, 7], "of both halves, since kinds of images come together"
+
+
+def test_what_was_given_up_is_not_built_on(setting):
+    """The next schedule begins at what blocks put out for one that was looked at to the end."""
+    model, near = setting
+    near.batches, near.dense = near.batches[1:2] * 8, near.dense[1:2] * 8
+    near.images = sum(map(len, near.batches))
+    of, alone = Distances(model, near), Distances(model, near)
+    first = of.of((4, 3, 2))
+    farther = max(SCHEDULES[:4], key=lambda m: near.of(adapters.merge_(model, m)))
+    assert of.of((8, 4, 2), (4, 3, 2)) in (float("inf"), alone.of((8, 4, 2)))
+    assert of.of((4, 3, 2)) == pytest.approx(first, rel=1e-6)
+    assert of.of(farther) == pytest.approx(alone.of(farther), rel=1e-6)

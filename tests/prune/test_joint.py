@@ -230,7 +230,7 @@ def test_the_command_says_how_many_tokens_are_left(tmp_path, capsys):
     assert f"tokens behind each block {' '.join(map(str, row['tokens'][1:]))}, of 17" in text
 
 
-def test_of_two_ways_to_price_the_nearer_choice_is_refitted(monkeypatch):
+def test_of_three_ways_to_price_the_nearest_choice_is_refitted(monkeypatch):
     seen = {}
 
     def distance(self, masks):
@@ -243,4 +243,4 @@ def test_of_two_ways_to_price_the_nearer_choice_is_refitted(monkeypatch):
     assert rows and all(
         row["cost"] == "predicted" and row["distance_measured"] > row["distance_predicted"] for row in rows
     )
-    assert len(seen) == 2 * len(rows)
+    assert len(seen) == 3 * len(rows)

@@ -15,7 +15,7 @@ def enough(merges):
 
 
 def by_price(*prices):
-    return lambda merges: sum(p * r * r for p, r in zip(prices, merges, strict=True))
+    return lambda merges, _=None: sum(p * r * r for p, r in zip(prices, merges, strict=True))
 
 
 def found(*tests, tries=200, start=START):
@@ -31,21 +31,33 @@ def test_a_dear_block_hands_its_merges_on():
 
 def test_every_test_has_to_fall():
     """Two that want opposite things keep the schedule, whichever is asked first."""
-    first, last = (lambda m: -m[0]), (lambda m: m[0])
+    first, last = (lambda m, _: -m[0]), (lambda m, _: m[0])
     assert found(first) != START
     assert found(first, last) == found(last, first) == START
 
 
 def test_a_move_that_fails_the_first_test_is_not_shown_to_the_second():
     seen = []
-    found(lambda m: float(m != START), lambda m: seen.append(m) or 0.0)
+    found(lambda m, _: float(m != START), lambda m, _: seen.append(m) or 0.0)
     assert seen == [START]
+
+
+def test_what_is_not_nearer_may_be_told_as_infinite():
+    """Compared with the best so far, whose distance was told before."""
+    dear, known = by_price(1, 50, *(1,) * 10), {}
+
+    def raced(merges, beside):
+        assert beside is None or beside in known
+        known[merges] = dear(merges)
+        return known[merges] if beside is None or known[merges] < known[beside] else float("inf")
+
+    assert found(raced) == found(dear)
 
 
 @pytest.mark.parametrize("tries", [0, 1, 7])
 def test_no_more_schedules_are_looked_at_than_may(tries):
     seen = []
-    merges = found(lambda m: seen.append(m) or -len(seen), tries=tries)
+    merges = found(lambda m, _: seen.append(m) or -len(seen), tries=tries)
     assert len(seen) == 1 + tries and len(set(seen)) == len(seen)
     assert merges == seen[-1]
 
