@@ -2,12 +2,13 @@
 
     NVIT_DATA=FOLDER python -m benchmarks.accuracy.depth [--by macs latency] [--targets 0.65 0.5] [--images 300]
 
-One shot, refitted, labels unread, one thread. Both ways share what groups were measured to cost on the same images of
-imagenet_sample1000 (kept in `--curves FILE`, and read from there where it exists). `latency`: by a table of torch at
-batch 8, measured now or read from `--table FILE`; `measured` is the compact model's time over the dense one's, timed in
-turn three times over (the median), where `--seconds` are given.
+One shot, refitted, labels unread, one thread. `depth` goes by what sublayers cost alone, `less depth` by twice that;
+`distance` is what the judge of `nvit prune --depth` says of each, and the lowest is taken there. All ways share what
+groups were measured to cost on the same images of imagenet_sample1000 (kept in `--curves FILE`, and read from there
+where it exists). `latency`: by a table of torch at batch 8, measured now or read from `--table FILE`; `measured` is the
+compact model's time over the dense one's, timed in turn three times over (the median), where `--seconds` are given.
 Evaluation on imagenet_val1300, cropped without resizing: `lost` in points against the dense model, of all, of
-the even places and of the odd ones; `gain`: of depth over widths alone, with its 95 % interval (paired bootstrap).
+the even places and of the odd ones; `gain`: over widths alone, with its 95 % interval (paired bootstrap).
 Rows are added to depth_cpu.csv; what every sublayer alone costs goes into depth_alone_cpu.csv.
 """
 
@@ -24,17 +25,19 @@ from torch import Tensor, nn
 
 from benchmarks.accuracy.library import INPUT, MODEL, Bench, answers, data_folder
 from benchmarks.accuracy.paired import paired_bootstrap
+from benchmarks.accuracy.refit_costs import judge_of
 from benchmarks.accuracy.rows import Resumed
 from nvit import LatencyTable, tasks
 from nvit.latency.clock import time_models
+from nvit.prune.prices import ways_to_price
 from nvit.refit.costs import measure_costs
-from nvit.selection.curves import Curve, priced, whole_costs
+from nvit.selection.curves import Curve
 from nvit.selection.lagrangian import drop_to_target
 from nvit.structure.masks import full_masks, widths
 
 MODELS = (MODEL, "vit_tiny_patch16_224")
 BATCH = 8
-WAYS = ("widths", "depth")
+WAYS = {"measured": "widths", "less depth": "less depth", "depth": "depth"}
 
 
 def curves_of(bench: Bench, scores: dict[str, Tensor], file: Path) -> dict[str, Curve]:
@@ -77,19 +80,16 @@ def measure(name: str, by: str, args: argparse.Namespace) -> None:
     table = table_of(by, bench, args.table)
     full, scores = full_masks(bench.groups), bench.remaining()
     curves = curves_of(bench, scores, file)
-    ends = whole_costs(bench.groups, full, curves)
+    ways, judge = ways_to_price(scores, bench.groups, full, curves), judge_of(bench)
     alone = Resumed("depth_alone", ("model", "group", "calibration"))
-    for group, cost in ends.items():
+    for group, cost in ways["depth"].ends.items():
         alone.add(model=name, calibration=images, group=group, kl=cost)
-    prices = scores | {
-        g.name: priced(g, scores[g.name], full[g.name], curves[g.name]) for g in bench.groups if g.name in curves
-    }
     records = Resumed("depth", ("model", "by", "target", "way", "calibration"))
     for target in args.targets:
         found: dict[str, Tensor] = {}
-        for way in WAYS:
-            more = ends if way == "depth" else None
-            masks, _ = drop_to_target(prices, full, bench.groups, table, target * table.dense_ms, more)
+        for priced, way in WAYS.items():
+            prices = ways[priced]
+            masks, _ = drop_to_target(prices.units, full, bench.groups, table, target * table.dense_ms, prices.ends)
             small = bench.pruned(masks, refit=True)
             right = found[way] = answers(small, bench.evaluation)
             blocks = widths(bench.groups, masks)
@@ -100,8 +100,9 @@ def measure(name: str, by: str, args: argparse.Namespace) -> None:
             row |= {"macs": bench.table.ratio(blocks), "absent": " ".join(absent)}
             d = bench.dense - right
             row |= {f"lost{n}": 100 * float(d[half].mean()) for n, half in HALVES.items()}
-            if way == "depth":
-                gain = paired_bootstrap(found["depth"].tolist(), found["widths"].tolist())
+            row |= {"distance": float(judge.of(masks))}
+            if way != "widths":
+                gain = paired_bootstrap(right.tolist(), found["widths"].tolist())
                 row |= {"gain": 100 * gain.mean, "low": 100 * gain.low, "high": 100 * gain.high}
             records.add(**row)
 

@@ -22,10 +22,15 @@ def accuracy() -> str:
         gain = "{:+.1f} ({:+.1f} to {:+.1f})".format(*ahead) if ahead else ""
         shares = [f"{float(r['measured']):.2f}", f"{float(r['macs']):.2f}"]
         points = [f"{float(r[k]):.1f}" for k in ("lost", "lost_odd")]
-        lines.append([r["target"], WAYS[r["way"]], *shares, r["absent"] or "–", *points, gain])
+        distance = f"{float(r['distance']):.2f}"
+        lines.append([r["target"], WAYS[r["way"]], *shares, r["absent"] or "–", *points, gain, distance])
     head = ["latency", "what leaves", "measured", "MACs", "absent", "points lost", "on every second image"]
-    return table([*head, "ahead of widths alone"], lines)
+    return table([*head, "ahead of widths alone", "KL when chosen"], lines)
 
 
-WAYS = {"widths": "widths", "depth": "widths and sublayers"}
+WAYS = {
+    "widths": "widths",
+    "less depth": "widths and sublayers, these at twice the cost",
+    "depth": "widths and sublayers",
+}
 TABLES = {"latency": latency, "accuracy": accuracy}
