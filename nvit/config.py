@@ -141,15 +141,15 @@ class PruneConfig(TrainingConfig):
         Literal["auto", "predicted", "measured", "both"],
         _help(
             "with --refit, what the units of a group cost: as its scores predict, in half of the time; as measured at "
-            "a few depths of each group alone (auto with tokens); both (auto without): of the two choices the one "
-            "nearer to the dense model on held-back images"
+            "a few depths of each group alone (auto with tokens); both (auto without): of the choices by either and "
+            "by the mean of them the one nearest to the dense model on held-back images"
         ),
     ] = "auto"
     depth: Annotated[
         bool,
         _help(
-            "with --refit: attention or MLP of a block may leave whole, its mean output stays as a bias; costs are "
-            "measured"
+            "with --refit: attention or MLP of a block may leave whole, its mean output stays as a bias, where that is "
+            "nearer than widths alone"
         ),
     ] = False
     polish: Annotated[

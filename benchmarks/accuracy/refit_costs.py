@@ -149,8 +149,13 @@ def _share(counts: Sequence[tuple[int, int]]) -> float:
 
 
 def ordered(name: str, key: Sequence[str]) -> Resumed:
-    """Rows of a file, those of DeiT-Ti first."""
-    return Resumed(name, key, order=lambda row: MODELS.index(row["model"]))
+    """Rows of a file: DeiT-Ti first, of many images, the highest target; prices in the order of COSTS."""
+
+    def place(row: Mapping) -> tuple[float, ...]:
+        way = COSTS.index(row["cost"]) if "cost" in row else 0
+        return MODELS.index(row["model"]), -int(row["calibration"]), -float(row.get("target") or 0), way
+
+    return Resumed(name, key, order=place)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -270,7 +270,7 @@ def tell(command: PruneCommand, found: dict[str, Any]) -> None:
         print(f"memory: peak {show_bytes(memory['peak'])} of {found['recipe']['budget']}; {memory['picked']}")
     if "refit_seconds" in found:
         costs = f"costs measured in {found['cost_seconds']:.0f} s, " if found.get("cost_seconds") else ""
-        costs += f"chosen by {', '.join(by)} costs, " if (by := found.get("chosen_by")) else ""
+        costs += f"nearest choice by prices {', '.join(by)}, " if (by := found.get("chosen_by")) else ""
         print(f"{costs}refit: {found['refit_seconds']:.0f} s, peak memory {found['refit_peak_memory'] / 1e6:.0f} MB")
     for line in found.get("ways_back", ()):
         print(line)

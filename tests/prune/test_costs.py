@@ -137,4 +137,4 @@ def test_a_run_of_both_says_which_was_chosen(capsys):
     }
     found |= {"cost_seconds": 5.0, "chosen_by": ["predicted", "measured"], "refit_seconds": 2, "refit_peak_memory": 3e6}
     tell(SimpleNamespace(out="run"), found)
-    assert "costs measured in 5 s, chosen by predicted, measured costs, refit: 2 s" in capsys.readouterr().out
+    assert "costs measured in 5 s, nearest choice by prices predicted, measured, refit: 2 s" in capsys.readouterr().out
