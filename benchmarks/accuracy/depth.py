@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from benchmarks.accuracy.library import INPUT, MODEL, Bench, answers, data_folder
 from benchmarks.accuracy.paired import paired_bootstrap
-from benchmarks.accuracy.refit_costs import judge_of
 from benchmarks.accuracy.rows import Resumed
 from nvit import LatencyTable, tasks
 from nvit.latency.clock import time_models
@@ -80,7 +79,7 @@ def measure(name: str, by: str, args: argparse.Namespace) -> None:
     table = table_of(by, bench, args.table)
     full, scores = full_masks(bench.groups), bench.remaining()
     curves = curves_of(bench, scores, file)
-    ways, judge = ways_to_price(scores, bench.groups, full, curves), judge_of(bench)
+    ways, judge = ways_to_price(scores, bench.groups, full, curves), bench.judge()
     alone = Resumed("depth_alone", ("model", "group", "calibration"))
     for group, cost in ways["depth"].ends.items():
         alone.add(model=name, calibration=images, group=group, kl=cost)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from nvit import adapters, data
+from nvit import adapters, data, tasks
 from nvit.calibration.statistics import gather_statistics
 from nvit.cli.flags import DataFlags, ModelFlags
 from nvit.cli.inputs import open_evaluation_data, open_images
@@ -22,6 +22,7 @@ from nvit.cli.models import open_model
 from nvit.config import PruneConfig
 from nvit.criteria.remaining import remaining_loss
 from nvit.latency.table import LatencyTable
+from nvit.refit.judge import Judge
 from nvit.refit.refit import refit_
 from nvit.refit.rotation import rotate_
 from nvit.spec import KINDS, Group
@@ -153,3 +154,11 @@ class Bench:
         if refit:
             refit_(model, self.model, self.groups, [x for x, _ in batches or self.calibration], statistics=self.seen)
         return compact(model, self.groups, masks)
+
+    def judge(self) -> Judge:
+        """Ready to tell how far models are from the dense one."""
+        judge = Judge(self.model, self.groups, tasks.of("auto", self.model), statistics=self.seen)
+        for x, _ in self.calibration:
+            judge.take(x)
+        judge.ready()
+        return judge

@@ -29,7 +29,6 @@ from benchmarks.accuracy.rows import Resumed
 from nvit import tasks
 from nvit.prune.prices import ways_to_price
 from nvit.refit.costs import measure_costs
-from nvit.refit.judge import Judge
 from nvit.selection.curves import Curve
 from nvit.selection.lagrangian import drop_to_target
 from nvit.spec import KINDS
@@ -61,7 +60,7 @@ def measure(name: str, costs: Sequence[str], targets: Sequence[float], images: i
             more = {"cpu_s": time.process_time() - start}
             save_curves(name, images, bench, scores, curves)
     ways = ways_to_price(scores, bench.groups, full_masks(bench.groups), curves)
-    judge = judge_of(bench) if "both" in costs else None
+    judge = bench.judge() if "both" in costs else None
     for target in targets:
         masks = {way: chosen(bench, prices.units, target) for way, prices in ways.items()}
         distances = {way: float(judge.of(choice)) for way, choice in masks.items()} if judge else {}
@@ -98,15 +97,6 @@ def curves_of(bench: Bench, scores: Mapping[str, Tensor]) -> dict[str, Curve]:
 
     xs, task = [x for x, _ in bench.calibration], tasks.of("auto", bench.model)
     return measure_costs(bench.model, bench.groups, scores, xs, task=task, statistics=bench.seen, progress=told)
-
-
-def judge_of(bench: Bench) -> Judge:
-    """Ready to tell distances."""
-    judge = Judge(bench.model, bench.groups, tasks.of("auto", bench.model), statistics=bench.seen)
-    for x, _ in bench.calibration:
-        judge.take(x)
-    judge.ready()
-    return judge
 
 
 def gain(row: Mapping, right: Tensor, records: Resumed) -> dict[str, float]:
