@@ -1,8 +1,7 @@
 """Widths and tokens together, without training: for every target, tokens merge to a latency above it, and of the widths
 leaves what costs least where tokens are still there. Several such latencies are tried; what keeps answers nearest to
-the dense model's wins, on images as they are and on the same seen through fewer pixels. Its blocks, and those of what
-comes close, then hand merges on to each other for as long as that brings answers nearer, and what it takes is measured
-and corrected.
+the dense model's wins, on images as they are and on the same seen through fewer pixels. Its blocks then hand merges on
+to each other for as long as that brings answers nearer, and what it takes is measured and corrected.
 
 Costs of merging do not add up over blocks, nor with those of widths, so that whole candidates are compared, and few of
 them: going on to fewer merges ends where it helps no more. The refit sees all tokens: refitted on merged ones, models
@@ -52,10 +51,6 @@ LADDER = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 EXCHANGES, SEEN = 64, 192
 """Schedules that the best candidate of a target is compared with, and of the images that refit so many as have to agree
 with those held back: no weight is fitted to merges, and a few dozen images alone would choose by their outliers."""
-
-CLOSE = 1.1
-"""Blocks exchange merges of the best candidate at other widths as well, where its distance is at most so many times the
-best one's: what exchanges gain differs by more."""
 
 MERGED = ("tokens", "schedule", "widths_ratio", "distance")
 """What the metrics of a snapshot say of its tokens: how many enter the first block and leave each, the family of the
@@ -146,7 +141,7 @@ class Walk:
     """What was looked at, and the best of it.
 
     Attributes:
-        best: by target, the candidate nearest to the dense model so far; `by_widths`, that of each latency of widths.
+        best: by target, the candidate nearest to the dense model so far.
     """
 
     def __init__(self, pruner: Pruner, loader, progress: Progress, log: Log = unlogged) -> None:
@@ -171,7 +166,6 @@ class Walk:
         self.dense = Rung(compact(pruner.model, pruner.groups, self.whole), 1.0, self.cost, self.dense_work)
         self.alone: dict[float, dict[str, tuple[Merges, float]]] = {}
         self.best: dict[float, Choice] = {}
-        self.by_widths: dict[float, dict[float, Choice]] = {}
 
     @cached_property
     def cuts(self) -> Cuts:
@@ -188,10 +182,7 @@ class Walk:
                 break
         self.progress(len(shares), len(shares), f"merge: {target:g}")
         if target in self.best:
-            enough = CLOSE * self.best[target].distance
-            for choice in self.by_widths.pop(target).values():
-                if choice.distance <= enough:
-                    self._exchange(target, choice)
+            self._exchange(target)
 
     def merged(self, share: float) -> dict[str, tuple[Merges, float]]:
         """By family the schedule with which the dense model takes a share of its latency, and its distance; the nearest
@@ -210,18 +201,11 @@ class Walk:
         """Judge what merges to `share` and is cut to the target; whether it is nearer than all before."""
         gained = False
         for choice, more in self._candidates(target, share):
+            best = self.best.get(target)
             self._tell(target, choice, more)
-            alike = self.by_widths.setdefault(target, {})
-            alike[choice.rung.ratio] = min(choice, alike.get(choice.rung.ratio, choice), key=lambda c: c.distance)
-            gained |= self._take(target, choice)
+            if best is None or choice.distance < best.distance:
+                self.best[target], gained = choice, True
         return gained
-
-    def _take(self, target: float, choice: Choice) -> bool:
-        """Whether it is the nearest so far."""
-        nearer = target not in self.best or choice.distance < self.best[target].distance
-        if nearer:
-            self.best[target] = choice
-        return nearer
 
     def _tell(self, target: float, choice: Choice, more: dict[str, Any]) -> None:
         """A row of history."""
@@ -230,9 +214,10 @@ class Walk:
         self.pruner.history.append(row | more)
         self.log("prune", len(self.pruner.history), {"ratio": choice.predicted, "distance": choice.distance})
 
-    def _exchange(self, target: float, choice: Choice) -> None:
-        """Let blocks of a candidate hand merges on, and keep what is nearer for it."""
-        looks, model = count(1), choice.rung.model
+    def _exchange(self, target: float) -> None:
+        """Let blocks of the best candidate hand merges on, and keep what is nearer for it."""
+        best, looks = self.best[target], count(1)
+        model = best.rung.model
         held, too = Distances(model, self.near), Distances(model, self.near_too)
 
         def near(merges: Merges, beside: Merges | None) -> float:
@@ -240,16 +225,16 @@ class Walk:
             return held.of(merges, beside)
 
         def enough(merges: Merges) -> bool:
-            return choice.rung.predicted(merges) <= target
+            return best.rung.predicted(merges) <= target
 
         tokens, prefix, _ = shape_of(model)
-        merges = exchange(choice.merges, tokens, prefix, enough, (near, too.of), EXCHANGES)
+        merges = exchange(best.merges, tokens, prefix, enough, (near, too.of), EXCHANGES)
         adapters.merge_(model, ())
         self.progress(EXCHANGES, EXCHANGES, f"exchange: {target:g}")
-        if merges != choice.merges:
-            found = replace(choice, merges=merges, distance=self._distance(model, merges), exchanged=True)
-            self._tell(target, found, {})
-            self._take(target, found)
+        if merges != best.merges:
+            distance = self._distance(model, merges)
+            self.best[target] = replace(best, merges=merges, distance=distance, exchanged=True)
+            self._tell(target, self.best[target], {})
 
     def _candidates(self, target: float, share: float) -> Iterator[tuple[Choice, dict[str, Any]]]:
         pruner, last = self.pruner, target == self.pruner.targets[-1]

@@ -244,18 +244,3 @@ def test_of_three_ways_to_price_the_nearest_choice_is_refitted(monkeypatch):
         row["cost"] == "predicted" and row["distance_measured"] > row["distance_predicted"] for row in rows
     )
     assert len(seen) == 3 * len(rows)
-
-
-@pytest.mark.parametrize("close", [1.0, 1e9])
-def test_candidates_that_come_close_exchange_merges_too(monkeypatch, close):
-    """Of every width one, and the nearest of all wins."""
-    begun = []
-    monkeypatch.setattr(joint, "CLOSE", close)
-    monkeypatch.setattr(joint, "exchange", lambda merges, *_: begun.append(merges) or merges)
-    result = run(latency_target=0.6)
-    looked = [row for row in result.history if row.get("candidate")]
-    nearest = {}
-    for row in looked:
-        nearest[row["widths_ratio"]] = min(row["distance"], nearest.get(row["widths_ratio"], row["distance"]))
-    assert len(nearest) > 1 and len(begun) == (1 if close == 1.0 else len(nearest))
-    assert result.snapshots[0].metrics["distance"] == min(nearest.values())
