@@ -52,6 +52,10 @@ EXCHANGES, SEEN = 64, 192
 """Schedules that the best candidate of a target is compared with, and of the images that refit so many as have to agree
 with those held back: no weight is fitted to merges, and a few dozen images alone would choose by their outliers."""
 
+FLATTERED = 1.1
+"""Narrower widths are taken where their distance is less by this factor: images held back are of one kind with those
+that refitted what is left, and tell less of what others would."""
+
 MERGED = ("tokens", "schedule", "widths_ratio", "distance")
 """What the metrics of a snapshot say of its tokens: how many enter the first block and leave each, the family of the
 schedule, the predicted latency of the widths alone, and how far answers are from the dense model's (see
@@ -203,7 +207,8 @@ class Walk:
         for choice, more in self._candidates(target, share):
             best = self.best.get(target)
             self._tell(target, choice, more)
-            if best is None or choice.distance < best.distance:
+            narrower = best is not None and choice.rung.ratio < best.rung.ratio
+            if best is None or (FLATTERED if narrower else 1.0) * choice.distance < best.distance:
                 self.best[target], gained = choice, True
         return gained
 

@@ -244,3 +244,17 @@ def test_of_three_ways_to_price_the_nearest_choice_is_refitted(monkeypatch):
         row["cost"] == "predicted" and row["distance_measured"] > row["distance_predicted"] for row in rows
     )
     assert len(seen) == 3 * len(rows)
+
+
+@pytest.mark.parametrize("flattered", [1.0, 1e9])
+def test_narrower_widths_have_to_be_nearer_by_a_factor(monkeypatch, flattered):
+    """A distance by which the narrower is the nearer, if not by that factor, keeps the widths whole."""
+    monkeypatch.setattr(joint, "FLATTERED", flattered)
+    monkeypatch.setattr(joint, "EXCHANGES", 0)
+    monkeypatch.setattr(
+        joint.Walk, "_distance", lambda self, model, merges: float(sum(map(torch.numel, model.parameters())))
+    )
+    result = run(latency_target=0.6)
+    looked = [row["widths_ratio"] for row in result.history if row.get("candidate")]
+    assert len(set(looked)) > 1
+    assert result.snapshots[0].metrics["widths_ratio"] == (max if flattered > 1 else min)(looked)
