@@ -132,7 +132,7 @@ def _latency(work: Work, watch: Watch) -> Stage:
         one = dense * (1 + sum(ratios))
         return one + max(ROUNDS * one, min(max(seconds, needed * one), PATIENCE * seconds))
 
-    total = measured(work.latency_seconds / 4, config.latency_target)
+    total = measured(work.latency_seconds / 8, config.latency_target)
     if work.table.setting is not None and config.measure_seconds and not config.budget:
         total += sum(2 * measured(config.measure_seconds, [t]) for t in config.latency_target)
     return Stage("measure latency", f"{work.latency_batch} images a batch", total)

@@ -207,7 +207,7 @@ def _measure(
     images = sample_images(reference, command.latency.latency_batch).to(dtype)
     models = [reference, *(p.model for p in result.snapshots)]
     progress(0, 1, "measuring snapshots")
-    times = compare.measured(models, images, command.latency.latency_seconds / 4, mode, command.latency.runtime)
+    times = compare.measured(models, images, command.latency.latency_seconds / 8, mode, command.latency.runtime)
     rows = []
     for pruned, ms in zip(result.snapshots, times[1:], strict=True):
         if opened.table.setting is not None and command.config.measure_seconds:
@@ -240,7 +240,7 @@ def stages(command: PruneCommand) -> list[Stage]:
         found += [Stage("score", 20), *costs, *decided, *[Stage("score", 20), *decided] * (targets * config.rounds - 1)]
         found += [*[Stage("exchange", 10)] * targets, *[Stage("measure", 10)] * targets] * config.merges_tokens
     found += [Stage("finetune", 60)] * (targets * bool(config.finetune_epochs))
-    return [*found, Stage("measuring snapshots", seconds / 4, seconds / 4), *[Stage("evaluate", 5)] * targets]
+    return [*found, Stage("measuring snapshots", seconds / 8, seconds / 8), *[Stage("evaluate", 5)] * targets]
 
 
 def run(command: PruneCommand) -> None:

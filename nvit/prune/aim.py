@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 from torch import nn
 
 from ..latency.spread import Ratio
@@ -21,6 +22,9 @@ ATTEMPTS = 4
 
 NEAR = 0.005
 """A miss of less than this share of the target is none, however small the spread: bundles are not finer."""
+
+WANDERS = 0.05
+"""How far a table is off (one standard deviation) once all of the latency has gone; half way 0.7 times as far."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,29 @@ class Aim:
         self.readings = [Reading(1.0, 1.0, 0.0)]
 
     def at(self, target: float) -> float:
-        """The predicted ratio to prune to: off the target by as much as the table was at the nearest reading."""
+        """The predicted ratio to prune to: off the target by as much as the table is expected to be there."""
         if self.clock is None:
             return target
-        nearest = min(reversed(self.readings), key=lambda r: abs(r.measured - target))
-        return target + nearest.predicted - nearest.measured
+        predicted = target
+        for _ in range(8):  # how far it is off changes slowly, so that this settles
+            predicted = target - self._off(predicted)
+        return predicted
+
+    def _off(self, predicted: float) -> float:
+        """By how much measured latencies are expected to be above a predicted one.
+
+        The more has left, the farther a table may be off: a random walk from the dense model on, of which readings are
+        noisy samples; this is its mean given them. One exact reading holds from there on, one that the spread
+        drowns says little, and several are averaged.
+        """
+        readings = self.readings[1:]
+        if not readings:
+            return 0.0
+        gone = 1 - np.array([predicted, *(r.predicted for r in readings)])
+        noise = np.array([max(r.spread / 2, WANDERS / 50) for r in readings])
+        alike = WANDERS**2 * np.minimum.outer(gone, gone).clip(0)
+        off = np.array([r.measured - r.predicted for r in readings])
+        return float(alike[0, 1:] @ np.linalg.solve(alike[1:, 1:] + np.diag(noise**2), off))
 
     def beyond(self, target: float) -> bool:
         """Whether no pruning reaches where the target lies, by what was measured."""

@@ -55,7 +55,8 @@ def measure_merging(dense: nn.Module, ratios: Ratios | None) -> MergingCost:
         for merges in schedules(dense, lambda m, share=share: work(m) <= share * whole, MEASURED).values():
             found[work(merges) / whole] = adapters.merge_(_sharing_weights(dense), merges)
     read = ratios(list(found.values()), rough=True)
-    points = [(1.0, 0.0), *((share, r.value - share) for share, r in zip(found, read, strict=True))]
+    # Less than nothing is the clock's noise: believed, it would have a target missed by twice as much.
+    points = [(1.0, 0.0), *((share, max(0.0, r.value - share)) for share, r in zip(found, read, strict=True))]
     return MergingCost(*zip(*sorted(points), strict=True))
 
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _PROC = Path("/proc/self")
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of mallopt(3)
 
 
 def keep_freed_memory(keep: bool) -> None:
@@ -25,11 +25,13 @@ def keep_freed_memory(keep: bool) -> None:
     By default it gives large blocks back to the system and faults them in again: a tenth of a whole model's time, but
     nothing for one of its parts, so that parts would not add up. Smaller blocks it keeps, and what it keeps between
     others serves few: half as much again as tensors hold. Without keeping, every block from 256 KiB on goes back at
-    once.
+    once. To keep, none may be mapped on its own: no threshold above 32 MiB is taken, and at 64 images a batch the
+    hidden units of a dense ViT-Ti are larger than that, those of a model whose tokens merge are not.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1 if keep else 2**18)
         libc.mallopt(_M_MMAP_THRESHOLD, 2**25 if keep else 2**18)
+        libc.mallopt(_M_MMAP_MAX, 0 if keep else 2**16)
 
 
 class Meter:

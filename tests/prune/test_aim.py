@@ -54,7 +54,31 @@ def test_what_one_target_taught_serves_the_next():
     aim = Aim(lambda predicted: Ratio(predicted + 0.04, 0.003), 0.1)
     hit(0.8, None, aim)
     _, reading, asked = hit(0.5, None, aim)
-    assert asked == [pytest.approx(0.46)] and reading.measured == pytest.approx(0.5)
+    assert asked == [pytest.approx(0.46, abs=1e-5)] and reading.measured == pytest.approx(0.5)
+
+
+def test_a_reading_is_believed_as_far_as_its_spread_lets():
+    def aimed(*readings):
+        aim = Aim(lambda model: None, 0.1)
+        aim.readings += readings
+        return aim.at(0.5)
+
+    exact, vague = aimed(Reading(0.5, 0.6, 1e-4)), aimed(Reading(0.5, 0.6, 0.1))
+    assert exact == pytest.approx(0.4, abs=0.002) and 0.45 < vague < 0.48
+    again = aimed(*[Reading(0.5, 0.6, 0.1)] * 8)
+    assert exact < again < vague - 0.02, "what many vague ones agree on is believed"
+    assert aimed(Reading(0.5, 0.6, 0.1), Reading(0.5, 0.4, 0.1)) == pytest.approx(0.5), "noise about a right table"
+    between = aimed(Reading(0.8, 0.7, 1e-4), Reading(0.4, 0.4, 1e-4))
+    assert between == pytest.approx(0.533, abs=0.005), "off by -0.1 there, by 0 here: by -0.033 a third of the way on"
+
+
+def test_one_vague_reading_does_not_overshoot():
+    """Readings off by 0.1, as on a machine that others use: the model comes out as near as the readings are."""
+    for seed in range(20):
+        noise = np.random.default_rng(seed)
+        aim = Aim(lambda p, noise=noise: Ratio(p + 0.02 + noise.normal(0, 0.05), 0.1), 0.1)
+        choice, _, asked = hit(0.5, None, aim, bundle=0.002)
+        assert abs(choice + 0.02 - 0.5) < 0.06 and len(asked) <= ATTEMPTS
 
 
 def test_of_what_was_tried_the_nearest_that_meets_the_target_is_taken():

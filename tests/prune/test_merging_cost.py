@@ -41,6 +41,12 @@ def test_one_model_is_timed_at_each_share_and_the_dense_one_stays():
     assert measure_merging(dense, None) == MergingCost() and MergingCost().of(0.4) == 0.0
 
 
+def test_merging_never_gains_more_than_the_work_that_it_saves():
+    dense = make("plain", img_size=32, depth=12)
+    cost = measure_merging(dense, lambda models, rough: [Ratio(0.1, 0.2) for _ in models])
+    assert len(cost.extra) == len(SHARES) + 1 and set(cost.extra) == {0.0}
+
+
 def test_what_was_timed_foretells_all_families_and_narrower_models():
     dense = adapters.merge_(make("plain", img_size=32, depth=12), ())
     cost, work = measured(dense)[0], work_of(dense)
