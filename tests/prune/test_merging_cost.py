@@ -1,5 +1,6 @@
 """What merging takes: few models are timed, and what they say holds for schedules of every family."""
 
+import numpy as np
 import pytest
 
 from nvit import adapters
@@ -41,9 +42,30 @@ def test_one_model_is_timed_at_each_share_and_the_dense_one_stays():
     assert measure_merging(dense, None) == MergingCost() and MergingCost().of(0.4) == 0.0
 
 
+def test_vague_readings_are_told_by_what_they_have_in_common():
+    """The dense model's noise is in all of them, in proportion to what each takes."""
+    dense, noise = make("plain", img_size=32, depth=12), np.random.default_rng(0)
+    errors = []
+
+    def ratios(models, rough):
+        work = work_of(dense)
+        times = [work(adapters.merges(m)) / work(()) + 0.08 for m in models] * (
+            1 + 0.05 * noise.normal(size=len(models))
+        )
+        return [Ratio(t, 2 * 0.05 * 2**0.5 * t) for t in times / (1 + 0.05 * noise.normal())]
+
+    for _ in range(30):
+        cost = measure_merging(dense, ratios)
+        assert min(cost.extra) >= 0 and cost.of(1.0) == 0
+        errors.append(np.array(cost.extra[:-1]) - 0.08)
+    alone = 0.05 * 2**0.5 * (np.array(cost.shares[:-1]) + 0.08)
+    assert (np.sqrt(np.square(errors).mean(0)) < [1.0, 0.75, 0.6] * alone).all()
+
+
 def test_merging_never_gains_more_than_the_work_that_it_saves():
-    dense = make("plain", img_size=32, depth=12)
-    cost = measure_merging(dense, lambda models, rough: [Ratio(0.1, 0.2) for _ in models])
+    cost = measure_merging(
+        make("plain", img_size=32, depth=12), lambda models, rough: [Ratio(0.1, 0.2) for _ in models]
+    )
     assert len(cost.extra) == len(SHARES) + 1 and set(cost.extra) == {0.0}
 
 
