@@ -57,37 +57,36 @@ class Aim:
         least: the smallest predicted ratio that pruning can reach.
 
     Attributes:
-        readings: of compact models so far, in order, behind the dense one's own; part of a run's state.
+        readings: of compact models so far, in order; part of a run's state.
     """
 
     def __init__(self, clock: Clock | None = None, least: float = 0.0) -> None:
         self.clock, self.least = clock, least
-        self.readings = [Reading(1.0, 1.0, 0.0)]
+        self.readings: list[Reading] = []
 
     def at(self, target: float) -> float:
         """The predicted ratio to prune to: off the target by as much as the table is expected to be there."""
-        if self.clock is None:
+        if self.clock is None or not self.readings:
             return target
-        predicted = target
-        for _ in range(8):  # how far it is off changes slowly, so that this settles
-            predicted = target - self._off(predicted)
-        return predicted
+        off, low, high = self._off(), 0.0, 1.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if middle + off(middle) <= target else (low, middle)
+        return low
 
-    def _off(self, predicted: float) -> float:
+    def _off(self) -> Callable[[float], float]:
         """By how much measured latencies are expected to be above a predicted one.
 
         The more has left, the farther a table may be off: a random walk from the dense model on, of which readings are
         noisy samples; this is its mean given them. One exact reading holds from there on, one that the spread
         drowns says little, and several are averaged.
         """
-        readings = self.readings[1:]
-        if not readings:
-            return 0.0
-        gone = 1 - np.array([predicted, *(r.predicted for r in readings)])
-        noise = np.array([max(r.spread / 2, WANDERS / 50) for r in readings])
-        alike = WANDERS**2 * np.minimum.outer(gone, gone).clip(0)
-        off = np.array([r.measured - r.predicted for r in readings])
-        return float(alike[0, 1:] @ np.linalg.solve(alike[1:, 1:] + np.diag(noise**2), off))
+        gone = 1 - np.array([r.predicted for r in self.readings])
+        noise = np.array([max(r.spread / 2, WANDERS / 50) for r in self.readings])
+        off = np.array([r.measured - r.predicted for r in self.readings])
+        alike = WANDERS**2 * np.minimum.outer(gone, gone)
+        weights = WANDERS**2 * np.linalg.solve(alike + np.diag(noise**2), off)
+        return lambda predicted: float(np.minimum(1 - predicted, gone) @ weights)
 
     def beyond(self, target: float) -> bool:
         """Whether no pruning reaches where the target lies, by what was measured."""
@@ -95,12 +94,10 @@ class Aim:
 
     def read(self, predicted: float, compact: Callable[[], nn.Module]) -> Reading:
         """Measure a model for which the table says `predicted`; one that was measured last is not measured again."""
-        last = self.readings[-1]
-        if last.predicted != predicted or len(self.readings) == 1:
+        if not self.readings or self.readings[-1].predicted != predicted:
             found = self.clock(compact())
-            last = Reading(predicted, found.value, found.spread)
-            self.readings.append(last)
-        return last
+            self.readings.append(Reading(predicted, found.value, found.spread))
+        return self.readings[-1]
 
     def hit(
         self, target: float, choose: Callable[[float], tuple[float, T]], build: Callable[[T], nn.Module]

@@ -70,6 +70,10 @@ def test_a_reading_is_believed_as_far_as_its_spread_lets():
     assert aimed(Reading(0.5, 0.6, 0.1), Reading(0.5, 0.4, 0.1)) == pytest.approx(0.5), "noise about a right table"
     between = aimed(Reading(0.8, 0.7, 1e-4), Reading(0.4, 0.4, 1e-4))
     assert between == pytest.approx(0.533, abs=0.005), "off by -0.1 there, by 0 here: by -0.033 a third of the way on"
+    step = aimed(Reading(0.48, 0.5, 1e-4), Reading(0.46, 0.4, 1e-4))
+    assert step == pytest.approx(0.48, abs=0.002), "also where a latency falls faster than what is predicted"
+    step = aimed(Reading(0.5, 0.55, 1e-4), Reading(0.49, 0.45, 1e-4))
+    assert 0.492 < step < 0.498, "and between two such readings"
 
 
 def test_one_vague_reading_does_not_overshoot():
